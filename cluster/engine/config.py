@@ -1,0 +1,18 @@
+"""What an engine is told at start. Measured values (such as the number of blocks) are not here."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Limits of one engine; validated by `cluster.config` before it gets here."""
+
+    block_size: int = 32  # tokens per KV block; a multiple of 16
+    kv_cache_bytes: int | None = None  # size of the KV pool; None: chosen from free memory
+    max_num_sequences: int = 64  # running at once
+    max_batched_tokens: int = 512  # per step: prefill chunk budget, decode tokens included
+    max_model_len: int | None = None  # None: the model's own
+    enable_prefix_caching: bool = True
+    device: str = "cpu"
+    num_threads: int | None = None  # CPU threads of the kernels; None: the cores this process may use

@@ -1,0 +1,120 @@
+"""The operations a model is written in, and the canonical order each must keep.
+
+A model (`cluster/engine/models`) calls these and nothing else for arithmetic, so that the numerics
+contract (docs/numerics.md) has one home. Each device has one implementation; every kernel in it has
+passed bit-exact admission against the reference (`registry.py`).
+
+Shape legend: T tokens of all sequences of the step, laid end to end; K input features; N output
+features; H query heads; G KV heads; D head size; B sequences; V vocabulary.
+
+Rows never influence each other: row t of every result depends on row t's inputs only, with the same
+bits for any T, any neighbours and any column shard of the weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+class LinearWeight(Protocol):
+    """A weight packed for its device. `pack_linear` makes it; the (N, K) original may then be freed."""
+
+    @property
+    def out_features(self) -> int: ...
+
+    @property
+    def in_features(self) -> int: ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMetadata:
+    """Which rows belong to which sequence, and where their keys lie. Static shapes on a GPU.
+
+    Rows of sequence b are `query_start[b]:query_start[b+1]`; they are its positions
+    `context_len[b] - num_rows : context_len[b]`, and row at position p sees keys 0..p.
+    `slot_mapping[t]` = block_id * block_size + offset: where row t's own K/V are stored, before any
+    row reads them (attention reads what was stored, also for the current chunk).
+    """
+
+    query_start: torch.Tensor  # (B+1,) int32
+    context_len: torch.Tensor  # (B,) int32, current chunk included
+    block_table: torch.Tensor  # (B, max_blocks) int32; entries past the context are ignored
+    slot_mapping: torch.Tensor  # (T,) int64; -1: a padding row, not stored
+    positions: torch.Tensor  # (T,) int64 absolute positions
+    num_rows_max: int  # longest query of the batch
+    context_len_max: int
+
+
+class Ops(Protocol):
+    """One device's implementation of every operation."""
+
+    name: str  # "cpu:amx_bf16", "cpu:fma", "cuda:sm90" ...
+    residual_dtype: torch.dtype  # dtype of the residual stream (float32 on CPU)
+
+    def pack_linear(self, weight_NK: torch.Tensor) -> LinearWeight:
+        """Take an (N, K) bf16 weight into the device's layout. Any N, any K."""
+        ...
+
+    def linear(
+        self,
+        x_TK: torch.Tensor,
+        weight: LinearWeight,
+        bias_N: torch.Tensor | None = None,
+        *,
+        out_dtype: torch.dtype = torch.bfloat16,
+    ) -> torch.Tensor:
+        """y = x Wᵀ (+ bias): one fp32 chain over K ascending per output, bias added in fp32, one
+        rounding to `out_dtype` (float32: none)."""
+        ...
+
+    def linear_silu_mul(self, x_TK: torch.Tensor, gate_up: LinearWeight) -> torch.Tensor:
+        """(T, F) bf16: silu(gate) * up in fp32 from the two chains, one rounding. `gate_up` was packed
+        from the (2F, K) concatenation [gate; up]. silu(x) = x / (1 + exp(-x))."""
+        ...
+
+    def embedding(self, token_ids_T: torch.Tensor, table_VK: torch.Tensor) -> torch.Tensor:
+        """(T, K) rows of the bf16 table in `residual_dtype`."""
+        ...
+
+    def rms_norm(self, x_TK: torch.Tensor, weight_K: torch.Tensor, eps: float) -> torch.Tensor:
+        """(T, K) bf16: x / sqrt(mean(x²) + eps) * weight, in fp32 with a fixed order of the sum."""
+        ...
+
+    def add_rms_norm(
+        self, residual_TK: torch.Tensor, update_TK: torch.Tensor, weight_K: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """residual += update (in place, in `residual_dtype`), then `rms_norm(residual)`."""
+        ...
+
+    def rope_and_cache(
+        self,
+        qkv_TC: torch.Tensor,
+        kv_N2GSD: torch.Tensor,
+        metadata: AttentionMetadata,
+        cos_sin_PD: torch.Tensor,
+        num_heads: int,
+        q_norm_D: torch.Tensor | None = None,
+        k_norm_D: torch.Tensor | None = None,
+        norm_eps: float = 0.0,
+    ) -> torch.Tensor:
+        """Split qkv (T, (H+2G)*D) float32, normalise q and k per head if norms are given (Qwen3),
+        rotate by position (half-split convention; `cos_sin_PD` holds cos in [:, :D/2], sin in the
+        rest, fp32), round to bf16, store K and V at `slot_mapping`, return q (T, H, D) bf16."""
+        ...
+
+    def attention(
+        self, q_THD: torch.Tensor, kv_N2GSD: torch.Tensor, metadata: AttentionMetadata, scale: float
+    ) -> torch.Tensor:
+        """(T, H*D) bf16: causal attention over the paged cache in the canonical split order."""
+        ...
+
+    def log_softmax_stats(self, logits_TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """fp32 logits -> (max (T,), logsumexp (T,)) fp32, fixed order per row. NaN propagates, so
+        `isnan(logsumexp)` detects a broken row."""
+        ...

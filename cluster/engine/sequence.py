@@ -1,0 +1,1 @@
+"""The mutable state of one request in one engine."""

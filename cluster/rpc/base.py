@@ -1,0 +1,78 @@
+"""The seam between router and worker: what `client.py` offers and what `server.py` needs.
+
+One long-lived bidirectional gRPC stream per (router, worker) carries many requests; a worker sends
+one frame per engine step with the news of all its requests. A fake of either side is a small class
+in a test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from typing import Protocol
+
+from cluster.types import PrefillResult, PrefillStarted, Request, Role, TokenChunk, WorkerInfo, WorkerLoad
+
+PrefillEvent = PrefillStarted | PrefillResult
+
+
+class WorkerConnection(Protocol):
+    """The router's view of one worker. Made by `client.connect`; closed by whoever made it.
+
+    Leaving an iterator early (cancelled task, `aclose`) cancels the request on the worker. When the
+    stream breaks, every iterator raises `WorkerLost` once. Nothing here waits without a bound.
+    """
+
+    address: str
+    role: Role
+
+    @property
+    def info(self) -> WorkerInfo | None:
+        """None until the worker has introduced itself."""
+        ...
+
+    @property
+    def load(self) -> WorkerLoad | None: ...
+
+    @property
+    def is_ready(self) -> bool:
+        """Connected, introduced, not draining."""
+        ...
+
+    def prefill(self, request: Request) -> AsyncIterator[PrefillEvent]:
+        """At most one PrefillStarted, then exactly one PrefillResult."""
+        ...
+
+    def decode(self, request: Request, kv: bytes | None) -> AsyncIterator[TokenChunk]:
+        """Chunks in order of `index`; the last one has a finish_reason. With a handle: `request`'s
+        prompt has been computed elsewhere and its first token is in `request.token_ids` already.
+        Without (`kv` None): the worker computes the prompt itself."""
+        ...
+
+    def release(self, request_id: str, attempt: int) -> None:
+        """Tell a prefill worker that nobody will read this request's blocks. Idempotent, best effort
+        (the lease ends it otherwise)."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+EventSink = Callable[[PrefillStarted | PrefillResult | TokenChunk], None]
+
+
+class WorkerService(Protocol):
+    """What a worker process offers to `server.py`. Called on the event loop; must not block."""
+
+    def info(self) -> WorkerInfo: ...
+
+    def load(self) -> WorkerLoad: ...
+
+    def submit(self, request: Request, kv: bytes | None, sink: EventSink) -> None:
+        """Accept a request. From now on `sink` gets its events, ending with exactly one terminal one
+        (PrefillResult, or a TokenChunk with finish_reason). `sink` is called on the event loop."""
+        ...
+
+    def cancel(self, request_id: str, attempt: int) -> None:
+        """Idempotent; an unknown id is ignored. The terminal event is a CANCELLED chunk."""
+        ...
+
+    def release(self, request_id: str, attempt: int) -> None: ...
