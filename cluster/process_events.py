@@ -42,7 +42,7 @@ class Failed(msgspec.Struct, frozen=True, tag_field="event", tag="failed"):
 
 ProcessEvent = Progress | Ready | Failed
 
-_decoder = msgspec.json.Decoder(ProcessEvent)
+_decoder: msgspec.json.Decoder[ProcessEvent] = msgspec.json.Decoder(ProcessEvent)
 
 
 def emit(event: ProcessEvent, stream: TextIO | None = None) -> None:
