@@ -1,0 +1,217 @@
+"""The configuration of a deployment: frozen structs, composed, read from everywhere, checked once.
+
+    defaults  <  cluster.yaml  <  environment (TANDEM_ROUTER__PORT=9000)  <  flags (--set router.port=9000)
+
+`load_config` is the only way in; what it returns has no unknown key, no wrong type and no value out of
+range. The comments behind the fields are the text of docs/config.md (`cluster/config_reference.py`).
+Measured values, such as the number of KV blocks, are not configuration.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from cluster import config_source
+from cluster.engine.config import EngineConfig
+from cluster.errors import ConfigError
+
+MIB = 1 << 20
+DEVICE_KINDS = ("cpu", "cuda")
+
+
+class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which model is served, and under which name."""
+
+    path: str = "demo"  # `demo`, a directory with safetensors, a .gguf file, or a Hugging Face id
+    revision: str | None = None  # commit, tag or branch of a Hugging Face id
+    served_name: str | None = None  # the name clients use; null: the last part of `path`
+
+    @property
+    def name(self) -> str:
+        """What clients put into the field `model`."""
+        if self.served_name is not None:
+            return self.served_name
+        name = Path(self.path).name
+        return name[: -len(".gguf")] if name.endswith(".gguf") else name
+
+
+class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The HTTP side, which clients talk to."""
+
+    host: str = "127.0.0.1"  # address to listen on; 0.0.0.0 opens it to the network, without authentication
+    port: int = 8000  # TCP port; 0: a free one is chosen
+    max_body_bytes: int = 8 * MIB  # larger request bodies are answered with 413
+    max_running_requests: int = 256  # more are answered with 503 and Retry-After
+    request_timeout_s: float = 600.0  # a request that takes longer is ended with an error
+
+
+class PoolSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One pool of workers of the same role."""
+
+    replicas: int = 1  # number of workers
+    host: str = "127.0.0.1"  # address the workers listen on, for the router and the other pool
+    port: int = 0  # of the first worker, the next ones count up; 0: free ports are chosen
+    engine: EngineConfig = EngineConfig()  # see the section `engine`
+
+
+class ConnectorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How KV blocks get from a prefill worker to a decode worker."""
+
+    transport: Literal["nixl", "loopback"] = "nixl"  # loopback works inside one process only (tests, monolithic)
+    lease_s: float = 30.0  # how long a prefill worker keeps blocks for a reader that is silent
+    on_failure: Literal["recompute", "fail"] = "recompute"  # of a hand-over: compute again, or an error to the client
+
+
+class SecuritySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who may talk to the workers."""
+
+    cluster_key_file: str | None = None  # signs the hand-over tickets; null: a new key for each launch
+    allow_plaintext_network: bool = False  # let workers listen beyond this machine although nothing is encrypted
+
+
+class LoggingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the processes write to stderr."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"  # the least severe level that is written
+
+
+class LaunchSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How `cluster launch` treats its processes."""
+
+    start_timeout_s: float = 900.0  # a process that is not ready by then counts as failed (downloads included)
+    drain_timeout_s: float = 30.0  # how long running requests may go on after Ctrl-C or SIGTERM
+    max_restarts: int = 5  # of one process, before the launch is given up; the count starts anew after 5 minutes
+    cpu_threads: Literal["shared", "split"] = "shared"  # shared: each pool may use all cores; split: disjoint shares
+
+
+class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One deployment of one model on one machine."""
+
+    monolithic: bool = False  # one process with one engine: no prefill pool, no hand-over
+    model: ModelSettings = ModelSettings()  # see the section `model`
+    router: RouterSettings = RouterSettings()  # see the section `router`
+    prefill: PoolSettings = PoolSettings()  # see the section `prefill` and `decode`
+    decode: PoolSettings = PoolSettings()  # see the section `prefill` and `decode`
+    connector: ConnectorSettings = ConnectorSettings()  # see the section `connector`
+    security: SecuritySettings = SecuritySettings()  # see the section `security`
+    logging: LoggingSettings = LoggingSettings()  # see the section `logging`
+    launch: LaunchSettings = LaunchSettings()  # see the section `launch`
+
+
+def load_config(
+    path: Path | None = None,
+    *,
+    environment: Mapping[str, str] | None = None,
+    overrides: Sequence[tuple[str, str]] = (),
+) -> ClusterConfig:
+    """Read, merge and check. `overrides` are (dotted key, text) pairs, as of `--set`.
+
+    Raises `ConfigError` that lists every problem found, each with its key.
+    """
+    document = config_source.read_yaml(path) if path is not None else {}
+    tree = config_source.check_tree(ClusterConfig, document, origin=str(path))
+    tree = config_source.apply_texts(ClusterConfig, tree, config_source.environment_texts(environment or {}))
+    tree = config_source.apply_texts(ClusterConfig, tree, [(f"--set {key}", key, text) for key, text in overrides])
+    config = msgspec.convert(tree, ClusterConfig)
+    if problems := list(find_problems(config)):
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def find_problems(config: ClusterConfig) -> Iterator[str]:
+    """Everything that is wrong with the values, each with its key and the way out."""
+    yield from _model_problems(config.model)
+    yield from _router_problems(config.router)
+    yield from _pool_problems("decode", config.decode)
+    if not config.monolithic:
+        yield from _pool_problems("prefill", config.prefill)
+    yield from _network_problems(config)
+    yield from _between("connector.lease_s", config.connector.lease_s, 0.1, 3600)
+    yield from _between("launch.start_timeout_s", config.launch.start_timeout_s, 1, 86_400)
+    yield from _between("launch.drain_timeout_s", config.launch.drain_timeout_s, 0, 3600)
+    yield from _between("launch.max_restarts", config.launch.max_restarts, 0, 1000)
+
+
+def _model_problems(model: ModelSettings) -> Iterator[str]:
+    if not model.path.strip():
+        yield "model.path: empty; give `demo`, a directory, a .gguf file or a Hugging Face id"
+    if model.served_name is not None and not 1 <= len(model.served_name) <= 256:
+        yield f"model.served_name: must have 1 to 256 characters, has {len(model.served_name)}"
+
+
+def _router_problems(router: RouterSettings) -> Iterator[str]:
+    yield from _host("router.host", router.host)
+    yield from _between("router.port", router.port, 0, 65_535, "0 chooses a free one")
+    yield from _between("router.max_body_bytes", router.max_body_bytes, 1024, 1024 * MIB)
+    yield from _between("router.max_running_requests", router.max_running_requests, 1, 100_000)
+    yield from _between("router.request_timeout_s", router.request_timeout_s, 1, 86_400)
+
+
+def _pool_problems(name: str, pool: PoolSettings) -> Iterator[str]:
+    without = "; for a deployment without a prefill pool set `monolithic: true`" if name == "prefill" else ""
+    yield from _between(f"{name}.replicas", pool.replicas, 1, 64, f"a pool needs at least one worker{without}")
+    yield from _host(f"{name}.host", pool.host)
+    yield from _between(f"{name}.port", pool.port, 0, 65_535, "0 chooses free ones")
+    yield from _engine_problems(f"{name}.engine", pool.engine)
+
+
+def _engine_problems(path: str, engine: EngineConfig) -> Iterator[str]:
+    yield from _between(f"{path}.block_size", engine.block_size, 16, 256, "it is a number of tokens, such as 32")
+    if engine.block_size % 16:
+        nearest = max(16, round(engine.block_size / 16) * 16)
+        yield f"{path}.block_size: must be a multiple of 16, got {engine.block_size}; the nearest is {nearest}"
+    if engine.kv_cache_bytes is not None:
+        hint = "write it with a unit, such as 2GiB, or leave it out to have it chosen from the free memory"
+        yield from _between(f"{path}.kv_cache_bytes", engine.kv_cache_bytes, MIB, 1 << 44, hint)
+    yield from _between(f"{path}.max_num_sequences", engine.max_num_sequences, 1, 4096)
+    yield from _between(f"{path}.max_batched_tokens", engine.max_batched_tokens, 16, 1 << 20)
+    if engine.max_batched_tokens < engine.max_num_sequences:
+        yield (
+            f"{path}.max_batched_tokens: {engine.max_batched_tokens} is less than max_num_sequences "
+            f"({engine.max_num_sequences}), so not every running sequence could advance in a step; raise it"
+        )
+    if engine.max_model_len is not None:
+        yield from _between(f"{path}.max_model_len", engine.max_model_len, 16, 1 << 24, "leave it out for the model's")
+    if engine.num_threads is not None:
+        yield from _between(f"{path}.num_threads", engine.num_threads, 1, 1024, "leave it out to have it chosen")
+    if engine.device.split(":")[0] not in DEVICE_KINDS:
+        yield f"{path}.device: must be one of {', '.join(DEVICE_KINDS)}, got {engine.device!r}"
+
+
+def _network_problems(config: ClusterConfig) -> Iterator[str]:
+    if config.monolithic or config.security.allow_plaintext_network:
+        return
+    for name, pool in (("prefill", config.prefill), ("decode", config.decode)):
+        if not is_loopback(pool.host):
+            yield (
+                f"{name}.host: {pool.host} lets other machines reach the workers, and nothing between them is "
+                "encrypted; use 127.0.0.1, or accept it with `security.allow_plaintext_network: true`"
+            )
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _between(path: str, value: float, low: float, high: float, hint: str = "") -> Iterator[str]:
+    if math.isnan(value) or not low <= value <= high:
+        yield f"{path}: must be between {low:,} and {high:,}, got {value:,}" + (f"; {hint}" if hint else "")
+
+
+def _host(path: str, host: str) -> Iterator[str]:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        if not host or len(host) > 253 or not all(part.replace("-", "a").isalnum() for part in host.split(".")):
+            yield f"{path}: {host!r} is neither an IP address nor a host name; without a port, such as 127.0.0.1"
