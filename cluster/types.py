@@ -146,6 +146,9 @@ class TokenChunk(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_id: int | None = None  # the stop token id that ended it, if one did
     error: RequestError | None = None
     num_cached_tokens: int = 0  # prompt tokens served from the prefix cache (set on the first chunk)
+    # Set on the first chunk by a worker that computed the prompt itself without handing it over; parallel
+    # to the prompt, the first entry is None. A prefill worker answers them in its PrefillResult instead.
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
 
 
 class RequestError(msgspec.Struct, frozen=True, kw_only=True):
