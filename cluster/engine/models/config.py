@@ -1,0 +1,120 @@
+"""What a decoder looks like: parsed from a Hugging Face `config.json` or from GGUF metadata. No torch.
+
+Whatever would change the output and is not implemented is refused here, by name.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+
+import msgspec
+
+from cluster.errors import ModelError
+
+_MAX_EXTENT = 1 << 24  # no size of a real model comes near; keeps products far from overflow
+
+
+class Architecture(str, Enum):
+    """The families one dense decoder covers (`llama.py`); SmolLM2 is a Llama."""
+
+    LLAMA = "llama"
+    MISTRAL = "mistral"
+    QWEN2 = "qwen2"
+    QWEN3 = "qwen3"
+
+
+class NoScaling(msgspec.Struct, frozen=True, tag="none"):
+    """Plain rotary embedding."""
+
+
+class LinearScaling(msgspec.Struct, frozen=True, tag="linear"):
+    """Every frequency divided by `factor`."""
+
+    factor: float
+
+
+class Llama3Scaling(msgspec.Struct, frozen=True, tag="llama3"):
+    """Low frequencies divided by `factor`, a smooth transition between the two wavelengths."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+class YarnScaling(msgspec.Struct, frozen=True, tag="yarn"):
+    """YaRN (arXiv:2309.00071): interpolation by frequency, and a factor on cos and sin."""
+
+    factor: float
+    original_max_position: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None  # None: 0.1 ln(factor) + 1
+
+
+class DivisorScaling(msgspec.Struct, frozen=True, tag="divisors"):
+    """One divisor per frequency, as GGUF files of Llama 3 carry in `rope_freqs.weight`."""
+
+    divisors: tuple[float, ...]
+
+
+RopeScaling = NoScaling | LinearScaling | Llama3Scaling | YarnScaling | DivisorScaling
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Shapes and constants of one dense decoder. Equal configs compute the same function of the
+    weights, so its digest is part of the model identity."""
+
+    architecture: Architecture
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    ffn_size: int
+    vocab_size: int
+    rope_theta: float
+    rope_scaling: RopeScaling
+    rms_norm_eps: float
+    tie_embeddings: bool
+    qkv_bias: bool
+    qk_norm: bool
+    max_position: int  # the longest context: prompt and output together
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def attention_scale(self) -> float:
+        return float(self.head_size**-0.5)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights in bf16, a tied embedding counted once."""
+        attention = self.hidden_size * self.head_size * 2 * (self.num_heads + self.num_kv_heads)
+        layer = attention + 3 * self.hidden_size * self.ffn_size + 2 * self.hidden_size
+        tables = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        return 2 * (self.num_layers * layer + tables + self.hidden_size)
+
+
+def check_config(config: ModelConfig, path: Path) -> ModelConfig:
+    """Return `config`, or raise `ModelError` naming the file and the field that makes no sense."""
+    for field in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_size", "ffn_size", "vocab_size"):
+        extent = getattr(config, field)
+        if not 0 < extent <= _MAX_EXTENT:
+            raise ModelError(f"{path}: {field} is {extent}")
+    if config.num_heads % config.num_kv_heads:
+        raise ModelError(f"{path}: {config.num_heads} heads are not a multiple of {config.num_kv_heads} KV heads")
+    if config.head_size % 2:
+        raise ModelError(f"{path}: head_size {config.head_size} is odd, rotary embedding needs pairs")
+    if config.max_position <= 0:
+        raise ModelError(f"{path}: the context length is {config.max_position}")
+    if not (config.rope_theta > 0.0 and config.rms_norm_eps > 0.0):
+        raise ModelError(f"{path}: rope_theta {config.rope_theta} and rms_norm_eps {config.rms_norm_eps} must be > 0")
+    scaling = config.rope_scaling
+    if isinstance(scaling, DivisorScaling) and len(scaling.divisors) != config.head_size // 2:
+        raise ModelError(f"{path}: {len(scaling.divisors)} rope divisors for a head size of {config.head_size}")
+    for token_id in (*config.eos_token_ids, *(() if config.bos_token_id is None else (config.bos_token_id,))):
+        if not 0 <= token_id < config.vocab_size:
+            raise ModelError(f"{path}: special token id {token_id} is outside of the vocabulary {config.vocab_size}")
+    return config

@@ -1,0 +1,107 @@
+"""ModelConfig from the metadata of a GGUF file."""
+
+from __future__ import annotations
+
+import struct
+
+from cluster.engine.models.config import (
+    Architecture,
+    DivisorScaling,
+    LinearScaling,
+    ModelConfig,
+    NoScaling,
+    RopeScaling,
+    YarnScaling,
+    check_config,
+)
+from cluster.errors import ModelError
+from cluster.model_files.gguf_header import GGUFHeader, GGUFType
+from cluster.model_files.gguf_special_tokens import special_tokens
+
+# Mistral files call themselves llama, with the same names and the same permutation.
+_ARCHITECTURES = (Architecture.LLAMA, Architecture.QWEN2, Architecture.QWEN3)
+EMBEDDING, LM_HEAD, ROPE_DIVISORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
+
+
+def config_from_gguf(header: GGUFHeader) -> ModelConfig:
+    """Raises `ModelError` naming the file and the metadata key: missing, unsupported, senseless."""
+    arch = _architecture(header)
+    prefix = arch.value
+    _refuse_unsupported(header, prefix)
+    if EMBEDDING not in header.tensors:
+        raise ModelError(f"{header.path}: the tensor {EMBEDDING!r} is missing")
+    hidden_size = header.require(f"{prefix}.embedding_length", int)
+    num_heads = header.require(f"{prefix}.attention.head_count", int)
+    if num_heads <= 0:
+        raise ModelError(f"{header.path}: {prefix}.attention.head_count is {num_heads}")
+    head_size = header.get(f"{prefix}.attention.key_length", int, hidden_size // num_heads)
+    rotary_size = header.get(f"{prefix}.rope.dimension_count", int, head_size)
+    if rotary_size != head_size:
+        raise ModelError(f"{header.path}: rotary embedding of {rotary_size} of {head_size} dimensions is not supported")
+    special = special_tokens(header)
+    config = ModelConfig(
+        architecture=arch,
+        hidden_size=hidden_size,
+        num_layers=header.require(f"{prefix}.block_count", int),
+        num_heads=num_heads,
+        num_kv_heads=header.get(f"{prefix}.attention.head_count_kv", int, num_heads),
+        head_size=head_size,
+        ffn_size=header.require(f"{prefix}.feed_forward_length", int),
+        vocab_size=header.tensors[EMBEDDING].shape[0],
+        rope_theta=header.get(f"{prefix}.rope.freq_base", float, 10_000.0),
+        rope_scaling=_rope_scaling(header, prefix),
+        rms_norm_eps=header.require(f"{prefix}.attention.layer_norm_rms_epsilon", float),
+        tie_embeddings=LM_HEAD not in header.tensors,
+        qkv_bias="blk.0.attn_q.bias" in header.tensors,
+        qk_norm=arch is Architecture.QWEN3,
+        max_position=header.require(f"{prefix}.context_length", int),
+        bos_token_id=special.bos_token_id,
+        eos_token_ids=special.eos_token_ids,
+    )
+    return check_config(config, header.path)
+
+
+def _architecture(header: GGUFHeader) -> Architecture:
+    for architecture in _ARCHITECTURES:
+        if architecture.value == header.architecture:
+            return architecture
+    known = ", ".join(architecture.value for architecture in _ARCHITECTURES)
+    raise ModelError(f"{header.path}: architecture {header.architecture!r} is not supported (supported: {known})")
+
+
+def _refuse_unsupported(header: GGUFHeader, prefix: str) -> None:
+    if header.get(f"{prefix}.expert_count", int, 0) > 0:
+        raise ModelError(f"{header.path}: mixture of experts ({prefix}.expert_count) is not supported")
+    window = header.get(f"{prefix}.attention.sliding_window", int, 0)
+    if 0 < window < header.require(f"{prefix}.context_length", int):
+        raise ModelError(f"{header.path}: sliding window attention of {window} tokens is not supported")
+
+
+def _rope_scaling(header: GGUFHeader, prefix: str) -> RopeScaling:
+    kind = header.get(f"{prefix}.rope.scaling.type", str, "none")
+    factor = header.get(f"{prefix}.rope.scaling.factor", float, 1.0)
+    if not 1.0 <= factor <= 1e4:
+        raise ModelError(f"{header.path}: {prefix}.rope.scaling.factor is {factor}")
+    if ROPE_DIVISORS in header.tensors:
+        if kind != "none":
+            raise ModelError(f"{header.path}: rope scaling {kind!r} together with {ROPE_DIVISORS!r} is not supported")
+        return DivisorScaling(_read_divisors(header))
+    match kind:
+        case "none":
+            return NoScaling()
+        case "linear":
+            return LinearScaling(factor)
+        case "yarn":
+            original = header.require(f"{prefix}.rope.scaling.original_context_length", int)
+            return YarnScaling(factor=factor, original_max_position=original)
+        case other:
+            raise ModelError(f"{header.path}: rope scaling {other!r} is not supported (none, linear, yarn)")
+
+
+def _read_divisors(header: GGUFHeader) -> tuple[float, ...]:
+    tensor = header.tensors[ROPE_DIVISORS]
+    if tensor.encoding(header.path) is not GGUFType.F32 or len(tensor.shape) != 1:
+        raise ModelError(f"{header.path}: tensor {ROPE_DIVISORS!r} must be a vector of F32")
+    with header.path.open("rb") as file:
+        file.seek(tensor.offset)
+        return struct.unpack(f"<{tensor.shape[0]}f", file.read(4 * tensor.shape[0]))

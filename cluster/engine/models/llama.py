@@ -1,0 +1,131 @@
+"""One dense decoder: Llama (and SmolLM2), Mistral, Qwen2 and Qwen3, written in the operations of
+`kernels/ops.py` only.
+
+Shape legend: T rows of the step, C columns of the fused qkv, H query heads, G KV heads, D head size,
+K hidden size, F feed-forward size, V vocabulary, P positions. `l` after a letter: this rank's part.
+
+Tensor parallelism is "gather, then multiply": every linear layer holds some of its output columns and
+reads whole rows, so each activation is gathered once before it is multiplied and the bits do not
+depend on the number of ranks. The residual stream is whole on every rank.
+
+Nothing here looks at the value of a tensor or waits for the device: with static shapes a step can be
+captured as a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from cluster.engine.kernels.ops import AttentionMetadata, LinearWeight, Ops
+from cluster.engine.kv_cache import KVCache, KVLayout
+from cluster.engine.models.config import ModelConfig
+from cluster.engine.models.sharding_plan import ShardingPlan
+from cluster.engine.parallel.group import ParallelGroup
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """Weights of one layer on one rank. Norms and biases are fp32 vectors."""
+
+    input_norm_K: torch.Tensor
+    qkv: LinearWeight  # rows [q heads; k heads; v heads] of this rank
+    qkv_bias_C: torch.Tensor | None
+    q_norm_D: torch.Tensor | None
+    k_norm_D: torch.Tensor | None
+    output: LinearWeight
+    post_attention_norm_K: torch.Tensor
+    gate_up: LinearWeight  # rows [gate; up] of this rank
+    down: LinearWeight
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderWeights:
+    """Weights of one rank."""
+
+    embedding_VK: torch.Tensor  # bf16, whole on every rank
+    layers: tuple[LayerWeights, ...]
+    final_norm_K: torch.Tensor
+    lm_head: LinearWeight
+    rope_table_PD: torch.Tensor
+
+
+class DecoderModel:
+    """Stateless: one `forward` per step. Owns its weights, not the KV cache it is given."""
+
+    def __init__(self, config: ModelConfig, weights: DecoderWeights, ops: Ops, group: ParallelGroup) -> None:
+        self.config = config
+        self.weights = weights
+        self.ops = ops
+        self.group = group
+        self.plan = ShardingPlan.of(config, group.rank, group.size)
+
+    @property
+    def max_position(self) -> int:
+        """Positions the rotary table covers; no row may lie at or beyond it."""
+        return self.weights.rope_table_PD.shape[0]
+
+    def kv_layout(self, block_size: int) -> KVLayout:
+        """The layout of this rank's KV pool."""
+        return KVLayout(
+            num_layers=self.config.num_layers,
+            num_kv_heads=self.plan.heads.kv.length,
+            head_size=self.config.head_size,
+            block_size=block_size,
+        )
+
+    def forward(
+        self,
+        token_ids_T: torch.Tensor,
+        metadata: AttentionMetadata,
+        kv_cache: KVCache,
+        logits_indices: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Compute one step: store the K and V of every row, return fp32 logits (R, V).
+
+        `logits_indices` (R,) int64 selects the rows whose logits are wanted; None: all rows.
+        """
+        weights, ops, eps = self.weights, self.ops, self.config.rms_norm_eps
+        residual_TK = ops.embedding(token_ids_T, weights.embedding_VK)
+        normed_TK = ops.rms_norm(residual_TK, weights.layers[0].input_norm_K, eps)
+        for index, layer in enumerate(weights.layers):
+            attended_TK = self._attention(layer, normed_TK, kv_cache.layer(index), metadata)
+            normed_TK = ops.add_rms_norm(residual_TK, attended_TK, layer.post_attention_norm_K, eps)
+            update_TK = self._feed_forward(layer, normed_TK)
+            is_last = index + 1 == len(weights.layers)
+            norm_K = weights.final_norm_K if is_last else weights.layers[index + 1].input_norm_K
+            normed_TK = ops.add_rms_norm(residual_TK, update_TK, norm_K, eps)
+        if logits_indices is not None:
+            normed_TK = normed_TK.index_select(0, logits_indices)
+        logits_RVl = ops.linear(normed_TK, weights.lm_head, out_dtype=torch.float32)
+        return self.group.all_gather_columns(logits_RVl, self.plan.vocab_widths)
+
+    def _attention(
+        self, layer: LayerWeights, normed_TK: torch.Tensor, kv_N2GSD: torch.Tensor, metadata: AttentionMetadata
+    ) -> torch.Tensor:
+        ops, config = self.ops, self.config
+        qkv_TCl = ops.linear(normed_TK, layer.qkv, layer.qkv_bias_C, out_dtype=torch.float32)
+        q_THlD = ops.rope_and_cache(
+            qkv_TCl,
+            kv_N2GSD,
+            metadata,
+            self.weights.rope_table_PD,
+            self.plan.heads.query.length,
+            layer.q_norm_D,
+            layer.k_norm_D,
+            config.rms_norm_eps,
+        )
+        mixed_TCl = ops.attention(q_THlD, kv_N2GSD, metadata, config.attention_scale)
+        mixed_TC = self.group.all_gather_columns(mixed_TCl, self.plan.attention_widths)
+        return self._into_residual(mixed_TC, layer.output)
+
+    def _feed_forward(self, layer: LayerWeights, normed_TK: torch.Tensor) -> torch.Tensor:
+        active_TFl = self.ops.linear_silu_mul(normed_TK, layer.gate_up)
+        active_TF = self.group.all_gather_columns(active_TFl, self.plan.ffn_widths)
+        return self._into_residual(active_TF, layer.down)
+
+    def _into_residual(self, x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
+        """(T, K) in the dtype of the residual stream: an update is not rounded before it is added."""
+        update_TKl = self.ops.linear(x, weight, out_dtype=self.ops.residual_dtype)
+        return self.group.all_gather_columns(update_TKl, self.plan.hidden_widths)

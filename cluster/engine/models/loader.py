@@ -1,0 +1,195 @@
+"""Loading a model: files -> weights of one rank, packed for its device.
+
+Tensors are read one after the other and packed at once, so that beside the packed weights only one
+fused layer is in memory (the embedding table and a tied lm_head are two copies: a lookup wants rows,
+a product wants the device's packing).
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from cluster.engine.kernels.ops import LinearWeight, Ops
+from cluster.engine.models.config import ModelConfig
+from cluster.engine.models.config_gguf import config_from_gguf
+from cluster.engine.models.config_huggingface import config_from_directory
+from cluster.engine.models.identity import ModelIdentity, identity_of_gguf, identity_of_safetensors
+from cluster.engine.models.llama import DecoderModel, DecoderWeights, LayerWeights
+from cluster.engine.models.rope import rope_table
+from cluster.engine.models.sharding_plan import ShardingPlan
+from cluster.engine.models.weights import WeightSource
+from cluster.engine.models.weights_gguf import open_gguf_weights
+from cluster.engine.models.weights_safetensors import open_safetensors_weights
+from cluster.engine.parallel.group import ParallelGroup
+from cluster.engine.parallel.sharding import Range
+from cluster.errors import ModelError
+from cluster.model_files.cache import Progress, no_progress
+from cluster.model_files.gguf_header import read_gguf_header
+from cluster.model_files.safetensors_header import read_safetensors_directory
+from cluster.model_files.source import ModelSource, SourceKind, resolve_model
+
+_EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_IGNORED_SUFFIX = "rotary_emb.inv_freq"  # old checkpoints store what the config says already
+
+
+class LoadedModel(NamedTuple):
+    """What a worker starts from."""
+
+    model: DecoderModel
+    config: ModelConfig
+    identity: ModelIdentity
+
+
+def load_model(
+    source: ModelSource | str | Path,
+    ops: Ops,
+    group: ParallelGroup,
+    device: torch.device,
+    *,
+    max_position: int | None = None,
+    progress: Progress = no_progress,
+) -> LoadedModel:
+    """Load the part of `group.rank` onto `device`.
+
+    `max_position` shortens the context (and the rotary table). `progress` counts first a download, if
+    there is one, then bf16 bytes loaded. Raises `ModelError` naming the file, tensor or field.
+    """
+    if not isinstance(source, ModelSource):
+        source = resolve_model(source, progress)
+    match source.kind:
+        case SourceKind.GGUF:
+            header = read_gguf_header(source.path)
+            config = config_from_gguf(header)
+            weights = open_gguf_weights(header, config)
+            identify = partial(identity_of_gguf, header, config, source.revision)
+        case SourceKind.DIRECTORY:
+            config = config_from_directory(source.path)
+            tensors = read_safetensors_directory(source.path)
+            weights = open_safetensors_weights(source.path, tensors)
+            identify = partial(identity_of_safetensors, tensors, config, source.revision)
+    num_positions = min(max_position or config.max_position, config.max_position)
+    try:
+        with ThreadPoolExecutor(max_workers=1) as pool:  # hashing leaves the interpreter to the loader
+            identity = pool.submit(identify)
+            loader = _RankLoader(config, weights, ops, group, device, progress)
+            model = DecoderModel(config, loader.load(num_positions), ops, group)
+            return LoadedModel(model, config, identity.result())
+    finally:
+        weights.close()
+
+
+class _RankLoader:
+    """Reads one rank's weights. Every tensor of the files must be used: one that is not means that
+    the model computes something this decoder does not."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        source: WeightSource,
+        ops: Ops,
+        group: ParallelGroup,
+        device: torch.device,
+        progress: Progress,
+    ) -> None:
+        self.config = config
+        self.source = source
+        self.ops = ops
+        self.device = device
+        self.progress = progress
+        self.plan = ShardingPlan.of(config, group.rank, group.size)
+        self.total_bytes = config.weight_bytes // group.size  # an estimate: norms and tables are not split
+        self.done_bytes = 0
+        self.used = {_LM_HEAD} if config.tie_embeddings else set()
+
+    def load(self, num_positions: int) -> DecoderWeights:
+        config = self.config
+        embedding_VK = self._rows(_EMBEDDING, (config.vocab_size, config.hidden_size))
+        layers = tuple(self._layer(f"model.layers.{index}") for index in range(config.num_layers))
+        final_norm_K = self._vector("model.norm.weight", config.hidden_size)
+        if config.tie_embeddings:
+            vocab = self.plan.vocab
+            lm_head = self.ops.pack_linear(embedding_VK[vocab.start : vocab.stop])
+        else:
+            lm_head = self._linear([(_LM_HEAD, config.vocab_size, self.plan.vocab)], config.hidden_size)
+        self._refuse_unused()
+        self.progress(self.total_bytes, self.total_bytes)
+        return DecoderWeights(
+            embedding_VK=embedding_VK,
+            layers=layers,
+            final_norm_K=final_norm_K,
+            lm_head=lm_head,
+            rope_table_PD=rope_table(config, num_positions, self.device),
+        )
+
+    def _layer(self, prefix: str) -> LayerWeights:
+        config, plan = self.config, self.plan
+        hidden, head_size = config.hidden_size, config.head_size
+        attention = f"{prefix}.self_attn"
+        q_rows = Range(plan.heads.query.start * head_size, plan.heads.query.stop * head_size)
+        kv_rows = Range(plan.heads.kv.start * head_size, plan.heads.kv.stop * head_size)
+        qkv = [
+            ("q_proj", config.num_heads * head_size, q_rows),
+            ("k_proj", config.num_kv_heads * head_size, kv_rows),
+            ("v_proj", config.num_kv_heads * head_size, kv_rows),
+        ]
+        qkv_weights = [(f"{attention}.{name}.weight", total, rows) for name, total, rows in qkv]
+        qkv_biases = [(f"{attention}.{name}.bias", total, rows) for name, total, rows in qkv]
+        gate_up = [(f"{prefix}.mlp.{name}.weight", config.ffn_size, plan.ffn) for name in ("gate_proj", "up_proj")]
+        return LayerWeights(
+            input_norm_K=self._vector(f"{prefix}.input_layernorm.weight", hidden),
+            qkv=self._linear(qkv_weights, hidden),
+            qkv_bias_C=self._bias(qkv_biases) if config.qkv_bias else None,
+            q_norm_D=self._vector(f"{attention}.q_norm.weight", head_size) if config.qk_norm else None,
+            k_norm_D=self._vector(f"{attention}.k_norm.weight", head_size) if config.qk_norm else None,
+            output=self._linear([(f"{attention}.o_proj.weight", hidden, plan.hidden)], config.num_heads * head_size),
+            post_attention_norm_K=self._vector(f"{prefix}.post_attention_layernorm.weight", hidden),
+            gate_up=self._linear(gate_up, hidden),
+            down=self._linear([(f"{prefix}.mlp.down_proj.weight", hidden, plan.hidden)], config.ffn_size),
+        )
+
+    def _linear(self, parts: list[tuple[str, int, Range]], in_features: int) -> LinearWeight:
+        """Pack rows of several (total, in_features) tensors, one below the other."""
+        fused_NK = torch.empty((sum(rows.length for _, _, rows in parts), in_features), dtype=torch.bfloat16)
+        start = 0
+        for name, total, rows in parts:
+            self._copy(name, (total, in_features), rows, fused_NK[start : start + rows.length])
+            start += rows.length
+        return self.ops.pack_linear(fused_NK.to(self.device))
+
+    def _bias(self, parts: list[tuple[str, int, Range]]) -> torch.Tensor:
+        fused_N = torch.empty(sum(rows.length for _, _, rows in parts), dtype=torch.float32)
+        start = 0
+        for name, total, rows in parts:
+            self._copy(name, (total,), rows, fused_N[start : start + rows.length])
+            start += rows.length
+        return fused_N.to(self.device)
+
+    def _rows(self, name: str, shape: tuple[int, int]) -> torch.Tensor:
+        whole = torch.empty(shape, dtype=torch.bfloat16)
+        self._copy(name, shape, Range(0, shape[0]), whole)
+        return whole.to(self.device)
+
+    def _vector(self, name: str, length: int) -> torch.Tensor:
+        vector = torch.empty(length, dtype=torch.float32)
+        self._copy(name, (length,), Range(0, length), vector)
+        return vector.to(self.device)
+
+    def _copy(self, name: str, shape: tuple[int, ...], rows: Range, out: torch.Tensor) -> None:
+        self.source.check(name, shape)
+        self.source.copy_rows(name, rows, out)
+        self.used.add(name)
+        self.done_bytes += out.numel() * 2
+        self.progress(min(self.done_bytes, self.total_bytes), self.total_bytes)
+
+    def _refuse_unused(self) -> None:
+        unused = sorted(name for name in self.source.names - self.used if not name.endswith(_IGNORED_SUFFIX))
+        if unused:
+            raise ModelError(
+                f"{self.source.path}: {len(unused)} tensors are not part of the {self.config.architecture.value} "
+                f"architecture as served here, the first is {unused[0]!r}"
+            )

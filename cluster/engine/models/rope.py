@@ -1,0 +1,73 @@
+"""Rotary embedding tables, for every scaling in config.py. Computed in double precision on the host:
+the single-precision result then does not depend on how a math library vectorises."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from cluster.engine.models.config import (
+    DivisorScaling,
+    LinearScaling,
+    Llama3Scaling,
+    ModelConfig,
+    NoScaling,
+    YarnScaling,
+)
+
+
+def rope_table(config: ModelConfig, num_positions: int, device: torch.device) -> torch.Tensor:
+    """(P, D) fp32: cos of each position and frequency in [:, :D/2], sin in the rest."""
+    angles_PF = torch.outer(torch.arange(num_positions, dtype=torch.float64), _frequencies(config))
+    table_PD = torch.cat((angles_PF.cos(), angles_PF.sin()), dim=1)
+    return (table_PD * _attention_factor(config)).to(torch.float32).to(device)
+
+
+def _frequencies(config: ModelConfig) -> torch.Tensor:
+    """(D/2,) fp64 radians per position."""
+    exponents = torch.arange(0, config.head_size, 2, dtype=torch.float64) / config.head_size
+    plain = config.rope_theta**-exponents
+    match config.rope_scaling:
+        case NoScaling():
+            return plain
+        case LinearScaling(factor):
+            return plain / factor
+        case DivisorScaling(divisors):
+            return plain / torch.tensor(divisors, dtype=torch.float64)
+        case Llama3Scaling() as scaling:
+            return _llama3(plain, scaling)
+        case YarnScaling() as scaling:
+            return _yarn(plain, scaling, config)
+
+
+def _llama3(plain: torch.Tensor, scaling: Llama3Scaling) -> torch.Tensor:
+    """As published with Llama 3.1: by wavelength, long ones divided, short ones kept, blended between."""
+    rotations = scaling.original_max_position * plain / (2 * math.pi)
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    keep = ((rotations - scaling.low_freq_factor) / span).clamp(0.0, 1.0)
+    return plain * keep + plain / scaling.factor * (1.0 - keep)
+
+
+def _yarn(plain: torch.Tensor, scaling: YarnScaling, config: ModelConfig) -> torch.Tensor:
+    """NTK-by-parts, section 3.2 of arXiv:2309.00071."""
+
+    def dimension_of(rotations: float) -> float:
+        wavelength_ratio = scaling.original_max_position / (rotations * 2 * math.pi)
+        return config.head_size * math.log(wavelength_ratio) / (2 * math.log(config.rope_theta))
+
+    low = max(math.floor(dimension_of(scaling.beta_fast)), 0)
+    high = min(math.ceil(dimension_of(scaling.beta_slow)), config.head_size - 1)
+    indices = torch.arange(config.head_size // 2, dtype=torch.float64)
+    interpolate = ((indices - low) / max(high - low, 0.001)).clamp(0.0, 1.0)
+    return plain * (1.0 - interpolate) + plain / scaling.factor * interpolate
+
+
+def _attention_factor(config: ModelConfig) -> float:
+    match config.rope_scaling:
+        case YarnScaling(attention_factor=float() as given):
+            return given
+        case YarnScaling(factor=factor):
+            return 0.1 * math.log(factor) + 1.0 if factor > 1.0 else 1.0
+        case _:
+            return 1.0
