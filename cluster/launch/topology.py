@@ -52,7 +52,7 @@ class RouterProcess:
     @property
     def url(self) -> str:
         """Where a client on this machine reaches it."""
-        reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104
+        reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
         return f"http://{join_address(reachable, self.port)}"
 
 
@@ -145,7 +145,7 @@ def _refuse_pools_of_monolithic(config: ClusterConfig) -> None:
     for name, pool in (("prefill", config.prefill), ("decode", config.decode)):
         if pool.replicas > 1:
             raise ConfigError(
-                f"{name}.replicas: {pool.replicas} workers cannot be had with `monolithic: true`, which is one process; "
+                f"{name}.replicas: {pool.replicas} workers do not fit `monolithic: true`, which is one process; "
                 "remove one of the two"
             )
 

@@ -1,0 +1,209 @@
+"""Runs the processes of a topology on this machine: start, watch, restart, drain.
+
+start all --one dies--> stop the others, StartupError
+    | all ready
+    v
+follow ---one dies---> report, restart after a growing pause ---too often---> drain, StartupError
+    | Ctrl-C, SIGTERM
+    v
+drain in stop order: router (its streams end), then workers; a second signal kills at once
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+from cluster.config import LaunchSettings
+from cluster.errors import StartupError
+from cluster.launch.process import ManagedProcess, ProcessListener, ProcessSpec, describe_exit
+from cluster.process_events import ProcessEvent, Ready
+
+FIRST_RESTART_PAUSE_S = 1.0
+LONGEST_RESTART_PAUSE_S = 30.0
+RESTART_WINDOW_S = 300.0
+ABORTED_START_GRACE_S = 5.0  # for the healthy processes when another one failed to start
+KILL_GRACE_S = 10.0  # until a killed process is gone
+PROBE_TIMEOUT_S = 60.0
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class LaunchView(ProcessListener, Protocol):
+    """What the user sees. Called on the event loop; must not block."""
+
+    def on_start(self, name: str) -> None: ...
+
+    def on_death(self, name: str, how: str, last_words: Sequence[str], restart_in_s: float) -> None: ...
+
+    def on_serving(self) -> None: ...
+
+    def on_stop(self, reason: str) -> None: ...
+
+
+class LocalLauncher:
+    """One launch. `probe` returns once the deployment answers requests (called when all are ready)."""
+
+    def __init__(
+        self,
+        specs: Sequence[ProcessSpec],
+        settings: LaunchSettings,
+        view: LaunchView,
+        probe: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._specs = tuple(specs)
+        self._settings = settings
+        self._view = view
+        self._probe = probe
+        self._running: dict[str, ManagedProcess] = {}
+        self._was_ready = {spec.name: asyncio.Event() for spec in self._specs}
+        self._is_serving = False
+        self._failure: StartupError | None = None
+        self._stopping = asyncio.Event()
+        self._forced = asyncio.Event()
+
+    async def run(self) -> None:
+        """Returns after a clean stop. Raises `StartupError` when a process failed for good; nothing runs
+        any more then."""
+        with self._handling_signals():
+            async with asyncio.TaskGroup() as group:
+                supervisors = [group.create_task(self._supervise(spec)) for spec in self._specs]
+                follower = group.create_task(self._follow())
+                await self._stopping.wait()
+                follower.cancel()
+                await self._stop_all()
+                await asyncio.wait(supervisors, timeout=KILL_GRACE_S)
+                for supervisor in supervisors:
+                    supervisor.cancel()
+        if self._failure is not None:
+            raise self._failure
+
+    def stop(self, reason: str) -> None:
+        """Begin to drain; called again, kill."""
+        if self._stopping.is_set():
+            self._view.on_stop("stopping at once")
+            self._forced.set()
+            return
+        self._view.on_stop(reason)
+        self._stopping.set()
+
+    def on_event(self, name: str, event: ProcessEvent) -> None:
+        self._view.on_event(name, event)
+        if isinstance(event, Ready):
+            self._was_ready[name].set()
+
+    def on_log(self, name: str, line: str) -> None:
+        self._view.on_log(name, line)
+
+    def _fail(self, message: str) -> None:
+        if not self._stopping.is_set():
+            self._failure = StartupError(message)
+            self.stop("stopping the other processes")
+
+    async def _follow(self) -> None:
+        for event in self._was_ready.values():
+            await event.wait()
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT_S):
+                await self._probe()
+        except TimeoutError:
+            self._fail(f"every process is ready, but the router does not answer within {PROBE_TIMEOUT_S:g} s")
+            return
+        self._is_serving = True
+        self._view.on_serving()
+
+    async def _supervise(self, spec: ProcessSpec) -> None:
+        deaths: deque[float] = deque()
+        while not self._stopping.is_set():
+            try:
+                how, last_words = await self._run_once(spec)
+            except StartupError as error:
+                self._fail(error.message)
+                return
+            if self._stopping.is_set():
+                return
+            if not self._is_serving:
+                self._fail(_obituary(f"{spec.name} could not start ({how})", last_words))
+                return
+            deaths.append(time.monotonic())
+            while deaths[0] < deaths[-1] - RESTART_WINDOW_S:
+                deaths.popleft()
+            if len(deaths) > self._settings.max_restarts:
+                died = f"{spec.name} died {len(deaths)} times within {RESTART_WINDOW_S:.0f} s (last: {how})"
+                self._fail(_obituary(died, last_words))
+                return
+            pause_s = min(FIRST_RESTART_PAUSE_S * 2 ** (len(deaths) - 1), LONGEST_RESTART_PAUSE_S)
+            self._view.on_death(spec.name, how, last_words, pause_s)
+            await _wait_for(self._stopping, pause_s)
+
+    async def _run_once(self, spec: ProcessSpec) -> tuple[str, list[str]]:
+        """From start to end of one process: how it ended, and its last words."""
+        self._view.on_start(spec.name)
+        process = await ManagedProcess.start(spec, self)
+        self._running[spec.name] = process
+        if self._stopping.is_set():  # asked for while it was being started: it was not there to be drained
+            process.send(signal.SIGKILL)
+        timeout_s = self._settings.start_timeout_s
+        watchdog = asyncio.get_running_loop().call_later(timeout_s, process.kill_unless_ready)
+        try:
+            exit_code = await process.wait()
+        finally:
+            watchdog.cancel()
+            del self._running[spec.name]
+        how = f"not ready after {timeout_s:g} s" if process.was_too_slow else describe_exit(exit_code)
+        return how, process.last_words
+
+    async def _stop_all(self) -> None:
+        """In stop order, each stage bounded; what is left after its time is killed."""
+        if not self._is_serving:
+            await self._stop_stage(list(self._running.values()), ABORTED_START_GRACE_S)
+            return
+        for stop_order in sorted({spec.stop_order for spec in self._specs}):
+            stage = [process for process in self._running.values() if process.spec.stop_order == stop_order]
+            await self._stop_stage(stage, self._settings.drain_timeout_s)
+
+    async def _stop_stage(self, stage: Sequence[ManagedProcess], grace_s: float) -> None:
+        for process in stage:
+            process.send(signal.SIGTERM)
+        all_exited = asyncio.ensure_future(_all_exited(stage))
+        forced = asyncio.ensure_future(self._forced.wait())
+        await asyncio.wait({all_exited, forced}, timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
+        for waiter in (all_exited, forced):
+            waiter.cancel()
+        await asyncio.gather(all_exited, forced, return_exceptions=True)
+        for process in stage:
+            if not process.exited.is_set():
+                process.send(signal.SIGKILL)
+
+    @contextmanager
+    def _handling_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in STOP_SIGNALS:
+            loop.add_signal_handler(number, self.stop, f"{number.name}: draining, again to stop at once")
+        try:
+            yield
+        finally:
+            for number in STOP_SIGNALS:
+                loop.remove_signal_handler(number)
+
+
+async def _all_exited(processes: Sequence[ManagedProcess]) -> None:
+    for process in processes:
+        await process.exited.wait()
+
+
+def _obituary(what: str, last_words: Sequence[str]) -> str:
+    if not last_words:
+        return f"{what}; it said nothing"
+    return "\n".join([f"{what}. Its last words:", *(f"    {line}" for line in last_words)])
+
+
+async def _wait_for(event: asyncio.Event, timeout_s: float) -> None:
+    try:
+        await asyncio.wait_for(event.wait(), timeout_s)
+    except TimeoutError:
+        return
