@@ -1,0 +1,274 @@
+"""Causal attention over the paged cache: one definition for prefill, chunked prefill and decode.
+
+Shape legend: T rows, B sequences, H query heads, G KV heads, R = H / G heads that share K and V,
+D head size, S tokens in a cache block.
+
+The definition, per (row, query head), which every kernel here computes to the same bits:
+
+    keys come in splits of SPLIT_KEYS, counted from position 0; a split in blocks of BLOCK_KV;
+    block:  s = q·k;  m' = max(m, max(s)·c);  p = exp2(fma(s, c, -m')) rounded to the element type
+            l = l·exp2(m - m') + Σp;  acc = acc·exp2(m - m') + p·v        (c = scale · log2 e)
+    split:  starts from m = -inf, l = 0, acc = 0
+    fold:   splits ascending, M' = max(M, m);  L = fma(L, a, l·b);  O = fma(O, a, acc·b)
+            with a = exp2(M - M'), b = exp2(m - M');  result O / L
+
+Σp and p·v are tensor core chains in ascending key order (Σp by a product with ones: a sum across
+lanes would follow the tile shape). A masked block changes nothing (a = 1, p = 0), so programs may
+skip it or not. Keys past the end of a sequence are not read; their V counts as 0, because a stale
+page may hold NaN.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def fold(M, L, O, m, l, acc):
+    """Join the next split onto the folded ones. A split that saw no key (m = -inf) changes nothing."""
+    top = tl.maximum(M, m)
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    a = tl.exp2(M - shift)
+    b = tl.exp2(m - shift)
+    L = tl.fma(L, a, l * b)
+    O = tl.fma(O, tl.broadcast_to(a[:, None], O.shape), acc * b[:, None])
+    return top, L, O
+
+
+@triton.jit
+def block_step(q, k, v, q_pos, key_pos, m, l, acc, scale_log2, MASKED: tl.constexpr):
+    """One block of keys. k: (D, BLOCK_KV), v: (BLOCK_KV, D), l: (rows, 16) with equal columns."""
+    s = tl.dot(q, k)
+    if MASKED:
+        s = tl.where(key_pos[None, :] <= q_pos[:, None], s, float("-inf"))
+    top = tl.maximum(m, tl.max(s, axis=1) * scale_log2)
+    shift = tl.where(top == float("-inf"), 0.0, top) if MASKED else top
+    p = tl.exp2(tl.fma(s, tl.full(s.shape, 0.0, tl.float32) + scale_log2, tl.broadcast_to(-shift[:, None], s.shape)))
+    p = p.to(v.dtype)
+    alpha = tl.exp2(m - shift)
+    ones = tl.full((s.shape[1], 16), 1.0, v.dtype)
+    l = tl.dot(p, ones, l * alpha[:, None])
+    acc = tl.dot(p, v, acc * alpha[:, None])
+    return top, l, acc
+
+
+@triton.jit
+def load_block(
+    kv_ptr, table_ptr, start, key_stop, stride_block, stride_kv, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_KV: tl.constexpr, BLOCK_SIZE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """K (transposed) and V of keys start : start + BLOCK_KV of one head through the block table."""
+    offs_kv = tl.arange(0, BLOCK_KV)
+    offs_d = tl.arange(0, BLOCK_D)
+    key_pos = start + offs_kv
+    keep = key_pos < key_stop
+    if BLOCK_SIZE % BLOCK_KV == 0:
+        block = tl.load(table_ptr + start // BLOCK_SIZE).to(tl.int64)
+        place = block * stride_block + (start % BLOCK_SIZE + offs_kv) * D
+    else:
+        block = tl.load(table_ptr + key_pos // BLOCK_SIZE, mask=keep, other=0).to(tl.int64)
+        place = block * stride_block + (key_pos % BLOCK_SIZE) * D
+    k_ptrs = kv_ptr + place[None, :] + offs_d[:, None]
+    v_ptrs = kv_ptr + stride_kv + place[:, None] + offs_d[None, :]
+    if D == BLOCK_D:
+        if MASKED:
+            k = tl.load(k_ptrs, mask=keep[None, :], other=0.0)
+            v = tl.load(v_ptrs, mask=keep[:, None], other=0.0)
+        else:
+            k = tl.load(k_ptrs)
+            v = tl.load(v_ptrs)
+    else:
+        in_head = offs_d < D
+        k = tl.load(k_ptrs, mask=keep[None, :] & in_head[:, None], other=0.0)
+        v = tl.load(v_ptrs, mask=keep[:, None] & in_head[None, :], other=0.0)
+    return k, v, key_pos
+
+
+@triton.jit
+def find_item(counts_ends, index):
+    """Which sequence the work item belongs to: the number of sequences that end at or before it."""
+    return tl.sum((counts_ends <= index).to(tl.int32), axis=0)
+
+
+@triton.jit
+def count_splits(query_start_ptr, context_len_ptr, num_sequences, max_rows, SPLIT_KEYS: tl.constexpr, BLOCK_B: tl.constexpr):
+    """(BLOCK_B,) number of splits of each sequence that the split kernels serve, 0 for the others."""
+    sequence = tl.arange(0, BLOCK_B)
+    keep = sequence < num_sequences
+    first = tl.load(query_start_ptr + sequence, mask=keep, other=0)
+    last = tl.load(query_start_ptr + sequence + 1, mask=keep, other=0)
+    context = tl.load(context_len_ptr + sequence, mask=keep, other=0)
+    rows = last - first
+    return tl.where((rows > 0) & (rows <= max_rows), tl.cdiv(context, SPLIT_KEYS), 0)
+
+
+@triton.jit(do_not_specialize=["num_sequences", "max_rows"])
+def split_kernel(
+    q_ptr, kv_ptr, partial_ptr, partial_ml_ptr, query_start_ptr, context_len_ptr, table_ptr,
+    num_sequences, max_rows, scale_log2, stride_q, stride_table, stride_block, stride_kv, stride_head,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_KV: tl.constexpr, SPLIT_KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_B: tl.constexpr, NUM_PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """Few rows, many keys: one (sequence, split, KV head) at a time, partial results to scratch.
+
+    The list of work is implied by the lengths on the device, so the grid is fixed and the kernel can
+    be captured. Partials of item i lie at i: (max_rows · GROUP, D) values, (max_rows · GROUP, 2) m and l.
+    """
+    splits = count_splits(query_start_ptr, context_len_ptr, num_sequences, max_rows, SPLIT_KEYS, BLOCK_B)
+    ends = tl.cumsum(splits, axis=0)
+    total = tl.sum(splits, axis=0) * NUM_KV_HEADS
+    sequences = tl.arange(0, BLOCK_B)
+    tile_row = tl.arange(0, BLOCK_ROWS)
+    offs_d = tl.arange(0, BLOCK_D)
+    for item in tl.range(tl.program_id(0), total, NUM_PROGRAMS):
+        kv_head = item % NUM_KV_HEADS
+        index = item // NUM_KV_HEADS
+        sequence = find_item(ends, index)
+        split = index - tl.sum(tl.where(sequences < sequence, splits, 0), axis=0)
+        row_start = tl.load(query_start_ptr + sequence)
+        num_rows = tl.load(query_start_ptr + sequence + 1) - row_start
+        context = tl.load(context_len_ptr + sequence)
+
+        row = tile_row // GROUP
+        head = kv_head * GROUP + tile_row % GROUP
+        valid = row < num_rows
+        q_ptrs = q_ptr + (row_start + row).to(tl.int64)[:, None] * stride_q + head[:, None] * D + offs_d[None, :]
+        q = tl.load(q_ptrs, mask=valid[:, None] & (offs_d < D)[None, :], other=0.0)
+        q_pos = tl.where(valid, context - num_rows + row, context - 1)
+
+        m = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+        l = tl.zeros((BLOCK_ROWS, 16), tl.float32)
+        acc = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
+        head_ptr = kv_ptr + kv_head * stride_head
+        sequence_table = table_ptr + sequence.to(tl.int64) * stride_table
+        begin = split * SPLIT_KEYS
+        for start in tl.range(begin, tl.minimum(begin + SPLIT_KEYS, context), BLOCK_KV):
+            k, v, key_pos = load_block(
+                head_ptr, sequence_table, start, context, stride_block, stride_kv, D, BLOCK_D, BLOCK_KV, BLOCK_SIZE, True
+            )
+            m, l, acc = block_step(q, k, v, q_pos, key_pos, m, l, acc, scale_log2, True)
+
+        scratch_row = item * (max_rows * GROUP) + tile_row.to(tl.int64)
+        tl.store(
+            partial_ptr + scratch_row[:, None] * D + offs_d[None, :], acc, mask=valid[:, None] & (offs_d < D)[None, :]
+        )
+        tl.store(partial_ml_ptr + scratch_row * 2, m, mask=valid)
+        tl.store(partial_ml_ptr + scratch_row * 2 + 1, tl.max(l, axis=1), mask=valid)
+
+
+@triton.jit(do_not_specialize=["num_sequences", "max_rows"])
+def fold_kernel(
+    out_ptr, partial_ptr, partial_ml_ptr, query_start_ptr, context_len_ptr, num_sequences, max_rows, stride_out,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    SPLIT_KEYS: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """Left fold over the splits of one (row, query head), ascending."""
+    sequence = tl.program_id(0)
+    row = tl.program_id(1) // (NUM_KV_HEADS * GROUP)
+    head = tl.program_id(1) % (NUM_KV_HEADS * GROUP)
+    row_start = tl.load(query_start_ptr + sequence)
+    num_rows = tl.load(query_start_ptr + sequence + 1) - row_start
+    if (num_rows <= max_rows) & (row < num_rows):
+        splits = count_splits(query_start_ptr, context_len_ptr, num_sequences, max_rows, SPLIT_KEYS, BLOCK_B)
+        before = tl.sum(tl.where(tl.arange(0, BLOCK_B) < sequence, splits, 0), axis=0)
+        num_splits = tl.cdiv(tl.load(context_len_ptr + sequence), SPLIT_KEYS)
+        offs_d = tl.arange(0, BLOCK_D)
+        tile_row = row * GROUP + head % GROUP
+        M = tl.full((1,), float("-inf"), tl.float32)
+        L = tl.zeros((1,), tl.float32)
+        O = tl.zeros((1, BLOCK_D), tl.float32)
+        for split in tl.range(0, num_splits, num_stages=4):
+            item = (before + split) * NUM_KV_HEADS + head // GROUP
+            scratch_row = item.to(tl.int64) * (max_rows * GROUP) + tile_row
+            m = tl.load(partial_ml_ptr + scratch_row * 2 + tl.zeros((1,), tl.int32))
+            l = tl.load(partial_ml_ptr + scratch_row * 2 + 1 + tl.zeros((1,), tl.int32))
+            acc = tl.load(partial_ptr + scratch_row * D + offs_d[None, :], mask=(offs_d < D)[None, :], other=0.0)
+            M, L, O = fold(M, L, O, m, l, acc)
+        y = tl.math.div_rn(O, tl.broadcast_to(L[:, None], O.shape)) + 0.0
+        out_row = out_ptr + (row_start + row).to(tl.int64) * stride_out + head * D
+        tl.store(out_row + offs_d[None, :], y.to(out_ptr.dtype.element_ty), mask=(offs_d < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["num_sequences", "max_rows"])
+def prefill_kernel(
+    q_ptr, kv_ptr, kv_desc, out_ptr, query_start_ptr, context_len_ptr, table_ptr,
+    num_sequences, max_rows, scale_log2, stride_q, stride_out, stride_table, stride_block, stride_kv, stride_head,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_KV: tl.constexpr, SPLIT_KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_B: tl.constexpr, USE_TMA: tl.constexpr,
+):  # fmt: skip
+    """Many rows: one tile of (rows, GROUP query heads of one KV head) per program, all its splits in turn.
+
+    Serves sequences with more than max_rows rows. The last tiles of a sequence, which see the most
+    keys, start first.
+    """
+    ROWS_PER_TILE: tl.constexpr = BLOCK_ROWS // GROUP
+    sequences = tl.arange(0, BLOCK_B)
+    keep_sequence = sequences < num_sequences
+    first = tl.load(query_start_ptr + sequences, mask=keep_sequence, other=0)
+    last = tl.load(query_start_ptr + sequences + 1, mask=keep_sequence, other=0)
+    tiles = tl.where(last - first > max_rows, tl.cdiv(last - first, ROWS_PER_TILE), 0)
+    total = tl.sum(tiles, axis=0)
+    index = total - 1 - tl.program_id(0)
+    kv_head = tl.program_id(1)
+    if index >= 0:
+        sequence = find_item(tl.cumsum(tiles, axis=0), index)
+        tile = index - tl.sum(tl.where(sequences < sequence, tiles, 0), axis=0)
+        row_start = tl.load(query_start_ptr + sequence)
+        num_rows = tl.load(query_start_ptr + sequence + 1) - row_start
+        context = tl.load(context_len_ptr + sequence)
+
+        tile_row = tl.arange(0, BLOCK_ROWS)
+        offs_d = tl.arange(0, BLOCK_D)
+        row = tile * ROWS_PER_TILE + tile_row // GROUP
+        head = kv_head * GROUP + tile_row % GROUP
+        valid = (row < num_rows) & (tile_row < ROWS_PER_TILE * GROUP)
+        q_ptrs = q_ptr + (row_start + row).to(tl.int64)[:, None] * stride_q + head[:, None] * D + offs_d[None, :]
+        q = tl.load(q_ptrs, mask=valid[:, None] & (offs_d < D)[None, :], other=0.0)
+        first_pos = context - num_rows + tile * ROWS_PER_TILE
+        q_pos = first_pos + tl.minimum(tile_row // GROUP, num_rows - 1 - tile * ROWS_PER_TILE)
+        key_stop = tl.minimum(first_pos + ROWS_PER_TILE, context)
+        full_stop = (first_pos + 1) // BLOCK_KV * BLOCK_KV
+
+        M = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+        L = tl.zeros((BLOCK_ROWS,), tl.float32)
+        O = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
+        m = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+        l = tl.zeros((BLOCK_ROWS, 16), tl.float32)
+        acc = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
+        head_ptr = kv_ptr + kv_head * stride_head
+        sequence_table = table_ptr + sequence.to(tl.int64) * stride_table
+        for start in tl.range(0, full_stop, BLOCK_KV):
+            if USE_TMA:
+                block = tl.load(sequence_table + start // BLOCK_SIZE)
+                place = block * (stride_block // D) + kv_head * (stride_head // D) + start % BLOCK_SIZE
+                k = kv_desc.load([place, 0]).T
+                v = kv_desc.load([place + stride_kv // D, 0])
+                key_pos = start + tl.arange(0, BLOCK_KV)
+            else:
+                k, v, key_pos = load_block(
+                    head_ptr, sequence_table, start, key_stop, stride_block, stride_kv, D, BLOCK_D, BLOCK_KV,
+                    BLOCK_SIZE, False,
+                )  # fmt: skip
+            m, l, acc = block_step(q, k, v, q_pos, key_pos, m, l, acc, scale_log2, False)
+            if (start + BLOCK_KV) % SPLIT_KEYS == 0:
+                M, L, O = fold(M, L, O, m, tl.max(l, axis=1), acc)
+                m = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+                l = tl.zeros((BLOCK_ROWS, 16), tl.float32)
+                acc = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
+        for start in tl.range(full_stop, key_stop, BLOCK_KV, num_stages=1):
+            k, v, key_pos = load_block(
+                head_ptr, sequence_table, start, context, stride_block, stride_kv, D, BLOCK_D, BLOCK_KV, BLOCK_SIZE, True
+            )
+            m, l, acc = block_step(q, k, v, q_pos, key_pos, m, l, acc, scale_log2, True)
+            if (start + BLOCK_KV) % SPLIT_KEYS == 0:
+                M, L, O = fold(M, L, O, m, tl.max(l, axis=1), acc)
+                m = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+                l = tl.zeros((BLOCK_ROWS, 16), tl.float32)
+                acc = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
+        M, L, O = fold(M, L, O, m, tl.max(l, axis=1), acc)
+        y = tl.math.div_rn(O, tl.broadcast_to(L[:, None], O.shape)) + 0.0
+        out_ptrs = out_ptr + (row_start + row).to(tl.int64)[:, None] * stride_out + head[:, None] * D + offs_d[None, :]
+        tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=valid[:, None] & (offs_d < D)[None, :])

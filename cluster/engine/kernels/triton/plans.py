@@ -1,0 +1,53 @@
+"""How a kernel is launched for a shape: tiles, warps, pipeline depth. Data, chosen by measurement.
+
+A plan never decides bits: every plan of an operation was admitted against the reference. What does
+decide bits is here as constants, a function of the model alone: `SPLIT_KEYS` and `block_kv`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+SPLIT_KEYS = 512  # keys per attention split, counted from position 0
+VOCABULARY_CHUNK = 4096  # logits per partial sum of exponentials, counted from id 0
+
+
+def block_kv(head_size: int) -> int:
+    """Keys per online-softmax block; part of the canonical order."""
+    return 64
+
+
+class LinearPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One way to compute a GEMM. `swap` puts the weight on the wide side of the instruction (few rows)."""
+
+    kind: Literal["chain", "tma", "cublaslt"] = "chain"
+    block_m: int = 64
+    block_n: int = 64
+    block_k: int = 64
+    num_warps: int = 4
+    num_stages: int = 3
+    group_m: int = 8
+    swap: bool = False
+    evict_first: bool = False  # chain: do not keep weights in L2
+    persistent: bool = True  # tma: as many programs as multiprocessors
+    flatten: bool = False  # tma: overlap a tile's store with the next tile's loads
+    warp_specialize: bool = False
+    store_parts: Literal[1, 2] = 1
+
+
+REFERENCE_LINEAR = LinearPlan(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=1)
+
+
+class AttentionPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Tiles of the two attention paths."""
+
+    split_block_rows: int = 16  # rows x grouped heads of a sequence served by the split kernels
+    split_num_warps: int = 4
+    split_num_stages: int = 3
+    split_programs_per_multiprocessor: int = 2
+    prefill_block_rows: int = 64
+    prefill_num_warps: int = 4
+    prefill_num_stages: int = 3
+    prefill_use_tma: bool = False
