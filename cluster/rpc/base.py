@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
+import msgspec
+
 from cluster.types import PrefillResult, PrefillStarted, Request, Role, TokenChunk, WorkerInfo, WorkerLoad
 
 PrefillEvent = PrefillStarted | PrefillResult
@@ -36,6 +38,11 @@ class WorkerConnection(Protocol):
     @property
     def is_ready(self) -> bool:
         """Connected, introduced, not draining."""
+        ...
+
+    @property
+    def last_error(self) -> str:
+        """Why there is no connection (for logs and /health); empty while there is one."""
         ...
 
     def prefill(self, request: Request) -> AsyncIterator[PrefillEvent]:
@@ -76,3 +83,36 @@ class WorkerService(Protocol):
         ...
 
     def release(self, request_id: str, attempt: int) -> None: ...
+
+
+class Inspection(msgspec.Struct, frozen=True, kw_only=True):
+    """A worker's block accounting between two steps, and the KV digests of a cached prompt.
+
+    Every block is exactly one of free (cached, but unowned included), owned by a running sequence,
+    leased to a peer, or draining (an aborted transfer may still write it).
+    """
+
+    num_blocks: int
+    num_free: int
+    num_owned: int
+    num_leased: int = 0
+    num_draining: int = 0
+    num_requests: int = 0
+    num_leases: int = 0
+    integrity_error: str = ""  # empty: check_integrity() holds
+    num_digest_tokens: int = 0  # whole blocks only
+    kv_digests: tuple[int, ...] = ()  # uint64 per KV head, over all layers and num_digest_tokens tokens
+
+
+class WorkerAdmin(Protocol):
+    """What operators and tools ask of a worker process; also offered to `server.py`."""
+
+    @property
+    def is_draining(self) -> bool: ...
+
+    def drain(self, timeout_s: float | None) -> int:
+        """Refuse new requests from now on; cancel what still runs after `timeout_s` (None: the worker's
+        own bound). Returns the number of requests that run now. Idempotent."""
+        ...
+
+    async def inspect(self, token_ids: tuple[int, ...], cache_salt: bytes) -> Inspection: ...

@@ -1,0 +1,218 @@
+"""One router's session with this worker, the server's side.
+
+The sinks of all requests write into `_Pending`; whenever the stream takes another frame, everything
+that has gathered becomes one. In the normal case that is one frame per engine step; while the router
+reads slowly, chunks of the same request are merged, and beyond a bound the session is ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import grpc.aio
+
+from cluster.errors import InvalidRequest, Overloaded, TandemError
+from cluster.rpc import convert, limits
+from cluster.rpc.base import WorkerAdmin, WorkerService
+from cluster.rpc.pb.serving.v1 import worker_pb2
+from cluster.types import FinishReason, PrefillResult, PrefillStarted, RequestError, TokenChunk
+
+_Key = tuple[str, int]
+_Event = PrefillStarted | PrefillResult | TokenChunk
+_Context = grpc.aio.ServicerContext[worker_pb2.RouterFrame, worker_pb2.WorkerFrame]
+
+
+class _SessionEnded(Exception):
+    """Leaves the session's task group; the text is for the router."""
+
+    def __init__(self, status: grpc.StatusCode, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+class Session:
+    """Lives as long as one `Session` call."""
+
+    def __init__(self, service: WorkerService, admin: WorkerAdmin) -> None:
+        self._service = service
+        self._admin = admin
+        self._running: set[_Key] = set()
+        self._pending = _Pending()
+        self._silent_ticks = 0
+
+    async def serve(self, context: _Context) -> None:
+        """Until the router leaves, falls silent or breaks a rule. Cancels what still runs on the way out."""
+        ended: _SessionEnded | None = None
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._read_frames(context))
+                group.create_task(self._write_frames(context))
+                group.create_task(self._tick())
+        except* _SessionEnded as endings:
+            first = endings.exceptions[0]
+            assert isinstance(first, _SessionEnded)
+            ended = first
+        finally:
+            for key in tuple(self._running):
+                self._service.cancel(*key)
+        if ended is not None and ended.status is not grpc.StatusCode.OK:
+            await context.abort(ended.status, str(ended))
+
+    async def _read_frames(self, context: _Context) -> None:
+        first = await context.read()
+        if not isinstance(first, worker_pb2.RouterFrame):
+            raise _SessionEnded(grpc.StatusCode.OK, "")
+        if first.protocol_version != limits.PROTOCOL_VERSION:
+            reason = f"protocol version {first.protocol_version}, this worker speaks {limits.PROTOCOL_VERSION}"
+            raise _SessionEnded(grpc.StatusCode.FAILED_PRECONDITION, reason)
+        frame = first
+        while True:
+            self._silent_ticks = 0
+            for submit in frame.submits:
+                self._submit(submit)
+            for ref in frame.cancels:
+                self._service.cancel(ref.request_id, ref.attempt)
+            for ref in frame.releases:
+                self._service.release(ref.request_id, ref.attempt)
+            frame = await context.read()
+            if not isinstance(frame, worker_pb2.RouterFrame):
+                raise _SessionEnded(grpc.StatusCode.OK, "")
+
+    def _submit(self, submit: worker_pb2.Submit) -> None:
+        """Hand over to the worker; what cannot be accepted is answered with a terminal event."""
+        key = (submit.request.request_id, submit.request.attempt)
+        try:
+            request = convert.request_from_pb(submit.request)
+            if key in self._running:
+                raise InvalidRequest(f"request {key[0]} attempt {key[1]} is already running", param="request_id")
+            if len(self._running) >= limits.MAX_REQUESTS_PER_SESSION:
+                raise Overloaded(f"a session carries at most {limits.MAX_REQUESTS_PER_SESSION} requests")
+            self._service.submit(request, submit.kv if submit.HasField("kv") else None, self._sink)
+        except TandemError as refusal:
+            self._pending.add(_refused(key, refusal))
+        else:
+            self._running.add(key)
+
+    def _sink(self, event: _Event) -> None:
+        match event:
+            case PrefillResult(first=chunk):
+                self._running.discard((chunk.request_id, chunk.attempt))
+            case TokenChunk(finish_reason=FinishReason()):
+                self._running.discard((event.request_id, event.attempt))
+        self._pending.add(event)
+
+    async def _write_frames(self, context: _Context) -> None:
+        frame = worker_pb2.WorkerFrame(hello=convert.info_to_pb(self._service.info()))
+        while True:
+            frame.load.CopyFrom(convert.load_to_pb(self._service.load()))
+            frame.draining = self._admin.is_draining
+            await context.write(frame)
+            await self._pending.wake.wait()
+            frame = worker_pb2.WorkerFrame(events=map(_event_to_pb, self._pending.take()))
+
+    async def _tick(self) -> None:
+        """A heartbeat when there is nothing else to write; notices a router that is silent or stuck."""
+        while True:
+            await asyncio.sleep(limits.HEARTBEAT_S)
+            self._silent_ticks += 1
+            if self._silent_ticks >= 2 * limits.MAX_SILENT_TICKS:
+                raise _SessionEnded(grpc.StatusCode.DEADLINE_EXCEEDED, "the router fell silent")
+            if self._pending.num_entries > limits.MAX_PENDING_ENTRIES:
+                raise _SessionEnded(grpc.StatusCode.RESOURCE_EXHAUSTED, "the router reads too slowly")
+            self._pending.wake.set()
+
+
+class _Pending:
+    """Events that wait for the stream, in order; at most one unfinished chunk per request."""
+
+    def __init__(self) -> None:
+        self.wake = asyncio.Event()
+        self.num_entries = 0
+        self._events: list[_Event] = []
+        self._chunk_at: dict[_Key, int] = {}  # index in _events of the request's chunk
+
+    def add(self, event: _Event) -> None:
+        self.wake.set()
+        if isinstance(event, TokenChunk):
+            key = (event.request_id, event.attempt)
+            at = self._chunk_at.get(key)
+            if at is not None:
+                earlier = self._events[at]
+                assert isinstance(earlier, TokenChunk)
+                merged = self._events[at] = _merge(earlier, event)
+                self.num_entries += _num_entries(merged) - _num_entries(earlier)
+                return
+            self._chunk_at[key] = len(self._events)
+        self._events.append(event)
+        self.num_entries += _num_entries(event)
+
+    def take(self) -> list[_Event]:
+        """Everything, up to MAX_FRAME_ENTRIES (or one event); the rest stays and wakes the writer again."""
+        count, entries = 0, 0
+        for event in self._events:
+            entries += _num_entries(event)
+            if count and entries > limits.MAX_FRAME_ENTRIES:
+                entries -= _num_entries(event)
+                break
+            count += 1
+        taken, self._events = self._events[:count], self._events[count:]
+        self.num_entries -= entries
+        self._chunk_at = {
+            (event.request_id, event.attempt): at
+            for at, event in enumerate(self._events)
+            if isinstance(event, TokenChunk)
+        }
+        self.wake.clear()
+        if self._events:
+            self.wake.set()
+        return taken
+
+
+def _merge(earlier: TokenChunk, later: TokenChunk) -> TokenChunk:
+    """Two consecutive chunks of one request as one."""
+    assert earlier.finish_reason is None, "nothing follows a terminal chunk"
+    assert later.index == earlier.index + len(earlier.token_ids) or not later.token_ids
+    return TokenChunk(
+        request_id=earlier.request_id,
+        attempt=earlier.attempt,
+        index=earlier.index,
+        token_ids=earlier.token_ids + later.token_ids,
+        logprobs=earlier.logprobs + later.logprobs,
+        finish_reason=later.finish_reason,
+        stop_token_id=later.stop_token_id,
+        error=later.error,
+        num_cached_tokens=earlier.num_cached_tokens,
+    )
+
+
+def _num_entries(event: _Event) -> int:
+    """Size of an event in tokens and alternatives, at least 1."""
+    match event:
+        case PrefillStarted():
+            return 1
+        case PrefillResult(prompt_logprobs=prompt):
+            return 1 + sum(1 + len(entry.top) for entry in prompt if entry is not None)
+        case TokenChunk():
+            return 1 + len(event.token_ids) + sum(1 + len(entry.top) for entry in event.logprobs)
+
+
+def _event_to_pb(event: _Event) -> worker_pb2.Event:
+    match event:
+        case TokenChunk():
+            return worker_pb2.Event(chunk=convert.chunk_to_pb(event))
+        case PrefillStarted():
+            return worker_pb2.Event(prefill_started=convert.started_to_pb(event))
+        case PrefillResult():
+            return worker_pb2.Event(prefill_result=convert.result_to_pb(event))
+
+
+def _refused(key: _Key, refusal: TandemError) -> TokenChunk:
+    return TokenChunk(
+        request_id=key[0],
+        attempt=key[1],
+        index=0,
+        token_ids=(),
+        finish_reason=FinishReason.ERROR,
+        error=RequestError(code=refusal.code, message=refusal.message),
+    )

@@ -1,0 +1,284 @@
+"""Client and server over a real socket, with a fake worker behind them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import grpc.aio
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from cluster.errors import InvalidRequest, StartupError, WorkerLost
+from cluster.rpc import limits
+from cluster.rpc.base import EventSink, Inspection
+from cluster.rpc.client import Connection, connect
+from cluster.rpc.server import WorkerServer
+from cluster.rpc.session import _merge, _Pending
+from cluster.types import (
+    FinishReason,
+    PrefillResult,
+    PrefillStarted,
+    Request,
+    Role,
+    SamplingParams,
+    TokenChunk,
+    WorkerInfo,
+    WorkerLoad,
+)
+
+
+class FakeWorker:
+    """Remembers what it was told; a test feeds the sinks."""
+
+    is_draining = False
+
+    def __init__(self, role: Role = Role.DECODE, engine_id: str = "engine-1") -> None:
+        self.role, self.engine_id = role, engine_id
+        self.sinks: dict[tuple[str, int], EventSink] = {}
+        self.handles: dict[str, bytes | None] = {}
+        self.cancelled: list[tuple[str, int]] = []
+        self.released: list[tuple[str, int]] = []
+
+    def info(self) -> WorkerInfo:
+        return WorkerInfo(
+            engine_id=self.engine_id,
+            role=self.role,
+            model_name="m",
+            model_digest="d",
+            numeric_fingerprint="f",
+            max_model_len=100,
+            vocab_size=10,
+            block_size=16,
+            num_blocks=4,
+        )
+
+    def load(self) -> WorkerLoad:
+        return WorkerLoad(num_running=len(self.sinks), num_waiting=0, num_free_blocks=4, num_blocks=4)
+
+    def submit(self, request: Request, kv: bytes | None, sink: EventSink) -> None:
+        if request.tenant == "refused":
+            raise InvalidRequest("no such tenant", param="tenant")
+        self.sinks[request.request_id, request.attempt] = sink
+        self.handles[request.request_id] = kv
+
+    def cancel(self, request_id: str, attempt: int) -> None:
+        self.cancelled.append((request_id, attempt))
+
+    def release(self, request_id: str, attempt: int) -> None:
+        self.released.append((request_id, attempt))
+
+    def drain(self, timeout_s: float | None) -> int:
+        self.is_draining = True
+        return len(self.sinks)
+
+    async def inspect(self, token_ids: tuple[int, ...], cache_salt: bytes) -> Inspection:
+        return Inspection(num_blocks=4, num_free=4, num_owned=0, num_digest_tokens=len(token_ids))
+
+
+def make_request(request_id: str = "r1", tenant: str = "", num_tokens: int = 3) -> Request:
+    sampling = SamplingParams(max_tokens=8, seed=1)
+    return Request(request_id=request_id, token_ids=(1,) * num_tokens, sampling=sampling, tenant=tenant)
+
+
+def make_chunk(index: int, *tokens: int, request_id: str = "r1", finish: FinishReason | None = None) -> TokenChunk:
+    return TokenChunk(request_id=request_id, attempt=0, index=index, token_ids=tokens, finish_reason=finish)
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110  # the state of another object is awaited
+            await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def connected(worker: FakeWorker) -> AsyncIterator[tuple[Connection, WorkerServer, str]]:
+    async with WorkerServer(worker, worker) as server:
+        address = await server.listen("127.0.0.1", 0)
+        connection = connect(address, worker.role)
+        try:
+            await until(lambda: connection.is_ready)
+            yield connection, server, address
+        finally:
+            await connection.close()
+
+
+async def test_decode_streams_in_order_and_the_handle_arrives() -> None:
+    worker = FakeWorker()
+    async with connected(worker) as (connection, _, _):
+        assert connection.info is not None
+        assert connection.info.engine_id == "engine-1"
+        stream = connection.decode(make_request(), b"handle")
+        first = asyncio.ensure_future(anext(stream))
+        await until(lambda: bool(worker.sinks))
+        assert worker.handles["r1"] == b"handle"
+        sink = worker.sinks["r1", 0]
+        sink(make_chunk(0, 5))
+        assert (await first).token_ids == (5,)
+        sink(make_chunk(1, 6, 7))
+        sink(make_chunk(3, 8, finish=FinishReason.LENGTH))
+        rest = [chunk async for chunk in stream]
+        assert [token for chunk in rest for token in chunk.token_ids] == [6, 7, 8]
+        assert rest[-1].finish_reason is FinishReason.LENGTH
+    assert worker.cancelled == []
+
+
+async def test_prefill_yields_started_then_result_and_release_arrives() -> None:
+    worker = FakeWorker(Role.PREFILL)
+    async with connected(worker) as (connection, _, _):
+        stream = connection.prefill(make_request())
+        started = asyncio.ensure_future(anext(stream))
+        await until(lambda: bool(worker.sinks))
+        sink = worker.sinks["r1", 0]
+        sink(PrefillStarted(request_id="r1", attempt=0, kv=b"sealed"))
+        assert (await started) == PrefillStarted(request_id="r1", attempt=0, kv=b"sealed")
+        result = PrefillResult(first=make_chunk(0, 4), kv=b"sealed")
+        sink(result)
+        assert [event async for event in stream] == [result]
+        connection.release("r1", 0)
+        await until(lambda: worker.released == [("r1", 0)])
+
+
+async def test_a_terminal_chunk_of_a_prefill_becomes_its_result() -> None:
+    worker = FakeWorker(Role.PREFILL)
+    async with connected(worker) as (connection, _, _):
+        events = [event async for event in connection.prefill(make_request(tenant="refused"))]
+    assert len(events) == 1
+    assert isinstance(events[0], PrefillResult)
+    error = events[0].first.error
+    assert error is not None
+    assert error.code == "invalid_request"
+
+
+async def test_leaving_the_iterator_cancels_on_the_worker() -> None:
+    worker = FakeWorker()
+    async with connected(worker) as (connection, _, _):
+        stream = connection.decode(make_request(), None)
+        task = asyncio.ensure_future(anext(stream))
+        await until(lambda: bool(worker.sinks))
+        worker.sinks["r1", 0](make_chunk(0, 5))
+        await task
+        await stream.aclose()
+        await until(lambda: worker.cancelled == [("r1", 0)])
+        worker.sinks["r1", 0](make_chunk(1, 6))  # in flight already: dropped, harms nobody
+        other = asyncio.ensure_future(anext(connection.decode(make_request("r2"), None)))
+        await until(lambda: ("r2", 0) in worker.sinks)
+        worker.sinks["r2", 0](make_chunk(0, 9, request_id="r2", finish=FinishReason.STOP))
+        assert (await other).token_ids == (9,)
+
+
+async def test_a_lost_worker_fails_each_iterator_once_and_a_new_one_is_found() -> None:
+    worker = FakeWorker()
+    async with connected(worker) as (connection, server, address):
+        streams = [connection.decode(make_request(name), None) for name in ("a", "b")]
+        tasks = [asyncio.ensure_future(anext(stream)) for stream in streams]
+        await until(lambda: len(worker.sinks) == 2)
+        await server.close()
+        for task in tasks:
+            with pytest.raises(WorkerLost):
+                await task
+        for stream in streams:
+            assert [chunk async for chunk in stream] == []  # raised once, then it is over
+        assert not connection.is_ready
+        with pytest.raises(WorkerLost):
+            await anext(connection.decode(make_request("c"), None))
+        successor = FakeWorker(engine_id="engine-2")
+        async with WorkerServer(successor, successor) as restarted:
+            await restarted.listen("127.0.0.1", int(address.rpartition(":")[2]))
+            await until(lambda: connection.is_ready)
+            assert connection.info is not None
+            assert connection.info.engine_id == "engine-2"
+    assert sorted(worker.cancelled) == [("a", 0), ("b", 0)]
+
+
+async def test_closing_the_connection_cancels_its_requests() -> None:
+    worker = FakeWorker()
+    async with connected(worker) as (connection, _, _):
+        task = asyncio.ensure_future(anext(connection.decode(make_request(), None)))
+        await until(lambda: bool(worker.sinks))
+        await connection.close()
+        with pytest.raises(WorkerLost):
+            await task
+        await until(lambda: worker.cancelled == [("r1", 0)])
+
+
+async def test_a_silent_worker_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accepts TCP connections and says nothing, like a stopped process."""
+    monkeypatch.setattr(limits, "HEARTBEAT_S", 0.02)
+    silent = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
+    port = silent.sockets[0].getsockname()[1]
+    connection = connect(f"127.0.0.1:{port}", Role.DECODE)
+    await until(lambda: "nothing heard" in connection.last_error)
+    await connection.close()
+    silent.close()
+
+
+async def test_a_worker_of_the_wrong_role_is_not_ready() -> None:
+    worker = FakeWorker(Role.PREFILL)
+    async with WorkerServer(worker, worker) as server:
+        connection = connect(await server.listen("127.0.0.1", 0), Role.DECODE)
+        await until(lambda: "expected a decode worker" in connection.last_error)
+        assert not connection.is_ready
+        await connection.close()
+
+
+async def test_draining_is_seen_by_the_router_and_by_health_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "HEARTBEAT_S", 0.05)
+    worker = FakeWorker()
+    async with connected(worker) as (connection, server, address), grpc.aio.insecure_channel(address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest(service=limits.SERVICE_NAME)
+        assert (await health.Check(request)).status == health_pb2.HealthCheckResponse.SERVING
+        worker.drain(None)
+        await server.set_serving(False)
+        await until(lambda: not connection.is_ready)
+        assert (await health.Check(request)).status == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def test_a_taken_port_is_named() -> None:
+    worker = FakeWorker()
+    async with WorkerServer(worker, worker) as first, WorkerServer(worker, worker) as second:
+        address = await first.listen("127.0.0.1", 0)
+        port = int(address.rpartition(":")[2])
+        with pytest.raises(StartupError, match=str(port)):
+            await second.listen("127.0.0.1", port)
+
+
+async def test_many_large_requests_are_split_into_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_FRAME_ENTRIES", 1000)
+    worker = FakeWorker()
+    async with connected(worker) as (connection, _, _):
+        streams = [connection.decode(make_request(f"r{at}", num_tokens=700), None) for at in range(20)]
+        tasks = [asyncio.ensure_future(anext(stream)) for stream in streams]
+        await until(lambda: len(worker.sinks) == 20)
+        for (request_id, _), sink in worker.sinks.items():
+            sink(make_chunk(0, 1, request_id=request_id, finish=FinishReason.STOP))
+        assert all(chunk.finish_reason for chunk in await asyncio.gather(*tasks))
+
+
+def test_pending_chunks_of_one_request_are_merged_in_order() -> None:
+    pending = _Pending()
+    pending.add(make_chunk(0, 1))
+    pending.add(make_chunk(0, 7, request_id="r2"))
+    pending.add(make_chunk(1, 2, 3))
+    pending.add(make_chunk(3, finish=FinishReason.STOP))
+    taken = pending.take()
+    assert taken == [make_chunk(0, 1, 2, 3, finish=FinishReason.STOP), make_chunk(0, 7, request_id="r2")]
+    assert pending.take() == []
+    assert pending.num_entries == 0
+    with pytest.raises(AssertionError):
+        _merge(make_chunk(0, 1), make_chunk(2, 2))  # a gap
+
+
+def test_pending_is_cut_at_the_frame_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_FRAME_ENTRIES", 4)
+    pending = _Pending()
+    for name in ("a", "b", "c"):
+        pending.add(make_chunk(0, 1, 2, request_id=name))
+    assert [event.request_id for event in pending.take() if isinstance(event, TokenChunk)] == ["a"]
+    pending.add(make_chunk(2, 3, request_id="b"))
+    rest = []
+    while pending.wake.is_set():
+        rest += pending.take()
+    assert rest == [make_chunk(0, 1, 2, 3, request_id="b"), make_chunk(0, 1, 2, request_id="c")]
