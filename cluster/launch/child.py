@@ -17,10 +17,10 @@ PR_SET_PDEATHSIG = 1
 def main(arguments: list[str]) -> None:
     parent_pid, *command = arguments
     if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     if os.getppid() != int(parent_pid):  # it died before the call above
         sys.exit(1)
-    os.execv(sys.executable, [sys.executable, "-m", *command])
+    os.execv(sys.executable, [sys.executable, "-P", "-m", *command])
 
 
 if __name__ == "__main__":

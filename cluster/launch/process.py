@@ -56,6 +56,7 @@ class ManagedProcess:
         try:
             child = await asyncio.create_subprocess_exec(
                 sys.executable,
+                "-P",  # no module is taken from the current directory
                 "-m",
                 "cluster.launch.child",
                 str(os.getpid()),

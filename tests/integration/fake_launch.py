@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from pathlib import Path
 
 from rich.console import Console
 
@@ -18,6 +19,7 @@ def spec(name: str, behaviour: str, stop_order: int = 1) -> ProcessSpec:
     return ProcessSpec(
         name=name,
         command=("tests.integration.fake_process", *behaviour.split(":", 1)),
+        environment={"PYTHONPATH": str(Path(__file__).parents[2])},
         stop_order=stop_order,
     )
 
