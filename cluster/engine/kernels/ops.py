@@ -118,3 +118,11 @@ class Ops(Protocol):
         """fp32 logits -> (max (T,), logsumexp (T,)) fp32, fixed order per row. NaN propagates, so
         `isnan(logsumexp)` detects a broken row."""
         ...
+
+    def softmax(self, logits_TV: torch.Tensor) -> torch.Tensor:
+        """(T, V) fp32 probabilities of fp32 logits, fixed order per row; -inf gives exactly 0."""
+        ...
+
+    def argmax(self, logits_TV: torch.Tensor) -> torch.Tensor:
+        """(T,) int64 position of each row's maximum; ties go to the lower id, NaN counts as -inf."""
+        ...

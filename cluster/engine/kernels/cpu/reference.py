@@ -1,0 +1,224 @@
+"""Every operation written in `arithmetic.py`: the definition of right, and the fallback when a machine
+has no compiler. Slow, and row-invariant by construction."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from cluster.engine.kernels.cpu.arithmetic import SPLIT, InstructionClass, dot_chain, exp, row_sum, silu_mul
+from cluster.engine.kernels.ops import AttentionMetadata, LinearWeight
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceWeight:
+    """The weight as it came."""
+
+    weight_NK: torch.Tensor
+
+    @property
+    def out_features(self) -> int:
+        return self.weight_NK.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.weight_NK.shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.weight_NK.nbytes
+
+
+class ReferenceOps:
+    """The operations of `Ops` for one instruction class, one rounding at a time."""
+
+    residual_dtype = torch.float32
+
+    def __init__(self, instructions: InstructionClass) -> None:
+        self.instructions = instructions
+        self.name = f"cpu:{instructions.value}:reference"
+
+    def pack_linear(self, weight_NK: torch.Tensor) -> ReferenceWeight:
+        return ReferenceWeight(weight_NK.to(torch.bfloat16).contiguous())
+
+    def linear(
+        self,
+        x_TK: torch.Tensor,
+        weight: LinearWeight,
+        bias_N: torch.Tensor | None = None,
+        *,
+        out_dtype: torch.dtype = torch.bfloat16,
+    ) -> torch.Tensor:
+        assert isinstance(weight, ReferenceWeight)
+        y_TN = dot_chain(x_TK, weight.weight_NK, self.instructions)
+        if bias_N is not None:
+            y_TN = y_TN + bias_N.float()
+        return y_TN.to(out_dtype)
+
+    def linear_silu_mul(self, x_TK: torch.Tensor, gate_up: LinearWeight) -> torch.Tensor:
+        gate, up = self.linear(x_TK, gate_up, out_dtype=torch.float32).chunk(2, dim=1)
+        return silu_mul(gate, up).bfloat16()
+
+    def embedding(self, token_ids_T: torch.Tensor, table_VK: torch.Tensor) -> torch.Tensor:
+        return table_VK[token_ids_T].float()
+
+    def rms_norm(self, x_TK: torch.Tensor, weight_K: torch.Tensor, eps: float) -> torch.Tensor:
+        return _normalise(x_TK.float(), weight_K, eps).bfloat16()
+
+    def add_rms_norm(
+        self, residual_TK: torch.Tensor, update_TK: torch.Tensor, weight_K: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        residual_TK += update_TK.float()
+        return self.rms_norm(residual_TK, weight_K, eps)
+
+    def rope_and_cache(
+        self,
+        qkv_TC: torch.Tensor,
+        kv_N2GSD: torch.Tensor,
+        metadata: AttentionMetadata,
+        cos_sin_PD: torch.Tensor,
+        num_heads: int,
+        q_norm_D: torch.Tensor | None = None,
+        k_norm_D: torch.Tensor | None = None,
+        norm_eps: float = 0.0,
+    ) -> torch.Tensor:
+        num_kv_heads, block_size, head_size = kv_N2GSD.shape[2:]
+        heads_THD = qkv_TC.float().view(len(qkv_TC), -1, head_size)
+        q, k, v = torch.split(heads_THD, [num_heads, num_kv_heads, num_kv_heads], dim=1)
+        if q_norm_D is not None:
+            q = _normalise(q.flatten(0, 1), q_norm_D, norm_eps).view_as(q)
+        if k_norm_D is not None:
+            k = _normalise(k.flatten(0, 1), k_norm_D, norm_eps).view_as(k)
+        cos_sin = cos_sin_PD[metadata.positions]
+        q, k = _rotate(q, cos_sin).bfloat16(), _rotate(k, cos_sin).bfloat16()
+        is_stored = metadata.slot_mapping >= 0
+        slots = metadata.slot_mapping[is_stored]
+        blocks, offsets = slots // block_size, slots % block_size
+        kv_N2GSD[blocks, 0, :, offsets] = k[is_stored]
+        kv_N2GSD[blocks, 1, :, offsets] = v[is_stored].bfloat16()
+        return q
+
+    def attention(
+        self, q_THD: torch.Tensor, kv_N2GSD: torch.Tensor, metadata: AttentionMetadata, scale: float
+    ) -> torch.Tensor:
+        out_THD = torch.zeros_like(q_THD)
+        block_size = kv_N2GSD.shape[3]
+        starts = metadata.query_start.tolist()
+        for sequence, context_len in enumerate(metadata.context_len.tolist()):
+            first, last = starts[sequence], starts[sequence + 1]
+            if first == last:
+                continue
+            blocks = metadata.block_table[sequence, : -(-context_len // block_size)].long()
+            keys, values = kv_N2GSD[blocks].permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :context_len]
+            first_position = context_len - (last - first)
+            out_THD[first:last] = self._attend_sequence(q_THD[first:last], keys, values, first_position, scale)
+        return out_THD.flatten(1, 2)
+
+    def _attend_sequence(
+        self, q_THD: torch.Tensor, keys_GCD: torch.Tensor, values_GCD: torch.Tensor, first: int, scale: float
+    ) -> torch.Tensor:
+        """Rows at positions first, first + 1 ...; C keys, the last row sees them all."""
+        num_rows, num_heads, _ = q_THD.shape
+        if num_rows > 1 and not values_GCD[:, first:].isfinite().all():
+            # 0 * inf is NaN: a row must not meet the values of later positions, not even with weight 0.
+            rows = [
+                self._attend_sequence(q[None], keys_GCD[:, : p + 1], values_GCD[:, : p + 1], p, scale)
+                for p, q in enumerate(q_THD, start=first)
+            ]
+            return torch.cat(rows)
+        heads_per_kv_head = num_heads // len(keys_GCD)
+        positions = torch.arange(first, first + num_rows).repeat_interleave(heads_per_kv_head)
+        out = []
+        for kv_head, (keys, values) in enumerate(zip(keys_GCD, values_GCD, strict=True)):
+            heads = q_THD[:, kv_head * heads_per_kv_head : (kv_head + 1) * heads_per_kv_head]
+            rows_RD = self._attend_head(heads.flatten(0, 1), keys, values, positions, scale)
+            out.append(rows_RD.view(num_rows, heads_per_kv_head, -1))
+        return torch.cat(out, dim=1)
+
+    def _attend_head(
+        self,
+        q_RD: torch.Tensor,
+        keys_CD: torch.Tensor,
+        values_CD: torch.Tensor,
+        positions_R: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        best = total = weighted = torch.empty(0)
+        for start in range(0, len(keys_CD), SPLIT):
+            end = min(start + SPLIT, len(keys_CD))
+            is_visible = torch.arange(start, end) <= positions_R[:, None]
+            scores = dot_chain(keys_CD[start:end], q_RD, self.instructions).t() * scale
+            part = self._attend_split(scores, values_CD[start:end], is_visible)
+            if start == 0:
+                best, total, weighted = part
+                continue
+            joined = _merge((best, total, weighted), part)
+            reaches = (positions_R >= start)[:, None]
+            best, total, weighted = (
+                torch.where(reaches, new, old) for new, old in zip(joined, (best, total, weighted), strict=True)
+            )
+        return (weighted / total).bfloat16()
+
+    def _attend_split(
+        self, scores_RC: torch.Tensor, values_CD: torch.Tensor, is_visible_RC: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(maximum (R, 1), sum of weights (R, 1), weighted values (R, D)) of one split."""
+        lowest = torch.full_like(scores_RC, -torch.inf)
+        best = torch.where(is_visible_RC, scores_RC, lowest).amax(dim=1, keepdim=True)
+        shift = torch.where(best == -torch.inf, torch.zeros_like(best), best)
+        weights = torch.where(is_visible_RC, exp(scores_RC - shift), torch.zeros_like(scores_RC))
+        total = torch.zeros_like(best)
+        for key in range(weights.shape[1]):
+            total = total + weights[:, key : key + 1]
+        # + 0 turns -0 into +0: a row must not show how many masked keys followed in its tile.
+        weighted = dot_chain(weights.bfloat16(), values_CD.t(), self.instructions) + 0.0
+        return best, total, weighted
+
+    def log_softmax_stats(self, logits_TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        best, total = _softmax_parts(logits_TV)
+        logs = [_log(value) for value in total[:, 0].tolist()]
+        return best[:, 0], (best[:, 0].double() + torch.tensor(logs, dtype=torch.float64)).float()
+
+    def softmax(self, logits_TV: torch.Tensor) -> torch.Tensor:
+        best, total = _softmax_parts(logits_TV)
+        return exp(logits_TV - _shift(best)) / total
+
+    def argmax(self, logits_TV: torch.Tensor) -> torch.Tensor:
+        lowest = torch.full_like(logits_TV, -torch.inf)
+        return torch.where(logits_TV.isnan(), lowest, logits_TV).argmax(dim=1)
+
+
+def _log(value: float) -> float:
+    return math.log(value) if 0 < value < math.inf else (-math.inf if value == 0 else value)
+
+
+def _normalise(x_TK: torch.Tensor, weight_K: torch.Tensor, eps: float) -> torch.Tensor:
+    mean = row_sum(x_TK * x_TK) / x_TK.shape[1]
+    return x_TK * (1.0 / (mean + eps).sqrt()) * weight_K.float()
+
+
+def _rotate(x_THD: torch.Tensor, cos_sin_TD: torch.Tensor) -> torch.Tensor:
+    first, second = x_THD.chunk(2, dim=2)
+    cos, sin = cos_sin_TD[:, None].chunk(2, dim=2)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=2)
+
+
+_Split = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _merge(left: _Split, right: _Split) -> _Split:
+    best = torch.maximum(left[0], right[0])
+    scale_left, scale_right = exp(left[0] - best), exp(right[0] - best)
+    return best, left[1] * scale_left + right[1] * scale_right, left[2] * scale_left + right[2] * scale_right
+
+
+def _shift(best: torch.Tensor) -> torch.Tensor:
+    return torch.where(best == -torch.inf, torch.zeros_like(best), best)
+
+
+def _softmax_parts(logits_TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(maximum, sum of exp(logit - maximum)), both (T, 1); NaN in a row makes both NaN."""
+    best = logits_TV.amax(dim=1, keepdim=True)
+    return best, row_sum(exp(logits_TV - _shift(best)))
