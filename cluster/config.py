@@ -30,15 +30,12 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     path: str = "demo"  # `demo`, a directory with safetensors, a .gguf file, or a Hugging Face id
     revision: str | None = None  # commit, tag or branch of a Hugging Face id
-    served_name: str | None = None  # the name clients use; null: the last part of `path`
+    served_name: str | None = None  # what clients put into `model`; null: the model's own short name
 
     @property
-    def name(self) -> str:
-        """What clients put into the field `model`."""
-        if self.served_name is not None:
-            return self.served_name
-        name = Path(self.path).name
-        return name[: -len(".gguf")] if name.endswith(".gguf") else name
+    def reference(self) -> str:
+        """As `model_files.resolve_model` takes it."""
+        return f"{self.path}@{self.revision}" if self.revision else self.path
 
 
 class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -47,8 +44,16 @@ class RouterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0 opens it to the network, without authentication
     port: int = 8000  # TCP port; 0: a free one is chosen
     max_body_bytes: int = 8 * MIB  # larger request bodies are answered with 413
-    max_running_requests: int = 256  # more are answered with 503 and Retry-After
+    max_running_requests: int = 256  # sequences in flight; more are answered with 503 and Retry-After
+    max_sequences_per_request: int = 128  # prompts times `n` of one HTTP request
+    max_connections: int = 4096  # open HTTP connections; more are closed at once
     request_timeout_s: float = 600.0  # a request that takes longer is ended with an error
+    header_timeout_s: float = 15.0  # for a client to send a request's head
+    body_timeout_s: float = 30.0  # for a client to send a request's body
+    write_timeout_s: float = 60.0  # a client that takes no byte of its answer for so long is gone
+    keep_alive_s: float = 75.0  # an idle connection is closed after it
+    max_attempts: int = 4  # of one sequence on different workers, the first included
+    failover_wait_s: float = 5.0  # how long a broken stream waits for a worker that can go on with it
 
 
 class PoolSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -108,16 +113,16 @@ def load_config(
     path: Path | None = None,
     *,
     environment: Mapping[str, str] | None = None,
-    overrides: Sequence[tuple[str, str]] = (),
+    overrides: Sequence[config_source.Text] = (),
 ) -> ClusterConfig:
-    """Read, merge and check. `overrides` are (dotted key, text) pairs, as of `--set`.
+    """Read, merge and check. `overrides` are the command's flags, the last one wins.
 
     Raises `ConfigError` that lists every problem found, each with its key.
     """
     document = config_source.read_yaml(path) if path is not None else {}
     tree = config_source.check_tree(ClusterConfig, document, origin=str(path))
     tree = config_source.apply_texts(ClusterConfig, tree, config_source.environment_texts(environment or {}))
-    tree = config_source.apply_texts(ClusterConfig, tree, [(f"--set {key}", key, text) for key, text in overrides])
+    tree = config_source.apply_texts(ClusterConfig, tree, overrides)
     config = msgspec.convert(tree, ClusterConfig)
     if problems := list(find_problems(config)):
         raise ConfigError("\n".join(problems))
@@ -139,6 +144,8 @@ def find_problems(config: ClusterConfig) -> Iterator[str]:
 
 
 def _model_problems(model: ModelSettings) -> Iterator[str]:
+    if model.revision and "/" not in model.path:
+        yield f"model.revision: only a Hugging Face id (org/name) has one, {model.path!r} is none; leave it out"
     if not model.path.strip():
         yield "model.path: empty; give `demo`, a directory, a .gguf file or a Hugging Face id"
     if model.served_name is not None and not 1 <= len(model.served_name) <= 256:
@@ -150,7 +157,12 @@ def _router_problems(router: RouterSettings) -> Iterator[str]:
     yield from _between("router.port", router.port, 0, 65_535, "0 chooses a free one")
     yield from _between("router.max_body_bytes", router.max_body_bytes, 1024, 1024 * MIB)
     yield from _between("router.max_running_requests", router.max_running_requests, 1, 100_000)
-    yield from _between("router.request_timeout_s", router.request_timeout_s, 1, 86_400)
+    yield from _between("router.max_sequences_per_request", router.max_sequences_per_request, 1, 100_000)
+    yield from _between("router.max_connections", router.max_connections, 1, 1_000_000)
+    for name in ("request_timeout_s", "header_timeout_s", "body_timeout_s", "write_timeout_s", "keep_alive_s"):
+        yield from _between(f"router.{name}", getattr(router, name), 0.1, 86_400)
+    yield from _between("router.max_attempts", router.max_attempts, 1, 100)
+    yield from _between("router.failover_wait_s", router.failover_wait_s, 0, 3600)
 
 
 def _pool_problems(name: str, pool: PoolSettings) -> Iterator[str]:

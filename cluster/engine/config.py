@@ -13,6 +13,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_num_sequences: int = 64  # running at once
     max_batched_tokens: int = 512  # per step: prefill chunk budget, decode tokens included
     max_model_len: int | None = None  # None: the model's own
-    enable_prefix_caching: bool = True
-    device: str = "cpu"
+    enable_prefix_caching: bool = True  # keep the KV of finished prompts for later ones that begin alike
+    device: str = "cpu"  # `cpu`, `cuda` or `cuda:1`
     num_threads: int | None = None  # CPU threads of the kernels; None: the cores this process may use

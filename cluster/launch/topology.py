@@ -66,6 +66,14 @@ class Topology:
         return tuple(group for group in self.groups if group.role is role)
 
     @property
+    def summary(self) -> str:
+        """`2 prefill workers, 1 decode worker`."""
+        if self.is_monolithic:
+            return "monolithic"
+        counts = [(len(self.of_role(role)), role.value) for role in (Role.PREFILL, Role.DECODE)]
+        return ", ".join(f"{count} {role} worker{'s' if count > 1 else ''}" for count, role in counts)
+
+    @property
     def num_processes(self) -> int:
         return 1 if self.is_monolithic else 1 + sum(len(group.ranks) for group in self.groups)
 

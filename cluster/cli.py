@@ -1,0 +1,185 @@
+"""The `cluster` command. Each subcommand imports what it needs when it runs, so that help is instant."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from cluster.errors import ConfigError, TandemError
+
+if TYPE_CHECKING:
+    from cluster.config import ClusterConfig
+
+CONFIG_SUFFIXES = (".yaml", ".yml")
+
+app = typer.Typer(
+    name="cluster",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="""Tandem: LLM serving with separate prefill and decode workers, and the same bits as one process.
+
+Start with
+
+    cluster launch demo
+
+and talk to it with any OpenAI client.""",
+)
+
+Target = Annotated[
+    str,
+    typer.Argument(
+        help="`demo`, a config file (.yaml), a model directory, a .gguf file, or a Hugging Face id (org/name)",
+        show_default=False,
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any configuration key, such as decode.engine.block_size=64"),
+]
+PrefillOption = Annotated[int | None, typer.Option("--prefill", metavar="N", help="Number of prefill workers")]
+DecodeOption = Annotated[int | None, typer.Option("--decode", metavar="M", help="Number of decode workers")]
+MonolithicOption = Annotated[
+    bool, typer.Option("--monolithic", help="One process with one engine: no prefill pool, no hand-over")
+]
+HostOption = Annotated[str | None, typer.Option("--host", help="Address the router listens on [127.0.0.1]")]
+PortOption = Annotated[int | None, typer.Option("--port", help="Port of the router; 0 chooses a free one [8000]")]
+NameOption = Annotated[str | None, typer.Option("--name", help="The model's name for clients")]
+
+
+@app.command()
+def launch(
+    target: Target,
+    prefill: PrefillOption = None,
+    decode: DecodeOption = None,
+    monolithic: MonolithicOption = False,
+    host: HostOption = None,
+    port: PortOption = None,
+    name: NameOption = None,
+    settings: SetOption = None,
+) -> None:
+    """Start router and workers on this machine, and follow them until Ctrl-C.
+
+    Examples:
+
+        cluster launch demo                          one prefill and one decode worker
+        cluster launch demo --prefill 2 --decode 2
+        cluster launch demo --monolithic             one process, for comparison
+        cluster launch ./Qwen3-0.6B --port 9000
+        cluster launch cluster.yaml --set decode.engine.max_num_sequences=32
+    """
+    from cluster.launch.command import launch_local
+
+    launch_local(_config(target, prefill, decode, monolithic, host, port, name, settings), Console())
+
+
+@app.command()
+def plan(
+    target: Target,
+    prefill: PrefillOption = None,
+    decode: DecodeOption = None,
+    monolithic: MonolithicOption = False,
+    settings: SetOption = None,
+) -> None:
+    """Check a configuration and show which processes it means. Starts nothing.
+
+    Examples:
+
+        cluster plan cluster.yaml
+        cluster plan demo --prefill 2 --decode 4
+    """
+    from cluster.launch.cores import usable_cores
+    from cluster.launch.topology import plan_topology
+    from cluster.launch.topology_table import topology_table
+
+    config = _config(target, prefill, decode, monolithic, None, None, None, settings)
+    topology = plan_topology(config, usable_cores())
+    Console().print(topology_table(topology, config))
+
+
+@app.command()
+def doctor(
+    json_output: Annotated[bool, typer.Option("--json", help="For programs: one JSON object")] = False,
+    port: Annotated[int, typer.Option(help="The router's port to be checked")] = 8000,
+) -> None:
+    """Tell what this machine can do: devices, kernels, the KV transport, ports, memory, model cache.
+
+    Exits with 1 if something is broken that serving needs; each such line says how to repair it.
+
+    Examples:
+
+        cluster doctor
+        cluster doctor --json
+    """
+    from cluster.doctor import run_doctor
+
+    if not run_doctor(Console(), json_output, port):
+        raise typer.Exit(1)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from importlib.metadata import version as version_of
+
+    Console().print(f"tandem-serving {version_of('tandem-serving')}", highlight=False)
+
+
+def _config(
+    target: str,
+    prefill: int | None,
+    decode: int | None,
+    monolithic: bool,
+    host: str | None,
+    port: int | None,
+    name: str | None,
+    settings: list[str] | None,
+) -> ClusterConfig:
+    from cluster.config import load_config
+
+    flags: list[tuple[str, str, object]] = [
+        ("--prefill", "prefill.replicas", prefill),
+        ("--decode", "decode.replicas", decode),
+        ("--monolithic", "monolithic", "true" if monolithic else None),
+        ("--host", "router.host", host),
+        ("--port", "router.port", port),
+        ("--name", "model.served_name", name),
+    ]
+    is_file = target.endswith(CONFIG_SUFFIXES)
+    if not is_file:
+        flags.insert(0, ("the model", "model.path", target))
+    overrides = [(origin, key, str(value)) for origin, key, value in flags if value is not None]
+    for setting in settings or []:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {setting}: expected KEY=VALUE, such as --set router.port=9000")
+        overrides.append((f"--set {setting}", key.strip(), text))
+    return load_config(Path(target) if is_file else None, environment=os.environ, overrides=overrides)
+
+
+def main() -> None:
+    """Run the command; an error of ours is a message, never a traceback."""
+    try:
+        app()
+    except ConfigError as error:
+        _complain("configuration", error)
+        sys.exit(2)
+    except TandemError as error:
+        _complain(error.code.replace("_", " "), error)
+        sys.exit(1)
+
+
+def _complain(kind: str, error: TandemError) -> None:
+    message = Text(f"{kind}: ", style="bold red").append(error.message, style="default")
+    Console(stderr=True).print(message, soft_wrap=True, highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What `cluster launch` does, from a checked configuration to the end of the last process."""
+
+from __future__ import annotations
+
+import asyncio
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+from cluster.config import ClusterConfig, ModelSettings
+from cluster.launch.cores import usable_cores
+from cluster.launch.local import LocalLauncher
+from cluster.launch.ports import check_port_free, choose_free_port
+from cluster.launch.run_directory import cluster_key_file, run_directory
+from cluster.launch.specs import process_specs
+from cluster.launch.topology import Topology, plan_topology, with_ports
+from cluster.launch.view import Serving, launch_view
+from cluster.model_files.source import ModelSource, resolve_model
+
+PROBE_PAUSE_S = 0.1
+PROBE_ANSWER_S = 5.0
+
+
+def launch_local(config: ClusterConfig, console: Console) -> None:
+    """Blocks until the deployment has ended. Raises an error of our tree when it could not start, or
+    when a process died for good."""
+    topology = plan_topology(config, usable_cores())
+    check_ports(topology)
+    model = find_model(config.model, console)
+    topology = with_ports(topology, choose_free_port)
+    model_name = config.model.served_name or model.name
+    with run_directory() as directory:
+        key_file = cluster_key_file(directory, config.security.cluster_key_file)
+        specs = process_specs(config, topology, model, model_name, directory, key_file)
+        serving = Serving(url=topology.router.url, model_name=model_name, summary=topology.summary)
+        with launch_view(serving, [spec.name for spec in specs], console) as view:
+            launcher = LocalLauncher(specs, config.launch, view, lambda: answers_health(topology.router.url))
+            asyncio.run(launcher.run())
+
+
+def check_ports(topology: Topology) -> None:
+    """Fail before anything is loaded when a port that was asked for is taken."""
+    listeners = [("router.port", topology.router.host, topology.router.port)]
+    listeners += [(f"{group.role.value}.port", group.host, group.port) for group in topology.groups]
+    for key, host, port in listeners:
+        if port:
+            check_port_free(host, port, key)
+
+
+def find_model(settings: ModelSettings, console: Console) -> ModelSource:
+    """Fetch it once, here, rather than in every process."""
+    columns = (TextColumn("[cyan]     model[/] │ {task.description}"), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("fetching", total=None, visible=False)
+
+        def show(done_bytes: int, total_bytes: int) -> None:
+            progress.update(task, completed=done_bytes, total=total_bytes, visible=True)
+
+        return resolve_model(settings.reference, show)
+
+
+async def answers_health(url: str) -> None:
+    """Returns once GET /health says 200: the router has found its workers."""
+    import httpx  # takes long to import, and only a launch that got this far needs it
+
+    async with httpx.AsyncClient(timeout=PROBE_ANSWER_S, trust_env=False) as client:
+        while True:
+            try:
+                if (await client.get(f"{url}/health")).status_code == httpx.codes.OK:
+                    return
+            except httpx.TransportError:
+                pass  # not listening yet: the caller bounds the wait
+            await asyncio.sleep(PROBE_PAUSE_S)

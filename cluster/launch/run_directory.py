@@ -1,0 +1,81 @@
+"""The private directory of one launch: config files of its processes and the cluster key. Gone at the end."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from cluster.errors import ConfigError, StartupError
+
+KEY_BYTES = 32
+_PREFIX = "tandem-launch-"
+_OWNER = re.compile(rf"{_PREFIX}(\d+)-\w+")
+
+
+@contextmanager
+def run_directory() -> Iterator[Path]:
+    """Mode 0700, named after this process; what launchers that were killed left behind is removed first."""
+    parent = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
+    try:
+        _remove_abandoned(parent)
+        directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=parent))
+    except OSError as error:
+        raise StartupError(f"cannot create a private directory in {parent}: {error.strerror}; set TMPDIR") from error
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _remove_abandoned(parent: Path) -> None:
+    for entry in parent.glob(f"{_PREFIX}*"):
+        owner = _OWNER.fullmatch(entry.name)
+        if owner is None or entry.is_symlink() or entry.stat().st_uid != os.getuid():
+            continue
+        try:
+            os.kill(int(owner[1]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def write_private(path: Path, content: bytes) -> Path:
+    """Create a new file that only this user can read."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(content)
+    return path
+
+
+def write_config(directory: Path, name: str, config: msgspec.Struct) -> Path:
+    return write_private(directory / f"{name}.json", msgspec.json.format(msgspec.json.encode(config)))
+
+
+def cluster_key_file(directory: Path, given: str | None) -> Path:
+    """The user's key file after a check of its mode and size, else a new key in `directory`.
+
+    The key itself goes through files only: never on a command line, in the environment or in a log.
+    """
+    if given is None:
+        return write_private(directory / "cluster.key", secrets.token_hex(KEY_BYTES).encode())
+    path = Path(given).expanduser().absolute()
+    try:
+        status = path.stat()
+        length = len(path.read_bytes().strip())
+    except OSError as error:
+        raise ConfigError(f"security.cluster_key_file: cannot read {path}: {error.strerror}") from error
+    if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise ConfigError(f"security.cluster_key_file: others can read {path}; run `chmod 600 {path}`")
+    if length < KEY_BYTES:
+        raise ConfigError(
+            f"security.cluster_key_file: {path} holds {length} bytes, at least {KEY_BYTES} are needed; "
+            f"make one with `openssl rand -hex {KEY_BYTES} > {path}`"
+        )
+    return path
