@@ -19,9 +19,9 @@ def fetch_from_hub(repository: str, revision: str | None, progress: Progress) ->
     """
     # Imported here: it takes long, and a model given by path never needs it.
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]
         HfHubHTTPError,
-        HTTPError,  # type: ignore[attr-defined]  # of httpx or its successor, whichever the hub client uses
+        HTTPError,  # of httpx or its successor, whichever the hub client uses; not in its __all__
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
     )
