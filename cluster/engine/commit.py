@@ -1,0 +1,143 @@
+"""What a finished step means: tokens appended, blocks offered to the prefix cache, sequences ended.
+
+Every accepted sequence gets exactly one terminal event from here.
+"""
+
+from __future__ import annotations
+
+from cluster.engine.batch import Batch, SampledToken, ScheduledSequence, StepResult
+from cluster.engine.events import EngineEvent, PromptFinished, PromptProgress, PromptStarted
+from cluster.engine.scheduler import Scheduler
+from cluster.engine.sequence import Sequence, SequenceKey
+from cluster.errors import NumericalError, TandemError
+from cluster.types import FinishReason, RequestError, TokenChunk
+
+
+class Committer:
+    """Applies step results to the sequences and collects the events of the engine's next report."""
+
+    def __init__(self, scheduler: Scheduler, sequences: dict[SequenceKey, Sequence], *, hands_over: bool) -> None:
+        self._scheduler = scheduler
+        self._sequences = sequences  # the engine's; ended ones are removed here
+        self._hands_over = hands_over
+        self._events: list[EngineEvent] = []
+        self.num_prompt_tokens = 0  # of prompts whose first token was drawn here
+        self.num_generated_tokens = 0
+
+    @property
+    def has_events(self) -> bool:
+        return bool(self._events)
+
+    def drain(self) -> list[EngineEvent]:
+        events, self._events = self._events, []
+        return events
+
+    def report_started(self, sequence: Sequence) -> None:
+        if not self._hands_over:
+            return
+        table, (request_id, attempt) = sequence.table, sequence.key
+        assert table is not None
+        generations = self._scheduler.blocks.generations
+        self._events.append(
+            PromptStarted(
+                request_id,
+                attempt,
+                len(sequence.token_ids),
+                tuple(table.block_ids),
+                tuple(generations[block] for block in table.block_ids),
+                table.num_cached_tokens,
+            )
+        )
+
+    def commit(self, batch: Batch, result: StepResult) -> None:
+        for index, entry in enumerate(batch.scheduled):
+            sequence = entry.sequence
+            sequence.num_in_flight -= 1
+            sequence.num_pending_tokens -= entry.samples
+            if sequence.is_finished:  # ended while this step was on its way
+                if sequence.num_in_flight == 0:
+                    self._scheduler.release_blocks(sequence)
+                continue
+            sampled = result.sampled[index]
+            if sampled is not None and sampled.is_nan:
+                self._end_broken(sequence)
+                continue
+            sequence.prompt_logprobs.extend(result.prompt_logprobs[index])
+            self._advance(entry)
+            if sampled is not None:
+                self._append(sequence, sampled)
+
+    def end(self, sequence: Sequence, reason: FinishReason, error: TandemError | None = None) -> None:
+        """End a sequence without a further token."""
+        request_id, attempt = sequence.key
+        chunk = TokenChunk(
+            request_id=request_id,
+            attempt=attempt,
+            index=sequence.num_output_tokens,
+            token_ids=(),
+            finish_reason=reason,
+            error=RequestError(code=error.code, message=error.message) if error is not None else None,
+        )
+        self._leave(sequence)
+        self._events.append(PromptFinished(chunk, None) if self._hands_over else chunk)
+
+    def _advance(self, entry: ScheduledSequence) -> None:
+        sequence = entry.sequence
+        assert sequence.table is not None
+        sequence.num_computed_tokens = entry.start + entry.num_tokens
+        self._scheduler.blocks.register_computed(sequence.table, sequence.chain, sequence.num_computed_tokens)
+        if self._hands_over:
+            self._events.append(PromptProgress(*sequence.key, sequence.num_computed_tokens))
+
+    def _append(self, sequence: Sequence, sampled: SampledToken) -> None:
+        sequence.token_ids.append(sampled.token_id)
+        self.num_generated_tokens += 1
+        chunk = self._make_chunk(sequence, sampled)
+        if self._hands_over:
+            self._hand_over(sequence, chunk)
+            return
+        if chunk.finish_reason is not None:
+            self._leave(sequence)
+        self._events.append(chunk)
+
+    def _make_chunk(self, sequence: Sequence, sampled: SampledToken) -> TokenChunk:
+        request_id, attempt = sequence.key
+        stops = sampled.token_id in sequence.stop_token_ids
+        ends = len(sequence.token_ids) >= sequence.max_total_tokens
+        is_first = not sequence.has_emitted
+        if is_first:
+            sequence.has_emitted = True
+            self.num_prompt_tokens += sequence.prompt_length
+        return TokenChunk(
+            request_id=request_id,
+            attempt=attempt,
+            index=sequence.num_output_tokens - 1,
+            token_ids=(sampled.token_id,),
+            logprobs=(sampled.logprob,) if sampled.logprob is not None else (),
+            finish_reason=FinishReason.STOP if stops else FinishReason.LENGTH if ends else None,
+            stop_token_id=sampled.token_id if stops else None,
+            num_cached_tokens=sequence.num_cached_tokens if is_first else 0,
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if is_first and not self._hands_over else (),
+        )
+
+    def _hand_over(self, sequence: Sequence, chunk: TokenChunk) -> None:
+        """The KV of all tokens but the newest is stored; it stays readable under a lease."""
+        assert sequence.num_computed_tokens == len(sequence.token_ids) - 1
+        lease = None
+        if chunk.finish_reason is None:
+            assert sequence.table is not None
+            lease = self._scheduler.blocks.pin(sequence.table, sequence.num_computed_tokens)
+        self._leave(sequence)
+        self._events.append(PromptFinished(chunk, lease, tuple(sequence.prompt_logprobs)))
+
+    def _end_broken(self, sequence: Sequence) -> None:
+        """NaN in the logits: nobody else may find this KV in the prefix cache."""
+        assert sequence.table is not None
+        self._scheduler.blocks.forget_content(sequence.table)
+        message = f"the model's output for position {len(sequence.token_ids)} is not a number"
+        self.end(sequence, FinishReason.ERROR, NumericalError(message))
+
+    def _leave(self, sequence: Sequence) -> None:
+        sequence.is_finished = True
+        self._scheduler.leave(sequence)
+        del self._sequences[sequence.key]

@@ -1,0 +1,72 @@
+"""How many KV blocks an engine gets: what it was told, or a share of the memory that is free now."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from cluster.engine.config import EngineConfig
+from cluster.engine.kv_cache import KVLayout
+from cluster.errors import StartupError
+
+# On a CPU several workers share the memory with everything else: a modest pool, two full contexts,
+# within a quarter of what is free. On a GPU the worker has the device to itself.
+CPU_NUM_CONTEXTS = 2
+CPU_SHARE_OF_FREE = 0.25
+GPU_SHARE_OF_FREE = 0.90
+
+
+def choose_num_blocks(layout: KVLayout, config: EngineConfig, max_model_len: int) -> int:
+    """Number of blocks of the pool: `config.kv_cache_bytes` if given; otherwise on a CPU two contexts of
+    `max_model_len` tokens within 25 % of the available memory, on a GPU 90 % of its free memory.
+
+    StartupError if one context does not fit: a request could then never run.
+    """
+    device = torch.device(config.device)
+    blocks_per_context = -(-max_model_len // layout.block_size)
+    if config.kv_cache_bytes is not None:
+        num_bytes, source = config.kv_cache_bytes, "kv_cache_bytes"
+    elif device.type == "cpu":
+        available = available_memory_bytes()
+        share = int(available * CPU_SHARE_OF_FREE)
+        num_bytes = min(share, CPU_NUM_CONTEXTS * blocks_per_context * layout.block_bytes)
+        source = f"{CPU_SHARE_OF_FREE:.0%} of {available / 2**30:.2f} GiB available memory"
+    else:
+        free, _total = torch.cuda.mem_get_info(device)
+        num_bytes, source = int(free * GPU_SHARE_OF_FREE), f"{GPU_SHARE_OF_FREE:.0%} of {free / 2**30:.2f} GiB free"
+    num_blocks = num_bytes // layout.block_bytes
+    if num_blocks < blocks_per_context:
+        raise StartupError(
+            f"the KV pool is too small: one context of max_model_len {max_model_len} tokens needs "
+            f"{blocks_per_context * layout.block_bytes} bytes, there are {num_bytes} ({source}, room for "
+            f"{num_blocks * layout.block_size} tokens); raise engine.kv_cache_bytes or lower engine.max_model_len"
+        )
+    return num_blocks
+
+
+def available_memory_bytes() -> int:
+    """Memory this process may still take: the machine's or its control group's, whichever is less."""
+    available = _meminfo_available()
+    group = Path("/sys/fs/cgroup")
+    limit = _read_number(group / "memory.max")
+    used = _read_number(group / "memory.current")
+    if limit is not None and used is not None:
+        available = min(available, max(limit - used, 0))
+    return available
+
+
+def _meminfo_available() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise StartupError("/proc/meminfo has no MemAvailable: set engine.kv_cache_bytes")
+
+
+def _read_number(path: Path) -> int | None:
+    """None: no such limit, or no control groups of version 2 here."""
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None

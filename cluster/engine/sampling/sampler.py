@@ -1,0 +1,105 @@
+"""Logits -> tokens. Greedy rows pay for one argmax; sampled rows for their own filters and noise.
+
+A token is drawn with the Gumbel-max trick: argmax over the candidates of scaled logit + noise(seed,
+position, id), ties to the lower id. That is a draw from the softmax, needs no normalisation, can be
+cut at any vocabulary column, and a verifier of speculated tokens repeats it exactly.
+
+Shape legend: R rows with logits, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from cluster.engine.batch import SampledToken, ScheduledSequence
+from cluster.engine.kernels.ops import Ops
+from cluster.engine.sampling import filters, noise
+from cluster.engine.sampling.logprobs import LogprobRows, logprob_rows
+from cluster.engine.sampling.processors import LogitsProcessor
+
+
+@dataclass(frozen=True, slots=True)
+class SampledRows:
+    """Parallel to the rows given to `sample`; still on the device."""
+
+    token_ids_R: torch.Tensor  # int64
+    is_broken_R: torch.Tensor  # bool: the logits held NaN, or infinity on top
+    logprobs: LogprobRows | None  # of the rows `logprob_places`
+    logprob_places: dict[int, int]  # row -> place in `logprobs`
+    num_top: list[int]  # by place
+
+    def to_host(self) -> list[SampledToken]:
+        """Waits for the device."""
+        logprobs = self.logprobs.to_host(self.num_top) if self.logprobs is not None else []
+        token_ids, is_broken = self.token_ids_R.tolist(), self.is_broken_R.tolist()
+        return [
+            SampledToken(
+                token_id,
+                logprobs[self.logprob_places[row]] if row in self.logprob_places and not is_broken[row] else None,
+                is_broken[row],
+            )
+            for row, token_id in enumerate(token_ids)
+        ]
+
+
+class Sampler:
+    """One per model runner; keeps the token histories of running sequences that have penalties."""
+
+    def __init__(self, ops: Ops) -> None:
+        self._ops = ops
+        self._processor = LogitsProcessor()
+
+    def sample(self, logits_RV: torch.Tensor, entries: list[ScheduledSequence]) -> SampledRows:
+        """Draw one token for each row; row r has the logits of `entries[r]`'s last position. The raw
+        logits are not changed."""
+        chosen_R = argmax(logits_RV)
+        top_R = logits_RV.gather(1, chosen_R.unsqueeze(1)).squeeze(1)
+        is_broken_R = ~torch.isfinite(top_R)
+        for row, entry in enumerate(entries):
+            token_id = self._sample_row(logits_RV[row], entry)
+            if token_id is not None:
+                chosen_R[row] = token_id
+        places: dict[int, int] = {}
+        num_top: list[int] = []
+        for row, entry in enumerate(entries):
+            asked = entry.sequence.request.sampling.logprobs
+            if asked is not None:
+                places[row] = len(num_top)
+                num_top.append(asked)
+        logprobs = None
+        if places:
+            rows = torch.tensor(list(places), device=logits_RV.device)
+            logprobs = logprob_rows(self._ops, logits_RV[rows], chosen_R[rows], max(num_top))
+        return SampledRows(chosen_R, is_broken_R, logprobs, places, num_top)
+
+    def _sample_row(self, logits_V: torch.Tensor, entry: ScheduledSequence) -> torch.Tensor | None:
+        """The token, or None where it is the argmax of the raw logits."""
+        sequence, sampling = entry.sequence, entry.sequence.request.sampling
+        position = entry.start + entry.num_tokens  # of the token to be drawn
+        num_output_tokens = position - sequence.prompt_length
+        is_processed = self._processor.is_needed(sequence, num_output_tokens)
+        if sampling.is_greedy and not is_processed:
+            return None
+        if is_processed:
+            logits_V = logits_V.clone()
+            self._processor.apply(logits_V, sequence, num_output_tokens)
+        if sampling.is_greedy:
+            return argmax(logits_V)
+        scaled_V = filters.scale(logits_V, sampling.temperature)
+        ids_C = filters.candidates(scaled_V, sampling)
+        draw = [(sampling.seed, position)]
+        if ids_C is None:
+            bits_V = noise.philox_bits_of_all(draw, len(scaled_V), scaled_V.device)[0]
+            return argmax(scaled_V.add_(noise.gumbel(bits_V)))
+        scores_C = scaled_V[ids_C].add_(noise.gumbel(noise.philox_bits(draw, ids_C)[0]))
+        return ids_C[argmax(scores_C)]
+
+
+def argmax(values: torch.Tensor) -> torch.Tensor:
+    """Index of the largest value of the last dimension, ties to the lower index; of the first NaN if
+    there is one. NumPy's is thirty times as fast as torch's on a CPU (4 against 117 us for 49,152)."""
+    if values.device.type == "cpu":
+        return torch.as_tensor(values.numpy().argmax(-1))
+    return values.argmax(-1)

@@ -1,0 +1,196 @@
+"""Queues, limits and the moves a policy may make with them. Pure Python.
+
+    waiting --admit--> running --leave--> gone
+       ^                  |
+       +----- preempt ----+          (newest first; its tokens are recomputed later, with the same bits)
+
+`running` is in order of admission and holds every sequence that has blocks. A policy makes one Batch
+per step out of it; what differs between prefill and decode is the policy, never a flag in here.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from typing import Protocol
+
+from cluster.engine.batch import Batch, ScheduledSequence
+from cluster.engine.block_manager import BlockManager
+from cluster.engine.sequence import Sequence
+
+
+class Policy(Protocol):
+    """Decides which rows a step computes. `prefill/policy.py` and `decode/policy.py` are the two."""
+
+    @property
+    def hands_over(self) -> bool:
+        """True: a sequence leaves with its blocks leased as soon as its first token is drawn."""
+        ...
+
+    def schedule(self, scheduler: Scheduler) -> list[ScheduledSequence]:
+        """Choose rows within the limits; every entry comes from `Scheduler.take`."""
+        ...
+
+
+class Scheduler:
+    """Holds the sequences of one engine. All block changes of sequences go through here."""
+
+    def __init__(
+        self, blocks: BlockManager, policy: Policy, *, max_num_sequences: int, max_batched_tokens: int
+    ) -> None:
+        self.blocks = blocks
+        self.max_num_sequences = max_num_sequences
+        self.max_batched_tokens = max_batched_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self.num_cache_queries = 0  # tokens looked up in the prefix cache
+        self.num_cached_tokens = 0  # tokens found there
+        self._policy = policy
+        self._just_admitted: list[Sequence] = []
+        self._num_steps = 0
+
+    # ---- the engine's side
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def add_running(self, sequence: Sequence) -> None:
+        """A sequence that comes with its blocks, their KV stored already."""
+        assert sequence.table is not None
+        sequence.was_admitted = True
+        self.running.append(sequence)
+
+    def schedule(self) -> Batch | None:
+        """The next step, or None if nothing can run now."""
+        scheduled = self._policy.schedule(self)
+        if not scheduled:
+            return None
+        assert len(scheduled) <= self.max_num_sequences
+        assert sum(entry.num_tokens for entry in scheduled) <= self.max_batched_tokens
+        self._num_steps += 1
+        return Batch(self._num_steps, tuple(scheduled))
+
+    def drain_admitted(self) -> list[Sequence]:
+        """Sequences that got blocks for the first time since the last call."""
+        admitted, self._just_admitted = self._just_admitted, []
+        return admitted
+
+    def count_cache_query(self, num_tokens: int, num_cached_tokens: int) -> None:
+        self.num_cache_queries += num_tokens
+        self.num_cached_tokens += num_cached_tokens
+
+    def leave(self, sequence: Sequence) -> None:
+        """The sequence is finished or handed over. Its blocks are freed when no launched step can still
+        write them (`release_blocks`)."""
+        if sequence.table is None:
+            self.waiting.remove(sequence)
+        else:
+            self.running.remove(sequence)
+        if sequence.num_in_flight == 0:
+            self.release_blocks(sequence)
+
+    def release_blocks(self, sequence: Sequence) -> None:
+        assert sequence.num_in_flight == 0, "a launched step may still write the blocks"
+        if sequence.table is not None:
+            self.blocks.free(sequence.table)
+            sequence.table = None
+
+    # ---- the policy's side
+
+    def admit(self, keep_free: int = 0) -> Sequence | None:
+        """Give the first waiting sequence blocks for all its tokens and move it to `running`. None if
+        there is none, or if it must wait: for a place, or for blocks (`keep_free` of them stay free)."""
+        if not self.waiting or len(self.running) >= self.max_num_sequences:
+            return None
+        sequence = self.waiting[0]
+        assert sequence.num_in_flight == 0
+        table = self.blocks.allocate(
+            sequence.chain, len(sequence.token_ids), sequence.max_reusable_tokens, keep_free if self.running else 0
+        )
+        if table is None:
+            return None
+        self.waiting.popleft()
+        self.running.append(sequence)
+        sequence.table = table
+        sequence.num_computed_tokens = sequence.num_scheduled_tokens = table.num_cached_tokens
+        self.count_cache_query(len(sequence.token_ids), table.num_cached_tokens)
+        if not sequence.was_admitted:
+            sequence.was_admitted = True
+            sequence.num_cached_tokens = min(table.num_cached_tokens, sequence.prompt_length)
+            self._just_admitted.append(sequence)
+        return sequence
+
+    def admit_prompts(self, prompts: list[Sequence], budget: int, *, keeps_room: bool) -> None:
+        """Append newly admitted sequences to `prompts` until there is enough to choose from for a step of
+        `budget` rows. No prompt counts for more than an eighth of it, so short prompts get in beside
+        long ones; more would only hide prefixes from each other that are about to be cached.
+
+        `keeps_room`: each running sequence keeps a free block to grow into; without it, admitting would
+        only cause the next preemption.
+        """
+        share = max(budget // 8, 1)
+        num_rows = sum(min(sequence.num_unscheduled_tokens, share) for sequence in prompts)
+        while num_rows < budget:
+            sequence = self.admit(keep_free=len(self.running) if keeps_room else 0)
+            if sequence is None:
+                return
+            prompts.append(sequence)
+            num_rows += min(sequence.num_unscheduled_tokens, share)
+
+    def grow(self, sequence: Sequence) -> bool:
+        """Make room for all tokens of a running sequence; False if blocks lack."""
+        assert sequence.table is not None
+        return self.blocks.grow(sequence.table, sequence.num_tokens)
+
+    def preempt_newest(self) -> bool:
+        """Send the newest running sequence back to the head of the queue, without its blocks. False if
+        a launched step holds rows of it: then it must sit out a step first."""
+        victim = self.running[-1]
+        if victim.num_in_flight:
+            return False
+        self.running.pop()
+        self.release_blocks(victim)
+        victim.num_computed_tokens = victim.num_scheduled_tokens = 0
+        self.waiting.appendleft(victim)
+        self.num_preemptions += 1
+        return True
+
+    def take(self, sequence: Sequence, max_rows: int) -> ScheduledSequence:
+        """Schedule the next rows of a running sequence that has room for them."""
+        num_rows = min(sequence.num_unscheduled_tokens, max_rows)
+        assert num_rows > 0
+        start = sequence.num_scheduled_tokens
+        end = start + num_rows
+        entry = ScheduledSequence(
+            sequence=sequence,
+            start=start,
+            num_tokens=num_rows,
+            samples=end == sequence.num_tokens,
+            reads_pending_token=end > len(sequence.token_ids),
+        )
+        sequence.num_scheduled_tokens = end
+        sequence.num_in_flight += 1
+        sequence.num_pending_tokens += entry.samples
+        return entry
+
+    def take_prompt_chunks(self, prompts: Iterable[Sequence], budget: int, max_count: int) -> list[ScheduledSequence]:
+        """Share `budget` rows among sequences that have several rows to compute, oldest first in
+        `prompts`.
+
+        The oldest may take half of the budget, which bounds the wait of a long prompt; the rest goes to
+        the prompts with the fewest rows left, so a short one does not wait for a long one; what remains
+        goes to the oldest again. Ties by age.
+        """
+        remaining = [sequence for sequence in prompts if sequence.num_unscheduled_tokens > 0][:max_count]
+        if not remaining or budget <= 0:
+            return []
+        rows = {id(sequence): 0 for sequence in remaining}
+        oldest = remaining[0]
+        shares = [(oldest, -(-budget // 2))]
+        shares += [(each, budget) for each in sorted(remaining, key=lambda each: each.num_unscheduled_tokens)]
+        for sequence, limit in shares:
+            more = min(limit, budget, sequence.num_unscheduled_tokens - rows[id(sequence)])
+            rows[id(sequence)] += more
+            budget -= more
+        return [self.take(sequence, rows[id(sequence)]) for sequence in remaining if rows[id(sequence)]]

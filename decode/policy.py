@@ -1,0 +1,47 @@
+"""Which rows a decode engine computes in a step: one per decoding sequence, then chunks of prompts."""
+
+from __future__ import annotations
+
+from cluster.engine.batch import ScheduledSequence
+from cluster.engine.scheduler import Scheduler
+from cluster.engine.sequence import Sequence
+
+
+class DecodePolicy:
+    """Continuous batching. Decode rows come first; what remains of the token budget goes to prompts that
+    are computed here: recomputed ones after a preemption or a failed transfer, and all of them where
+    there is no prefill pool.
+
+    When blocks run out, the newest sequence is preempted and its tokens are recomputed later. The
+    oldest is never preempted for a younger one and the engine admits only what fits the pool alone, so
+    some sequence always advances (sglang#6857).
+    """
+
+    hands_over = False
+
+    def schedule(self, scheduler: Scheduler) -> list[ScheduledSequence]:
+        runnable = self._secure_blocks(scheduler)
+        decoding = [sequence for sequence in runnable if sequence.num_unscheduled_tokens == 1]
+        prompts = [sequence for sequence in runnable if sequence.num_unscheduled_tokens > 1]
+        decoding = decoding[: min(scheduler.max_num_sequences, scheduler.max_batched_tokens)]
+        scheduled = [scheduler.take(sequence, 1) for sequence in decoding]
+        budget = scheduler.max_batched_tokens - len(scheduled)
+        num_places = scheduler.max_num_sequences - len(scheduled)
+        scheduler.admit_prompts(prompts, budget, keeps_room=True)
+        return scheduled + scheduler.take_prompt_chunks(prompts, budget, num_places)
+
+    def _secure_blocks(self, scheduler: Scheduler) -> list[Sequence]:
+        """The running sequences that can take part in this step, oldest first, each with room for its
+        tokens."""
+        runnable: list[Sequence] = []
+        index = 0
+        while index < len(scheduler.running):
+            sequence = scheduler.running[index]
+            if not sequence.can_run:
+                index += 1
+            elif scheduler.grow(sequence):
+                runnable.append(sequence)
+                index += 1
+            elif not scheduler.preempt_newest():
+                break  # the newest, and all from here on, sit out this step; then it can be preempted
+        return runnable
