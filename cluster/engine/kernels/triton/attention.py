@@ -92,7 +92,9 @@ def find_item(counts_ends, index):
 
 
 @triton.jit
-def count_splits(query_start_ptr, context_len_ptr, num_sequences, max_rows, SPLIT_KEYS: tl.constexpr, BLOCK_B: tl.constexpr):
+def count_splits(
+    query_start_ptr, context_len_ptr, num_sequences, max_rows, SPLIT_KEYS: tl.constexpr, BLOCK_B: tl.constexpr
+):
     """(BLOCK_B,) number of splits of each sequence that the split kernels serve, 0 for the others."""
     sequence = tl.arange(0, BLOCK_B)
     keep = sequence < num_sequences
@@ -109,7 +111,7 @@ def split_kernel(
     num_sequences, max_rows, scale_log2, stride_q, stride_table, stride_block, stride_kv, stride_head,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KV: tl.constexpr, SPLIT_KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_B: tl.constexpr, NUM_PROGRAMS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """Few rows, many keys: one (sequence, split, KV head) at a time, partial results to scratch.
 
@@ -122,7 +124,7 @@ def split_kernel(
     sequences = tl.arange(0, BLOCK_B)
     tile_row = tl.arange(0, BLOCK_ROWS)
     offs_d = tl.arange(0, BLOCK_D)
-    for item in tl.range(tl.program_id(0), total, NUM_PROGRAMS):
+    for item in tl.range(tl.program_id(0), total, tl.num_programs(0)):
         kv_head = item % NUM_KV_HEADS
         index = item // NUM_KV_HEADS
         sequence = find_item(ends, index)
@@ -146,7 +148,17 @@ def split_kernel(
         begin = split * SPLIT_KEYS
         for start in tl.range(begin, tl.minimum(begin + SPLIT_KEYS, context), BLOCK_KV):
             k, v, key_pos = load_block(
-                head_ptr, sequence_table, start, context, stride_block, stride_kv, D, BLOCK_D, BLOCK_KV, BLOCK_SIZE, True
+                head_ptr,
+                sequence_table,
+                start,
+                context,
+                stride_block,
+                stride_kv,
+                D,
+                BLOCK_D,
+                BLOCK_KV,
+                BLOCK_SIZE,
+                True,
             )
             m, l, acc = block_step(q, k, v, q_pos, key_pos, m, l, acc, scale_log2, True)
 
@@ -260,7 +272,17 @@ def prefill_kernel(
                 acc = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
         for start in tl.range(full_stop, key_stop, BLOCK_KV, num_stages=1):
             k, v, key_pos = load_block(
-                head_ptr, sequence_table, start, context, stride_block, stride_kv, D, BLOCK_D, BLOCK_KV, BLOCK_SIZE, True
+                head_ptr,
+                sequence_table,
+                start,
+                context,
+                stride_block,
+                stride_kv,
+                D,
+                BLOCK_D,
+                BLOCK_KV,
+                BLOCK_SIZE,
+                True,
             )
             m, l, acc = block_step(q, k, v, q_pos, key_pos, m, l, acc, scale_log2, True)
             if (start + BLOCK_KV) % SPLIT_KEYS == 0:

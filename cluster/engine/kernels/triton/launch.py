@@ -19,8 +19,14 @@ from cluster.engine.kernels.triton import attention, linear, norm, rope, vocab
 from cluster.engine.kernels.triton.plans import SPLIT_KEYS, VOCABULARY_CHUNK, AttentionPlan, LinearPlan, block_kv
 
 
-def _aligned(x: torch.Tensor) -> torch.Tensor:
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """`x` itself if dense and 16-byte aligned, else a copy that is."""
     return x if x.is_contiguous() and x.data_ptr() % 16 == 0 else x.contiguous().clone()
+
+
+def _tma_takes(x: torch.Tensor) -> bool:
+    """The bulk copy engine wants rows that start at multiples of 16 bytes."""
+    return x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
 
 
 def run_linear(
@@ -38,7 +44,7 @@ def run_linear(
     out_features = out_MN.shape[1]
     tiles = triton.cdiv(num_rows, plan.block_m) * triton.cdiv(out_features, plan.block_n)
     bias = bias_N if bias_N is not None else out_MN
-    if plan.kind == "tma":
+    if plan.kind == "tma" and _tma_takes(x_MK) and _tma_takes(w_NK) and _tma_takes(out_MN):
         parts = plan.store_parts
         x_desc = TensorDescriptor.from_tensor(x_MK, [plan.block_m, plan.block_k])
         w_desc = TensorDescriptor.from_tensor(w_NK, [plan.block_n, plan.block_k])
@@ -46,7 +52,7 @@ def run_linear(
         programs = min(tiles, num_programs) if plan.persistent else tiles
         linear.tma_kernel[(programs,)](
             x_desc, w_desc, out_desc, bias, num_rows, out_features, in_features,
-            NUM_PROGRAMS=programs, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, BLOCK_K=plan.block_k,
+            BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, BLOCK_K=plan.block_k,
             GROUP_M=plan.group_m, SWAP=plan.swap, STORE_PARTS=parts, FLATTEN=plan.flatten,
             WARP_SPECIALIZE=plan.warp_specialize, HAS_BIAS=bias_N is not None, SILU_MUL=silu_mul,
             OUT_DTYPE=getattr(triton.language, str(out_MN.dtype).removeprefix("torch.")),
@@ -68,16 +74,16 @@ def run_rms_norm(
     """rms_norm(x), or x += update in place, then rms_norm(x). In place needs x dense and aligned."""
     num_rows, width = x_TK.shape
     if update_TK is None:
-        x_TK = _aligned(x_TK)
+        x_TK = aligned(x_TK)
     elif not x_TK.is_contiguous() or x_TK.data_ptr() % 16:
         raise ValueError("the residual must be dense and 16-byte aligned: it is updated in place")
     else:
-        update_TK = _aligned(update_TK)
+        update_TK = aligned(update_TK)
     out = torch.empty((num_rows, width), dtype=out_dtype, device=x_TK.device)
     if num_rows:
         block = triton.next_power_of_2(width)
         norm.rms_norm_kernel[(num_rows,)](
-            x_TK, x_TK if update_TK is None else update_TK, _aligned(weight_K), out, eps,
+            x_TK, x_TK if update_TK is None else update_TK, aligned(weight_K), out, eps,
             K=width, BLOCK_K=block, HAS_UPDATE=update_TK is not None,
             num_warps=max(1, min(16, block // 512)),
         )  # fmt: skip
@@ -104,7 +110,7 @@ def run_rope_and_cache(
         raise ValueError("q_norm and k_norm are given together or not at all")
     q_out = torch.empty((num_rows, num_heads, head_size), dtype=kv_N2GSD.dtype, device=qkv_TC.device)
     num_pairs = num_rows * (num_heads + 2 * num_kv_heads)
-    qkv_TC = _aligned(qkv_TC)
+    qkv_TC = aligned(qkv_TC)
     if num_pairs:
         rope.rope_cache_kernel[(triton.cdiv(num_pairs, 16),)](
             qkv_TC, q_out, kv_N2GSD, cos_sin_PD, metadata.positions, metadata.slot_mapping,
@@ -191,7 +197,7 @@ def _run_split(call: _AttentionCall, plan: AttentionPlan, max_rows: int, num_mul
     attention.split_kernel[(programs,)](
         call.q_THD, kv, partial, partial_ml, metadata.query_start, metadata.context_len, metadata.block_table,
         call.num_sequences, max_rows, call.scale_log2, call.q_THD.stride(0), metadata.block_table.stride(0),
-        kv.stride(0), kv.stride(1), kv.stride(2), **constants, NUM_PROGRAMS=programs,
+        kv.stride(0), kv.stride(1), kv.stride(2), **constants,
         num_warps=plan.split_num_warps, num_stages=plan.split_num_stages,
     )  # fmt: skip
     for unused in ("BLOCK_ROWS", "BLOCK_KV", "BLOCK_SIZE"):
@@ -226,7 +232,7 @@ def _run_prefill(call: _AttentionCall, plan: AttentionPlan, max_rows: int) -> No
 def run_vocab_stats(logits_TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(max, logsumexp) fp32 and (argmax) int64 of each row; ties go to the lower id."""
     num_rows, vocabulary = logits_TV.shape
-    logits_TV = _aligned(logits_TV)
+    logits_TV = aligned(logits_TV)
     device = logits_TV.device
     chunks = triton.cdiv(vocabulary, VOCABULARY_CHUNK)
     maximum = torch.empty(num_rows, dtype=torch.float32, device=device)

@@ -135,7 +135,6 @@ def tma_kernel(
     M,
     N,
     K,
-    NUM_PROGRAMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -158,7 +157,7 @@ def tma_kernel(
     for tile in tl.range(
         tl.program_id(0),
         num_m_tiles * num_n_tiles,
-        NUM_PROGRAMS,
+        tl.num_programs(0),
         flatten=FLATTEN,
         warp_specialize=WARP_SPECIALIZE,
     ):

@@ -1,0 +1,152 @@
+"""`python -m benchmarks.gpu <what>`: measurements on one CUDA device, JSON lines and a short table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import torch
+import triton
+
+from benchmarks.gpu import attention, gemm
+from benchmarks.gpu.candidates import candidates
+from benchmarks.gpu.shapes import FUSED_LAYERS, LAYERS, ROW_COUNTS
+from benchmarks.gpu.timing import copy_bandwidth_tb_s
+from cluster.engine.kernels.cuda_ops import CudaOps
+from cluster.engine.kernels.triton import launch
+from cluster.engine.kernels.triton.plans import AttentionPlan
+
+DECODE_CASES = ((32, 4096), (32, 32768), (128, 4096), (128, 32768), (1, 32768), (1, 4096))
+PREFILL_CASES = ((8, 2048), (2, 8192), (1, 32768))
+
+
+def compile_share(share: int, shares: int) -> None:
+    """Compile every GEMM candidate of this share into Triton's cache on disk."""
+    ops = CudaOps(torch.device("cuda"))
+    plans = sorted({(silu, p) for rows in ROW_COUNTS for silu in (False, True) for p in candidates(rows, silu_mul=silu)}, key=str)
+    weight = ops.pack_linear(torch.zeros((1024, 512), device="cuda", dtype=torch.bfloat16))
+    x = torch.zeros((256, 512), device="cuda", dtype=torch.bfloat16)
+    for silu, plan in plans[share::shares]:
+        out = torch.empty((256, 512 if silu else 1024), device="cuda", dtype=torch.bfloat16)
+        try:
+            ops.run_linear(x, weight, None, out, plan, silu_mul=silu)
+        except (triton.OutOfResources, triton.CompilationError, RuntimeError) as error:
+            print("cannot run", silu, plan, str(error)[:200])
+    torch.cuda.synchronize()
+
+
+def compile_all(shares: int = 12) -> None:
+    start = time.monotonic()
+    command = [sys.executable, "-m", "benchmarks.gpu", "compile-share"]
+    children = [subprocess.Popen([*command, str(i), str(shares)]) for i in range(shares)]
+    for child in children:
+        child.wait(timeout=300)
+    print(f"compiled in {time.monotonic() - start:.0f} s")
+
+
+def sweep_gemm(out: Path, budget_s: float, layers: str, rows: str) -> None:
+    ops = CudaOps(torch.device("cuda"))
+    chosen = [layer for layer in (*LAYERS, *FUSED_LAYERS) if not layers or layer.name in layers.split(",")]
+    row_counts = [int(r) for r in rows.split(",")] if rows else list(ROW_COUNTS)
+    base: dict[tuple[str, int], float] = {}
+    with out.open("a") as file:
+
+        def emit(measured: gemm.Measurement) -> None:
+            record = measured._asdict() | {"plan": msgspec.to_builtins(measured.plan)}
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            key = (measured.layer, measured.num_rows)
+            if measured.plan is None:
+                base[key] = measured.milliseconds
+            elif not measured.error and measured.differing == 0:
+                best[key] = min(best.get(key, float("inf")), measured.milliseconds)
+
+        best: dict[tuple[str, int], float] = {}
+        gemm.sweep(ops, chosen, row_counts, emit, time.monotonic() + budget_s)
+    for layer in chosen:
+        cells = [f"{m}:{best[k] / base[k]:.2f}" for m in row_counts if (k := (layer.name, m)) in best]
+        print(f"{layer.name:18s}", " ".join(cells))
+
+
+def sweep_attention(out: Path, budget_s: float) -> None:
+    deadline = time.monotonic() + budget_s
+    copy_tb_s = copy_bandwidth_tb_s()
+    print(f"copy {copy_tb_s:.2f} TB/s")
+    records: list[dict[str, object]] = [{"copy_tb_s": copy_tb_s}]
+    for keys in (64, 128):
+        launch.block_kv = lambda head_size, keys=keys: keys  # type: ignore[misc]
+        for batch, length in PREFILL_CASES:
+            if keys == 64:
+                by_backend = attention.sdpa_ms(batch, length)
+                sdpa_best[batch, length] = min(by_backend.values())
+                records.append({"sdpa": by_backend, "batch": batch, "length": length})
+                print("sdpa", batch, length, {k: round(v, 3) for k, v in by_backend.items()})
+            inputs = attention.paged_inputs([length] * batch, [length] * batch, block_size=max(64, keys), num_layers=1)
+            for rows, warps in ((64, 4), (128, 8), (128, 4)):
+                for tma in (False, True):
+                    for stages in (2, 3, 5):
+                        if time.monotonic() > deadline or (rows, warps) == (128, 4) and stages != 3:
+                            continue
+                        plan = AttentionPlan(
+                            prefill_block_rows=rows, prefill_num_warps=warps, prefill_num_stages=stages, prefill_use_tma=tma
+                        )
+                        try:
+                            milliseconds = attention.prefill_ms(plan, inputs)
+                        except (triton.OutOfResources, triton.CompilationError, RuntimeError) as error:
+                            print("cannot run", plan, str(error)[:150])
+                            continue
+                        ratio = sdpa_best[batch, length] / milliseconds
+                        records.append({"prefill": milliseconds, "ratio": ratio, "keys": keys, "batch": batch, "length": length, "plan": msgspec.to_builtins(plan)})
+                        print(f"prefill kv{keys} {batch}x{length} rows{rows} w{warps} tma{tma:d} s{stages}: {milliseconds:.3f} ms ratio {ratio:.2f}")
+            del inputs
+        for batch, context in DECODE_CASES:
+            layers = 1 if batch * context > 2**21 else 4
+            inputs = attention.paged_inputs([1] * batch, [context] * batch, block_size=max(64, keys), num_layers=layers)
+            for warps in (2, 4):
+                for stages in (3, 5, 7):
+                    for programs in (1, 2, 3, 4):
+                        if time.monotonic() > deadline:
+                            continue
+                        plan = AttentionPlan(split_num_warps=warps, split_num_stages=stages, split_programs_per_multiprocessor=programs)
+                        try:
+                            milliseconds, fraction = attention.decode_fraction(batch, context, plan, copy_tb_s, inputs)
+                        except (triton.OutOfResources, triton.CompilationError, RuntimeError) as error:
+                            print("cannot run", plan, str(error)[:150])
+                            continue
+                        records.append({"decode": milliseconds, "fraction": fraction, "keys": keys, "batch": batch, "context": context, "plan": msgspec.to_builtins(plan)})
+                        print(f"decode kv{keys} {batch}x{context} w{warps} s{stages} p{programs}: {milliseconds:.4f} ms {fraction:.3f}")
+            del inputs
+            torch.cuda.empty_cache()
+        out.write_text("\n".join(json.dumps(record) for record in records))
+
+
+sdpa_best: dict[tuple[int, int], float] = {}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what")
+    parser.add_argument("numbers", nargs="*", type=int)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--budget", type=float, default=240)
+    parser.add_argument("--layers", default="")
+    parser.add_argument("--rows", default="")
+    options = parser.parse_args()
+    match options.what:
+        case "compile-share":
+            compile_share(*options.numbers)
+        case "compile":
+            compile_all()
+        case "sweep-gemm":
+            sweep_gemm(options.out, options.budget, options.layers, options.rows)
+        case "sweep-attention":
+            sweep_attention(options.out, options.budget)
+
+
+if __name__ == "__main__":
+    main()

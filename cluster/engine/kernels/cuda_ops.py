@@ -1,0 +1,141 @@
+"""Operations on an NVIDIA GPU: Triton kernels, and cuBLASLt without split-K where its bits were admitted.
+
+Nothing here waits for the device, and every choice of a kernel depends on shapes known on the host,
+so a step can be captured into a CUDA graph; kernels are then chosen at capture, per batch size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from cluster.engine.kernels.ops import AttentionMetadata, LinearWeight
+from cluster.engine.kernels.triton import launch
+from cluster.engine.kernels.triton.plans import LinearPlan
+from cluster.engine.kernels.triton.table import load_plan_index
+
+
+@dataclass(frozen=True, slots=True)
+class CudaLinearWeight:
+    """A dense row-major (N, K) weight, 16-byte aligned: what every GEMM here reads."""
+
+    weight_NK: torch.Tensor
+
+    @property
+    def out_features(self) -> int:
+        return self.weight_NK.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.weight_NK.shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.weight_NK.numel() * self.weight_NK.element_size()
+
+
+class CudaOps:
+    """`Ops` for one CUDA device. Sets torch's process-wide cuBLAS switches: no split-K, ever."""
+
+    residual_dtype: torch.dtype
+
+    def __init__(self, device: torch.device, *, residual_dtype: torch.dtype = torch.float32) -> None:
+        major, minor = torch.cuda.get_device_capability(device)
+        self.name = f"cuda:sm{major}{minor}"
+        self.device = device
+        self.residual_dtype = residual_dtype
+        self.plans = load_plan_index(torch.cuda.get_device_name(device))
+        self._num_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        torch.backends.cuda.preferred_blas_library("cublaslt")
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (False, False)
+
+    def pack_linear(self, weight_NK: torch.Tensor) -> CudaLinearWeight:
+        weight = weight_NK.to(self.device).contiguous()
+        return CudaLinearWeight(weight if weight.data_ptr() % 16 == 0 else weight.clone())
+
+    def linear(
+        self,
+        x_TK: torch.Tensor,
+        weight: LinearWeight,
+        bias_N: torch.Tensor | None = None,
+        *,
+        out_dtype: torch.dtype = torch.bfloat16,
+    ) -> torch.Tensor:
+        out = torch.empty((x_TK.shape[0], weight.out_features), dtype=out_dtype, device=x_TK.device)
+        plan = self.plans.linear(weight.out_features, weight.in_features, x_TK.shape[0], silu_mul=False)
+        self.run_linear(x_TK, weight, bias_N, out, plan, silu_mul=False)
+        return out
+
+    def linear_silu_mul(self, x_TK: torch.Tensor, gate_up: LinearWeight) -> torch.Tensor:
+        features = gate_up.out_features // 2
+        out = torch.empty((x_TK.shape[0], features), dtype=torch.bfloat16, device=x_TK.device)
+        plan = self.plans.linear(features, gate_up.in_features, x_TK.shape[0], silu_mul=True)
+        self.run_linear(x_TK, gate_up, None, out, plan, silu_mul=True)
+        return out
+
+    def run_linear(
+        self,
+        x_TK: torch.Tensor,
+        weight: LinearWeight,
+        bias_N: torch.Tensor | None,
+        out_TN: torch.Tensor,
+        plan: LinearPlan,
+        *,
+        silu_mul: bool,
+    ) -> None:
+        """One plan into a given result; what the tuner and the admission call too."""
+        assert isinstance(weight, CudaLinearWeight)
+        if x_TK.shape[0] == 0:
+            return
+        if plan.kind == "cublaslt" and bias_N is None and not silu_mul:
+            if out_TN.dtype == x_TK.dtype:
+                torch.mm(x_TK, weight.weight_NK.t(), out=out_TN)
+            else:
+                torch.mm(x_TK, weight.weight_NK.t(), out_dtype=out_TN.dtype, out=out_TN)
+            return
+        launch.run_linear(
+            launch.aligned(x_TK), weight.weight_NK, bias_N, out_TN, plan,
+            silu_mul=silu_mul, num_programs=self._num_multiprocessors,
+        )  # fmt: skip
+
+    def embedding(self, token_ids_T: torch.Tensor, table_VK: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.embedding(token_ids_T, table_VK).to(self.residual_dtype)
+
+    def rms_norm(self, x_TK: torch.Tensor, weight_K: torch.Tensor, eps: float) -> torch.Tensor:
+        return launch.run_rms_norm(x_TK, None, weight_K, eps, torch.bfloat16)
+
+    def add_rms_norm(
+        self, residual_TK: torch.Tensor, update_TK: torch.Tensor, weight_K: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        return launch.run_rms_norm(residual_TK, update_TK, weight_K, eps, torch.bfloat16)
+
+    def rope_and_cache(
+        self,
+        qkv_TC: torch.Tensor,
+        kv_N2GSD: torch.Tensor,
+        metadata: AttentionMetadata,
+        cos_sin_PD: torch.Tensor,
+        num_heads: int,
+        q_norm_D: torch.Tensor | None = None,
+        k_norm_D: torch.Tensor | None = None,
+        norm_eps: float = 0.0,
+    ) -> torch.Tensor:
+        return launch.run_rope_and_cache(
+            qkv_TC, kv_N2GSD, metadata, cos_sin_PD, num_heads, q_norm_D, k_norm_D, norm_eps
+        )
+
+    def attention(
+        self, q_THD: torch.Tensor, kv_N2GSD: torch.Tensor, metadata: AttentionMetadata, scale: float
+    ) -> torch.Tensor:
+        return launch.run_attention(
+            q_THD, kv_N2GSD, metadata, scale, self.plans.attention, self._num_multiprocessors
+        )
+
+    def log_softmax_stats(self, logits_TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        maximum, logsumexp, _ = launch.run_vocab_stats(logits_TV)
+        return maximum, logsumexp
+
+    def argmax(self, logits_TV: torch.Tensor) -> torch.Tensor:
+        """(T,) int64 id of each row's largest logit, ties to the lower id."""
+        return launch.run_vocab_stats(logits_TV)[2]
