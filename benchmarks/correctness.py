@@ -1,0 +1,182 @@
+"""Is it the right model? Our forward pass against transformers in fp32, on the same GGUF file.
+
+Teacher-forced on the reference's own greedy continuation of chat prompts, and on natural text. The
+yardstick for "within bf16 tolerance" is transformers itself in bf16, on the same inputs.
+
+    python -m benchmarks.correctness [--model PATH] [--prompts N] [--dry-run]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from benchmarks.correctness_texts import NATURAL_TEXTS, QUESTIONS
+from benchmarks.results import Parameter, append_result
+from cluster.engine.kernels import get_ops
+from cluster.engine.kernels.ops import AttentionMetadata
+from cluster.engine.kv_cache import KVCache
+from cluster.engine.models.llama import DecoderModel
+from cluster.engine.models.loader import load_model
+from cluster.engine.parallel.group import SingleRank
+from cluster.model_files.source import resolve_model
+from cluster.tokenizer import Tokenizer
+
+POSITIONS = 64
+BLOCK_SIZE = 32
+REQUIRED_AGREEMENT = 0.99
+
+Forward = Callable[[list[int]], torch.Tensor]  # token ids -> (len, V) fp32 logits
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Token ids and the first position whose next token is judged."""
+
+    token_ids: list[int]
+    first: int
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Our logits against the reference's, over all judged positions."""
+
+    positions: int
+    disagreements: int
+    widest_margin: float  # of the reference between its choice and ours, over the disagreements
+    rms_error: float  # of the logits, each row's mean taken out (softmax does not see it)
+    max_error: float
+
+    @property
+    def agreement(self) -> float:
+        return 1.0 - self.disagreements / self.positions
+
+
+def forward_of(model: DecoderModel) -> Forward:
+    """A whole sequence as one step, through a KV cache of its own."""
+
+    def forward(token_ids: list[int]) -> torch.Tensor:
+        length = len(token_ids)
+        num_blocks = -(-length // BLOCK_SIZE)
+        cache = KVCache(model.kv_layout(BLOCK_SIZE), num_blocks, torch.device("cpu"))
+        metadata = AttentionMetadata(
+            query_start=torch.tensor([0, length], dtype=torch.int32),
+            context_len=torch.tensor([length], dtype=torch.int32),
+            block_table=torch.arange(num_blocks, dtype=torch.int32)[None],
+            slot_mapping=torch.arange(length),
+            positions=torch.arange(length),
+            num_rows_max=length,
+            context_len_max=length,
+        )
+        return model.forward(torch.tensor(token_ids), metadata, cache)
+
+    return forward
+
+
+def forward_of_transformers(model: PreTrainedModel) -> Forward:
+    def forward(token_ids: list[int]) -> torch.Tensor:
+        with torch.inference_mode():
+            logits: torch.Tensor = model(torch.tensor([token_ids])).logits[0]
+        return logits.float()
+
+    return forward
+
+
+def greedy_case(model: PreTrainedModel, prompt_ids: list[int]) -> Case:
+    """The prompt and the reference's most likely continuation; it goes on after an end token."""
+    token_ids = list(prompt_ids)
+    past = None
+    rest = torch.tensor([prompt_ids])
+    with torch.inference_mode():
+        for _ in range(POSITIONS):
+            output = model(rest, past_key_values=past, use_cache=True)
+            past = output.past_key_values
+            rest = output.logits[:, -1:].argmax(-1)
+            token_ids.append(int(rest))
+    return Case(token_ids, first=len(prompt_ids) - 1)
+
+
+def compare(ours: Forward, reference: Forward, cases: Sequence[Case]) -> Comparison:
+    positions = disagreements = num_logits = 0
+    widest_margin = max_error = squared = 0.0
+    for case in cases:
+        rows = slice(case.first, len(case.token_ids) - 1)
+        ours_RV, reference_RV = ours(case.token_ids)[rows], reference(case.token_ids)[rows]
+        error_RV = ours_RV - reference_RV
+        error_RV -= error_RV.mean(dim=1, keepdim=True)
+        chosen_R, wanted_R = ours_RV.argmax(1), reference_RV.argmax(1)
+        margin_R = reference_RV.gather(1, wanted_R[:, None]) - reference_RV.gather(1, chosen_R[:, None])
+        positions += len(chosen_R)
+        disagreements += int((chosen_R != wanted_R).sum())
+        widest_margin = max(widest_margin, float(margin_R.max()))
+        max_error = max(max_error, float(error_RV.abs().max()))
+        squared += float(error_RV.double().square().sum())
+        num_logits += error_RV.numel()
+    return Comparison(positions, disagreements, widest_margin, (squared / num_logits) ** 0.5, max_error)
+
+
+def report(metric: str, comparison: Comparison, subject: str, dry_run: bool) -> None:
+    print(
+        f"{metric:32} {subject:24} {comparison.agreement:7.3%} "
+        f"({comparison.disagreements} of {comparison.positions} differ, widest margin "
+        f"{comparison.widest_margin:.3f}; logits rms error {comparison.rms_error:.4f}, "
+        f"largest {comparison.max_error:.3f})"
+    )
+    if not dry_run:
+        params: dict[str, Parameter] = {
+            "subject": subject,
+            "reference": "transformers fp32",
+            "positions": comparison.positions,
+            "disagreements": comparison.disagreements,
+            "widest_margin": comparison.widest_margin,
+            "logits_rms_error": comparison.rms_error,
+            "logits_max_error": comparison.max_error,
+        }
+        append_result("correctness", metric, comparison.agreement, "fraction", params)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo", help="GGUF file or 'demo'")
+    parser.add_argument("--prompts", type=int, default=20)
+    parser.add_argument("--dry-run", action="store_true", help="print, do not record")
+    arguments = parser.parse_args()
+
+    source = resolve_model(arguments.model)
+    tokenizer = Tokenizer.load(source)
+    ops = get_ops("cpu")
+    ours = forward_of(load_model(source, ops, SingleRank(), torch.device("cpu")).model)
+    reference_model = _reference(source.path, torch.float32)
+    reference = forward_of_transformers(reference_model)
+    half = forward_of_transformers(_reference(source.path, torch.bfloat16))
+
+    started = time.monotonic()
+    prompts = [tokenizer.render_chat([{"role": "user", "content": question}]) for question in QUESTIONS]
+    encoded = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts[: arguments.prompts]]
+    greedy = [greedy_case(reference_model, prompt_ids) for prompt_ids in encoded]
+    natural = [Case(tokenizer.encode(text), first=0) for text in NATURAL_TEXTS]
+    agreement = compare(ours, reference, greedy)
+    report("top1_agreement", agreement, ops.name, arguments.dry_run)
+    yardstick = compare(half, reference, greedy)
+    report("top1_agreement", yardstick, "transformers bf16", arguments.dry_run)
+    report("top1_agreement_natural_text", compare(ours, reference, natural), ops.name, arguments.dry_run)
+    report("top1_agreement_natural_text", compare(half, reference, natural), "transformers bf16", arguments.dry_run)
+    print(f"{time.monotonic() - started:.0f} s")
+    is_right = agreement.agreement >= REQUIRED_AGREEMENT and agreement.rms_error <= yardstick.rms_error
+    return 0 if is_right else 1
+
+
+def _reference(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+    return model.eval()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
