@@ -1,0 +1,150 @@
+"""Digests do not depend on layout and depend on everything else; the ledger is honest about reuse."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.engine.kv_cache import KVCache, KVLayout
+from kvconnector.digest import KVDigester, row_sums_on_device
+from kvconnector.ledger import FILLED, FIRST_DIGEST, GENERATION, Ledger, LedgerRecords, Verdict, record_bytes
+
+NUM_TOKENS, LAYERS, HEADS, DIM = 70, 3, 4, 16
+
+
+def make_layout(block_size: int, layers: int = LAYERS, heads: int = HEADS, dtype: str = "bfloat16") -> KVLayout:
+    return KVLayout(num_layers=layers, num_kv_heads=heads, head_size=DIM, block_size=block_size, dtype=dtype)
+
+
+def make_content(seed: int = 0) -> torch.Tensor:
+    """(tokens, layers, 2, heads, dim)"""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn((NUM_TOKENS, LAYERS, 2, HEADS, DIM), generator=generator).to(torch.bfloat16)
+
+
+def store(
+    content: torch.Tensor, block_size: int, layers: range = range(LAYERS), heads: range = range(HEADS), seed: int = 1
+) -> tuple[KVCache, list[int]]:
+    """The content in a pool of that geometry, in blocks in random order."""
+    layout = make_layout(block_size, len(layers), len(heads))
+    cache = KVCache(layout, 32, torch.device("cpu"))
+    cache.kv_NL2HSD.fill_(float("nan"))
+    block_ids: list[int] = np.random.default_rng(seed).permutation(32)[: -(-len(content) // block_size)].tolist()
+    part = content[:, layers.start : layers.stop, :, heads.start : heads.stop]
+    for token in range(len(content)):
+        cache.kv_NL2HSD[block_ids[token // block_size], :, :, :, token % block_size] = part[token]
+    return cache, block_ids
+
+
+def digest(content: torch.Tensor, block_size: int = 16, start: int = 0, end: int = NUM_TOKENS) -> list[int]:
+    cache, block_ids = store(content, block_size)
+    return KVDigester(cache.kv_NL2HSD, cache.layout).tokens(block_ids, start, end).tolist()
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 48, 128])
+def test_block_size_and_order_do_not_matter(block_size: int) -> None:
+    assert digest(make_content(), block_size) == digest(make_content(), 64)
+
+
+@pytest.mark.parametrize("boundary", [1, 2])
+def test_pipeline_stages_add_up(boundary: int) -> None:
+    content = make_content()
+    total = np.zeros(HEADS, dtype=np.uint64)
+    for layers in (range(boundary), range(boundary, LAYERS)):
+        cache, block_ids = store(content, 16, layers=layers)
+        total += KVDigester(cache.kv_NL2HSD, cache.layout, first_layer=layers.start).tokens(block_ids, 0, NUM_TOKENS)
+    assert total.tolist() == digest(content)
+
+
+def test_ranks_see_their_heads() -> None:
+    content = make_content()
+    cache, block_ids = store(content, 16, heads=range(1, 3))
+    part = KVDigester(cache.kv_NL2HSD, cache.layout, first_kv_head=1).tokens(block_ids, 0, NUM_TOKENS)
+    assert part.tolist() == digest(content)[1:3]
+
+
+def test_ranges_of_tokens_add_up() -> None:
+    parts = [digest(make_content(), 16, start, end) for start, end in ((0, 5), (5, 33), (33, NUM_TOKENS))]
+    total = np.array(parts, dtype=np.uint64).sum(axis=0, dtype=np.uint64)
+    assert total.tolist() == digest(make_content())
+
+
+def test_the_device_formula_equals_the_host_formula() -> None:
+    words = torch.randint(-(2**63), 2**63 - 1, (5, DIM // 4))
+    digester = KVDigester(torch.zeros((1, LAYERS, 2, HEADS, 16, DIM), dtype=torch.bfloat16), make_layout(16))
+    assert digester._row_sums(words).tolist() == row_sums_on_device(words, digester._key_W).tolist()
+
+
+def flip_sign(content: torch.Tensor) -> None:
+    content[3, 1, 0, 2, 3] *= -1
+    content[3, 1, 0, 2, 7] *= -1  # the top bits of two words: a product alone would cancel them
+
+
+def swap_tokens(content: torch.Tensor) -> None:
+    content[[10, 11]] = content[[11, 10]]
+
+
+def swap_layers(content: torch.Tensor) -> None:
+    content[:, [0, 1]] = content[:, [1, 0]]
+
+
+def swap_key_and_value(content: torch.Tensor) -> None:
+    content[:, :, [0, 1]] = content[:, :, [1, 0]]
+
+
+def swap_elements(content: torch.Tensor) -> None:
+    content[5, 0, 0, 2, [0, 8]] = content[5, 0, 0, 2, [8, 0]]
+
+
+def negate_zero(content: torch.Tensor) -> None:
+    content[0, 0, 0, 2, 0] = -0.0
+
+
+@pytest.mark.parametrize(
+    "change", [flip_sign, swap_tokens, swap_layers, swap_key_and_value, swap_elements, negate_zero]
+)
+def test_every_change_changes_the_digest_of_its_head(change: object) -> None:
+    content = make_content()
+    content[0, 0, 0, 2, 0] = 0.0
+    changed = content.clone()
+    assert callable(change)
+    change(changed)
+    before, after = digest(content), digest(changed)
+    assert before[2] != after[2]
+
+
+def test_swapped_heads_are_noticed() -> None:
+    content = make_content()
+    changed = content.clone()
+    changed[:, :, :, [0, 1]] = changed[:, :, :, [1, 0]]
+    assert sorted(digest(content)) != sorted(digest(changed))
+
+
+def test_ledger_grows_with_the_prompt_and_forgets_on_reuse() -> None:
+    content = make_content()
+    cache, block_ids = store(content, 16)
+    ledger = Ledger(32, 16, HEADS, KVDigester(cache.kv_NL2HSD, cache.layout))
+    for block_id in block_ids:
+        ledger.on_allocated(block_id, 5)
+    generations = [5] * len(block_ids)
+
+    def read() -> LedgerRecords:
+        return LedgerRecords(ledger.memory.numpy()[block_ids].copy())
+
+    assert read().judge_filling(generations, NUM_TOKENS, 16) is Verdict.NOT_FILLED
+    for num_tokens in (1, 16, 33, 69):
+        ledger.advance(block_ids, num_tokens)
+        assert read().judge_filling(generations, NUM_TOKENS, 16) is Verdict.NOT_FILLED
+    ledger.advance(block_ids, NUM_TOKENS)
+    assert read().judge_filling(generations, NUM_TOKENS, 16) is Verdict.GOOD
+    assert read().digests().tolist() == digest(content)
+    before = ledger.memory.clone()
+    ledger.advance(block_ids, NUM_TOKENS)
+    assert torch.equal(before, ledger.memory)
+
+    ledger.on_allocated(block_ids[2], 6)
+    record = ledger.memory[block_ids[2]].tolist()
+    assert (record[GENERATION], record[FILLED], record[FIRST_DIGEST:]) == (6, 0, [0] * HEADS)
+    assert read().judge_filling(generations, NUM_TOKENS, 16) is Verdict.STALE
+    assert ledger.memory.shape[1] * 8 == record_bytes(HEADS)
