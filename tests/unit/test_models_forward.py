@@ -1,0 +1,133 @@
+"""The decoder against transformers in fp32, on tiny random models of every family and file format."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+from tests.unit.model_factory import FAMILIES, logits_of, random_model, save_gguf, save_safetensors, whole_sequence
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from cluster.engine.kernels import get_ops
+from cluster.engine.models.llama import DecoderModel
+from cluster.engine.models.loader import LoadedModel, load_model
+from cluster.engine.parallel.group import ParallelGroup, SingleRank
+from cluster.errors import ConfigError
+
+CPU = torch.device("cpu")
+TOKENS = torch.tensor([1, 17, 300, 5, 5, 42, 118, 9, 260, 33, 7, 7, 250, 64, 199, 3, 81, 12, 310, 150])
+
+
+def load(path: Path, group: ParallelGroup | None = None) -> LoadedModel:
+    return load_model(path, get_ops("cpu", 1), group or SingleRank(), CPU)
+
+
+def assert_close_to(reference: PreTrainedModel, model: DecoderModel) -> None:
+    """Within what bf16 activations cost: a wrong rotation, norm or permutation is off by far more."""
+    with torch.inference_mode():
+        wanted = reference(TOKENS[None]).logits[0]
+    error = (logits_of(model, TOKENS) - wanted).square().mean().sqrt() / wanted.std()
+    assert error < 0.02
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_safetensors_model_agrees_with_transformers(family: str, tmp_path: Path) -> None:
+    reference = random_model(family)
+    save_safetensors(reference, tmp_path)
+    assert_close_to(reference, load(tmp_path).model)
+
+
+@pytest.mark.parametrize(
+    ("family", "encoding"),
+    [("llama", "F16"), ("llama", "Q4_1"), ("llama", "Q8_0"), ("qwen2", "Q4_0"), ("qwen2", "Q8_0")],
+)
+def test_gguf_model_agrees_with_transformers_on_the_same_file(family: str, encoding: str, tmp_path: Path) -> None:
+    path = save_gguf(random_model(family), tmp_path / "tiny.gguf", GGMLQuantizationType[encoding])
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32).eval()
+    assert_close_to(reference, load(path).model)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_unquantised_gguf_and_safetensors_give_the_same_bits(family: str, tmp_path: Path) -> None:
+    reference = random_model(family)
+    path = save_gguf(reference, tmp_path / "tiny.gguf", GGMLQuantizationType.BF16)
+    directory = save_safetensors(reference, tmp_path / "directory")
+    assert torch.equal(logits_of(load(path).model, TOKENS), logits_of(load(directory).model, TOKENS))
+
+
+def test_sharded_safetensors_give_the_same_bits(tmp_path: Path) -> None:
+    reference = random_model("qwen2")
+    whole = save_safetensors(reference, tmp_path / "whole")
+    sharded = save_safetensors(reference, tmp_path / "sharded", max_shard_size="100KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 1
+    assert torch.equal(logits_of(load(whole).model, TOKENS), logits_of(load(sharded).model, TOKENS))
+
+
+def test_selected_rows_have_the_bits_they_have_among_all_rows(tmp_path: Path) -> None:
+    model = load(save_safetensors(random_model("llama"), tmp_path)).model
+    step = whole_sequence(model, len(TOKENS))
+    rows = torch.tensor([19, 0, 7])
+    selected = model.forward(TOKENS, step.metadata, step.cache, rows)
+    assert torch.equal(selected, logits_of(model, TOKENS)[rows])
+
+
+class VirtualRank:
+    """One of several ranks in this process; a gather waits for the others."""
+
+    def __init__(self, rank: int, size: int, barrier: threading.Barrier, parts: list[torch.Tensor]) -> None:
+        self.rank = rank
+        self.size = size
+        self._barrier = barrier
+        self._parts = parts
+
+    def all_gather_columns(self, local_TN: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:
+        assert local_TN.shape[1] == widths[self.rank]
+        self._parts[self.rank] = local_TN
+        self._barrier.wait(timeout=60)
+        gathered = torch.cat(self._parts, dim=1)
+        self._barrier.wait(timeout=60)
+        return gathered
+
+
+def run_ranks(path: Path, size: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Every rank's logits, and the KV pools side by side: (N, L, 2, all KV heads, S, D)."""
+    barrier = threading.Barrier(size)
+    parts = [torch.empty(0)] * size
+
+    def run(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        model = load(path, VirtualRank(rank, size, barrier, parts)).model
+        step = whole_sequence(model, len(TOKENS))
+        return model.forward(TOKENS, step.metadata, step.cache), step.cache.kv_NL2HSD
+
+    with ThreadPoolExecutor(size) as pool:
+        results = list(pool.map(run, range(size)))
+    return [logits for logits, _ in results], torch.cat([kv for _, kv in results], dim=3)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_tensor_parallel_ranks_give_the_bits_of_one(family: str, size: int, tmp_path: Path) -> None:
+    save_safetensors(random_model(family), tmp_path)
+    (alone,), kv_alone = run_ranks(tmp_path, 1)
+    ranks, kv = run_ranks(tmp_path, size)
+    for logits in ranks:
+        assert torch.equal(logits.view(torch.int32), alone.view(torch.int32))
+    assert torch.equal(kv.view(torch.int16), kv_alone.view(torch.int16))
+
+
+def test_more_ranks_than_kv_heads_share_them(tmp_path: Path) -> None:
+    path = save_gguf(random_model("llama"), tmp_path / "tiny.gguf", GGMLQuantizationType.Q8_0)
+    (alone,), _ = run_ranks(path, 1)
+    ranks, kv = run_ranks(path, 6)
+    assert all(torch.equal(logits, alone) for logits in ranks)
+    assert torch.equal(kv[:, :, :, 0::2], kv[:, :, :, 1::2])  # each KV head is held by two ranks
+
+
+def test_a_number_of_ranks_that_cannot_share_the_heads_is_refused(tmp_path: Path) -> None:
+    save_safetensors(random_model("llama"), tmp_path)
+    with pytest.raises(ConfigError, match="tensor parallel size 4 does not fit 6 heads and 3 KV heads"):
+        load(tmp_path, VirtualRank(0, 4, threading.Barrier(1), []))
