@@ -1,0 +1,30 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped, by name, on a machine without a CUDA device."""
+    of_gpu = [item for item in items if item.get_closest_marker("gpu") is not None]
+    if not of_gpu:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in of_gpu:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_settings_of_the_user() -> Iterator[None]:
+    """`TANDEM_ROUTER__PORT=…` in the user's shell must not change what a test sees."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(os.environ):
+            if name.startswith("TANDEM_") and "__" in name:
+                patch.delenv(name)
+        yield
