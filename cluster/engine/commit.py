@@ -5,6 +5,8 @@ Every accepted sequence gets exactly one terminal event from here.
 
 from __future__ import annotations
 
+import math
+
 from cluster.engine.batch import Batch, SampledToken, ScheduledSequence, StepResult
 from cluster.engine.events import EngineEvent, PromptFinished, PromptProgress, PromptStarted
 from cluster.engine.scheduler import Scheduler
@@ -58,11 +60,11 @@ class Committer:
                 if sequence.num_in_flight == 0:
                     self._scheduler.release_blocks(sequence)
                 continue
-            sampled = result.sampled[index]
-            if sampled is not None and sampled.is_nan:
+            sampled, prompt_logprobs = result.sampled[index], result.prompt_logprobs[index]
+            if (sampled is not None and sampled.is_nan) or any(math.isnan(each.logprob) for each in prompt_logprobs):
                 self._end_broken(sequence)
                 continue
-            sequence.prompt_logprobs.extend(result.prompt_logprobs[index])
+            sequence.prompt_logprobs.extend(prompt_logprobs)
             self._advance(entry)
             if sampled is not None:
                 self._append(sequence, sampled)

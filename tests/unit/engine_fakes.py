@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -111,13 +111,13 @@ def make_engine(
 
 
 def make_request(
-    request_id: str, token_ids: tuple[int, ...], *, num_prompt_tokens: int = 0, attempt: int = 0, **sampling: object
+    request_id: str, token_ids: tuple[int, ...], *, num_prompt_tokens: int = 0, attempt: int = 0, **sampling: Any
 ) -> Request:
     parameters = {"max_tokens": 8, "seed": 1, "temperature": 0.0, **sampling}
     return Request(
         request_id=request_id,
         token_ids=token_ids,
-        sampling=SamplingParams(**parameters),  # type: ignore[arg-type]
+        sampling=SamplingParams(**parameters),
         num_prompt_tokens=num_prompt_tokens,
         attempt=attempt,
     )

@@ -21,9 +21,9 @@ from cluster.types import SamplingParams
 _MASS_SCALE = 2.0**40
 
 
-def scale(logits_V: torch.Tensor, temperature: float) -> torch.Tensor:
-    """(logits - max) / temperature: all <= 0, NaN everywhere if the row holds NaN or +inf."""
-    return (logits_V - logits_V.max()).div_(temperature)
+def scale(logits_V: torch.Tensor, top: float, temperature: float) -> torch.Tensor:
+    """(logits - top) / temperature, with `top` the finite maximum: 0 at the top, all else below."""
+    return (logits_V - top).div_(temperature)
 
 
 def candidates(scaled_V: torch.Tensor, sampling: SamplingParams) -> torch.Tensor | None:

@@ -5,6 +5,7 @@ Shape legend: R rows, V vocabulary, k most likely tokens.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +60,7 @@ def _top_ids(logits_RV: torch.Tensor, count: int) -> torch.Tensor:
     count = min(count, logits_RV.shape[1])
     if count == 0:
         return torch.zeros((len(logits_RV), 0), dtype=torch.int64, device=logits_RV.device)
+    logits_RV = logits_RV.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)  # NaN has no order
     smallest_R1 = logits_RV.topk(count).values[:, -1:]
     rows = []
     for row_V, smallest in zip(logits_RV, smallest_R1, strict=True):

@@ -9,6 +9,7 @@ Shape legend: R rows with logits, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -55,11 +56,14 @@ class Sampler:
         """Draw one token for each row; row r has the logits of `entries[r]`'s last position. The raw
         logits are not changed."""
         chosen_R = argmax(logits_RV)
-        top_R = logits_RV.gather(1, chosen_R.unsqueeze(1)).squeeze(1)
-        is_broken_R = ~torch.isfinite(top_R)
+        is_broken_R = ~torch.isfinite(logits_RV.gather(1, chosen_R.unsqueeze(1)).squeeze(1))
         for row, entry in enumerate(entries):
+            if self._is_plain(entry):
+                continue
             token_id = self._sample_row(logits_RV[row], entry)
-            if token_id is not None:
+            if token_id is None:
+                is_broken_R[row] = True
+            else:
                 chosen_R[row] = token_id
         places: dict[int, int] = {}
         num_top: list[int] = []
@@ -74,27 +78,41 @@ class Sampler:
             logprobs = logprob_rows(self._ops, logits_RV[rows], chosen_R[rows], max(num_top))
         return SampledRows(chosen_R, is_broken_R, logprobs, places, num_top)
 
-    def _sample_row(self, logits_V: torch.Tensor, entry: ScheduledSequence) -> torch.Tensor | None:
-        """The token, or None where it is the argmax of the raw logits."""
+    def _is_plain(self, entry: ScheduledSequence) -> bool:
+        """The token is the argmax of the raw logits."""
+        sequence = entry.sequence
+        return sequence.request.sampling.is_greedy and not self._processor.is_needed(sequence, _num_output(entry))
+
+    def _sample_row(self, logits_V: torch.Tensor, entry: ScheduledSequence) -> int | None:
+        """The token; None if no token can be drawn, because the row holds NaN or all is masked."""
         sequence, sampling = entry.sequence, entry.sequence.request.sampling
-        position = entry.start + entry.num_tokens  # of the token to be drawn
-        num_output_tokens = position - sequence.prompt_length
-        is_processed = self._processor.is_needed(sequence, num_output_tokens)
-        if sampling.is_greedy and not is_processed:
-            return None
-        if is_processed:
+        if self._processor.is_needed(sequence, _num_output(entry)):
             logits_V = logits_V.clone()
-            self._processor.apply(logits_V, sequence, num_output_tokens)
+            self._processor.apply(logits_V, sequence, _num_output(entry))
+        best = int(argmax(logits_V))
+        top = float(logits_V[best])
+        if not math.isfinite(top):
+            return None
         if sampling.is_greedy:
-            return argmax(logits_V)
-        scaled_V = filters.scale(logits_V, sampling.temperature)
+            return best
+        scaled_V = filters.scale(logits_V, top, sampling.temperature)
         ids_C = filters.candidates(scaled_V, sampling)
-        draw = [(sampling.seed, position)]
+        draw = [(sampling.seed, _position(entry))]
         if ids_C is None:
             bits_V = noise.philox_bits_of_all(draw, len(scaled_V), scaled_V.device)[0]
-            return argmax(scaled_V.add_(noise.gumbel(bits_V)))
+            return int(argmax(scaled_V.add_(noise.gumbel(bits_V))))
         scores_C = scaled_V[ids_C].add_(noise.gumbel(noise.philox_bits(draw, ids_C)[0]))
-        return ids_C[argmax(scores_C)]
+        return int(ids_C[argmax(scores_C)])
+
+
+def _position(entry: ScheduledSequence) -> int:
+    """Of the token to be drawn."""
+    return entry.start + entry.num_tokens
+
+
+def _num_output(entry: ScheduledSequence) -> int:
+    """Tokens put out before the one to be drawn."""
+    return _position(entry) - entry.sequence.prompt_length
 
 
 def argmax(values: torch.Tensor) -> torch.Tensor:
