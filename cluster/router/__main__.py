@@ -1,0 +1,63 @@
+"""`python -m cluster.router --config FILE.json`: one router process (docs/launch.md says what it owes its launcher)."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+from pathlib import Path
+
+import uvloop
+
+from cluster.errors import TandemError
+from cluster.process_events import Progress, Ready, emit, emit_failure
+from cluster.router.config import RouterConfig, read_config
+from cluster.router.server import Stop, bind, run_router
+from cluster.rpc.client import connect
+from cluster.tokenizer import Tokenizer
+from cluster.types import Role
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m cluster.router", description="The HTTP router of a deployment.")
+    parser.add_argument("--config", type=Path, required=True, help="JSON form of RouterConfig")
+    options = parser.parse_args(arguments)
+    try:
+        config = read_config(options.config)
+        logging.basicConfig(
+            level=config.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        )
+        uvloop.run(serve(config))
+    except TandemError as error:
+        emit_failure(error)
+        return 1
+    return 0
+
+
+async def serve(config: RouterConfig) -> None:
+    """Run one router until a signal. Raises `StartupError` or `ModelError` before it is ready."""
+    listener = bind(config.host, config.port)
+    emit(Progress(what="loading tokenizer"))
+    codec = Tokenizer.load(config.model_path)
+    stop = Stop()
+    for number in STOP_SIGNALS:  # before this point a signal simply ends the process
+        asyncio.get_running_loop().add_signal_handler(number, stop.request)
+    prefill = [connect(address, Role.PREFILL) for address in config.prefill]
+    decode = [connect(address, Role.DECODE) for address in config.decode]
+    await run_router(
+        config,
+        codec,
+        prefill=prefill if config.prefill else None,
+        decode=decode,
+        listener=listener,
+        stop=stop,
+        on_ready=lambda url: emit(Ready(address=url.removeprefix("http://"), detail=url)),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

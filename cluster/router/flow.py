@@ -1,0 +1,203 @@
+"""One sequence's life between acceptance and its one terminal event.
+
+    place --> prefill --> first token to the client --> decode --> tokens to the client --> end
+      ^          |                    |                    |
+      +----------+--------------------+--------------------+  worker lost, pair mismatched, KV lost:
+                 prompt + emitted tokens, attempt + 1         the same bits go on from the next position
+
+Whoever leaves early (client gone, stop string, deadline, failure) leaves through the same `finally`
+blocks: iterators are closed, which cancels on the worker, and a prefill worker whose KV nobody has
+taken over is told so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+
+import msgspec
+
+from cluster.errors import HandshakeMismatch, Overloaded, TandemError, WorkerLost
+from cluster.router.metrics import RouterMetrics
+from cluster.router.placement import affinity_of
+from cluster.router.pool import WorkerPair, WorkerPool
+from cluster.router.recovery import Recovery, from_wire, kind_of, recovery_for
+from cluster.rpc.base import WorkerConnection
+from cluster.types import PrefillResult, PrefillStarted, Request, TokenChunk
+
+log = logging.getLogger(__name__)
+
+# Takes the chunks of one sequence in order; True means that it needs no more (a stop string matched).
+Deliver = Callable[[TokenChunk], Awaitable[bool]]
+
+
+class _Journey:
+    """What has happened to one sequence so far."""
+
+    def __init__(self, request: Request, session: str, deadline: float) -> None:
+        self.original = request
+        self.affinity = affinity_of(request.token_ids, session)
+        self.deadline = deadline  # on the event loop's clock
+        self.emitted: list[int] = []
+        self.num_attempts = 0
+        self.avoid: set[str] = set()  # engine ids that have failed this sequence
+        self.computing_at = ""  # engine id of the worker that has the sequence now
+        self.has_prompt_logprobs = False
+
+    def request(self, remaining_s: float) -> Request:
+        """What a worker is to compute now. `max_tokens` and `min_tokens` stay the client's: they count
+        from the end of the client's prompt, not from the end of `token_ids`."""
+        original = self.original
+        sampling = original.sampling
+        if self.has_prompt_logprobs:
+            sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
+        return msgspec.structs.replace(
+            original,
+            token_ids=(*original.token_ids, *self.emitted),
+            num_prompt_tokens=len(original.token_ids),
+            attempt=self.num_attempts - 1,
+            sampling=sampling,
+            deadline_s=remaining_s,
+        )
+
+    def accept(self, chunk: TokenChunk) -> None:
+        """Positions come once and in order, whichever worker computed them."""
+        if chunk.index != len(self.emitted):
+            raise WorkerLost(f"a worker sent output position {chunk.index}, expected {len(self.emitted)}")
+        self.emitted.extend(chunk.token_ids)
+        self.has_prompt_logprobs = True
+
+
+class Flow:
+    """Runs sequences on the pool. Shared by all requests; holds no per-request state."""
+
+    def __init__(self, pool: WorkerPool, metrics: RouterMetrics, *, max_attempts: int, failover_wait_s: float) -> None:
+        self._pool = pool
+        self._metrics = metrics
+        self._max_attempts = max_attempts
+        self._failover_wait_s = failover_wait_s
+
+    async def run(self, request: Request, deliver: Deliver, *, session: str = "", timeout_s: float) -> None:
+        """Return after the terminal chunk was delivered, or after `deliver` wanted no more.
+
+        Raises a `TandemError` when the sequence failed; then no chunk with a finish_reason was delivered.
+        """
+        journey = _Journey(request, session, asyncio.get_running_loop().time() + timeout_s)
+        while True:
+            pair = await self._place(journey)
+            journey.num_attempts += 1
+            try:
+                await self._attempt(journey, pair, deliver)
+                return
+            except TandemError as error:
+                self._recover(journey, pair, error)
+
+    async def _place(self, journey: _Journey) -> WorkerPair:
+        wait_s = self._failover_wait_s if journey.num_attempts else 0.0
+        pair = await self._pool.wait_for_place(affinity=journey.affinity, avoid=journey.avoid, timeout_s=wait_s)
+        if pair is None:
+            raise Overloaded(self._pool.why_not_ready() or "no compatible pair of prefill and decode worker is ready")
+        return pair
+
+    def _recover(self, journey: _Journey, pair: WorkerPair, error: TandemError) -> None:
+        """Prepare the next attempt, or raise `error`."""
+        kind = kind_of(error)
+        recovery = recovery_for(kind, attempts=journey.num_attempts, max_attempts=self._max_attempts)
+        log.warning(
+            "request %s attempt %d on %s failed after %d tokens (%s, %s): %s",
+            journey.original.request_id,
+            journey.num_attempts - 1,
+            "+".join(worker.name for worker in (pair.prefill, pair.decode) if worker),
+            len(journey.emitted),
+            kind.code,
+            recovery.value,
+            error.message,
+        )
+        if issubclass(kind, HandshakeMismatch):
+            self._pool.remember_mismatch(pair.engine_ids)
+            self._metrics.count_handshake_refusal(error)
+        match recovery:
+            case Recovery.FAIL:
+                raise error
+            case Recovery.ELSEWHERE:
+                journey.avoid.add(journey.computing_at)
+            case Recovery.RECOMPUTE:
+                journey.avoid.add(pair.engine_ids[0])  # its KV cannot be had; it may still be the only one
+            case Recovery.OTHER_PAIR:
+                pass  # the pool remembers
+        self._metrics.count_recovery(kind.code, is_mid_stream=bool(journey.emitted))
+
+    async def _attempt(self, journey: _Journey, pair: WorkerPair, deliver: Deliver) -> None:
+        if pair.prefill is None:
+            journey.computing_at = pair.engine_ids[1]
+            with pair.decode.counted() as connection:
+                await _relay(connection.decode(_request_now(journey), None), journey, deliver)
+            return
+        with pair.prefill.counted() as prefill:
+            await self._split_attempt(journey, pair, prefill, deliver)
+
+    async def _split_attempt(
+        self, journey: _Journey, pair: WorkerPair, prefill: WorkerConnection, deliver: Deliver
+    ) -> None:
+        request = _request_now(journey)
+        journey.computing_at = pair.engine_ids[0]
+        must_release = True
+        try:
+            result = await _prefill(prefill, request)
+            must_release = result.kv is not None
+            if await _pass_on(_first_chunk(result), journey, deliver) or result.kv is None:
+                return
+            journey.computing_at = pair.engine_ids[1]
+            with pair.decode.counted() as decode:
+                chunks = decode.decode(_request_now(journey), result.kv)
+                async with aclosing(chunks):
+                    async for chunk in chunks:
+                        # the KV has arrived: from here on the decode worker settles with the prefill worker
+                        must_release = must_release and chunk.error is not None
+                        if await _pass_on(chunk, journey, deliver):
+                            return
+            raise WorkerLost(f"decode worker {decode.address} ended without a finish reason")
+        finally:
+            if must_release:
+                prefill.release(request.request_id, request.attempt)
+                self._metrics.num_releases += 1
+
+
+def _request_now(journey: _Journey) -> Request:
+    return journey.request(max(0.001, journey.deadline - asyncio.get_running_loop().time()))
+
+
+async def _prefill(connection: WorkerConnection, request: Request) -> PrefillResult:
+    events = connection.prefill(request)
+    async with aclosing(events):
+        async for event in events:
+            match event:
+                case PrefillStarted():
+                    pass  # decode begins to read once the first token is known; see docs/protocol.md
+                case PrefillResult():
+                    return event
+    raise WorkerLost(f"prefill worker {connection.address} ended without a result")
+
+
+def _first_chunk(result: PrefillResult) -> TokenChunk:
+    if not result.prompt_logprobs:
+        return result.first
+    return msgspec.structs.replace(result.first, prompt_logprobs=result.prompt_logprobs)
+
+
+async def _relay(chunks: AsyncGenerator[TokenChunk, None], journey: _Journey, deliver: Deliver) -> None:
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            if await _pass_on(chunk, journey, deliver):
+                return
+    raise WorkerLost("a decode worker ended without a finish reason")
+
+
+async def _pass_on(chunk: TokenChunk, journey: _Journey, deliver: Deliver) -> bool:
+    """True when the sequence is over."""
+    if chunk.error is not None:
+        raise from_wire(chunk.error)
+    journey.accept(chunk)
+    return await deliver(chunk) or chunk.finish_reason is not None

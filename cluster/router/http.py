@@ -1,0 +1,105 @@
+"""Routes and failures: every answer that is no success is one error object, whatever went wrong where."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Awaitable, Callable
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from cluster.errors import Cancelled, Overloaded, TandemError
+from cluster.router.asgi import Reply, client_request_id, has_body
+from cluster.router.endpoints import Endpoints
+from cluster.router.responses import ErrorBody, ErrorEnvelope
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[Scope, Receive, Reply], Awaitable[None]]
+
+
+class _Endpoint:
+    """An ASGI application around one handler."""
+
+    def __init__(self, handler: Handler, *, takes_body: bool) -> None:
+        self._handler = handler
+        self._takes_body = takes_body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        reply = Reply(send, client_request_id(scope) or secrets.token_hex(16))
+        reply.closes_connection = not self._takes_body and has_body(scope)
+        try:
+            await self._handler(scope, receive, reply)
+        except Cancelled as gone:
+            log.info("request %s: %s", reply.request_id, gone.message)
+            abort_connection(scope)  # a socket that is still there is one that nobody reads
+        except TandemError as error:
+            await reply.error(error)
+        except asyncio.CancelledError:  # the server has waited for this request long enough
+            await reply.error(Overloaded("this router is shutting down", retry_after_s=5.0))
+
+
+def make_app(endpoints: Endpoints) -> Starlette:
+    def get(path: str, handler: Handler) -> Route:
+        return Route(path, _Endpoint(handler, takes_body=False), methods=["GET"])
+
+    def post(path: str, handler: Handler) -> Route:
+        return Route(path, _Endpoint(handler, takes_body=True), methods=["POST"])
+
+    return Starlette(
+        routes=[
+            post("/v1/chat/completions", endpoints.chat),
+            post("/v1/completions", endpoints.complete),
+            get("/v1/models", endpoints.models),
+            get("/v1/models/{model:path}", endpoints.model),
+            get("/health", endpoints.health),
+            get("/metrics", endpoints.metrics_page),
+            get("/version", endpoints.version),
+            get("/load", endpoints.load),
+            post("/tokenize", endpoints.tokenize),
+            post("/detokenize", endpoints.detokenize),
+        ],
+        exception_handlers={HTTPException: _http_error, Exception: _internal_error},
+    )
+
+
+async def _http_error(request: HttpRequest, error: Exception) -> Response:
+    """No such route, or not with this method."""
+    assert isinstance(error, HTTPException)
+    path = request.url.path[:256]
+    match error.status_code:
+        case 404:
+            message, code = f"there is nothing at {path}", "not_found"
+        case 405:
+            message, code = f"{request.method[:32]} is not allowed at {path}", "method_not_allowed"
+        case _:
+            message, code = error.detail, "http_error"
+    return _error_response(request, error.status_code, message, code, dict(error.headers or {}))
+
+
+async def _internal_error(request: HttpRequest, error: Exception) -> Response:
+    """A bug of ours. The server logs its traceback; a client learns nothing of our insides."""
+    return _error_response(request, 500, "internal error, see the router's log", "internal_error", {})
+
+
+def _error_response(request: HttpRequest, status: int, message: str, code: str, headers: dict[str, str]) -> Response:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    body = msgspec.json.encode(ErrorEnvelope(ErrorBody(message, kind, None, code)))
+    headers["x-request-id"] = client_request_id(request.scope) or secrets.token_hex(16)
+    if has_body(request.scope):
+        headers["connection"] = "close"  # nobody has read it
+    return Response(body, status, headers, media_type="application/json")
+
+
+def abort_connection(scope: Scope) -> None:
+    """Drop the connection without waiting for its buffers; needs `server.BoundedHttpProtocol`."""
+    abort = scope.get("tandem.abort")
+    if abort is not None:
+        abort()

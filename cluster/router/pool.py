@@ -1,0 +1,142 @@
+"""The workers a router knows: their connections, what is in flight there, who refused whom.
+
+A connection reconnects by itself; the pool only asks who is ready. It owns the connections it is given
+and closes them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+
+from cluster.errors import Overloaded
+from cluster.router.placement import Candidate, choose_pair
+from cluster.rpc.base import WorkerConnection
+from cluster.types import Role, WorkerInfo
+
+MAX_REMEMBERED_MISMATCHES = 4096
+POLL_S = 0.05
+
+
+class Worker:
+    """One connection and this router's own count of what runs there."""
+
+    def __init__(self, connection: WorkerConnection, name: str) -> None:
+        self.connection = connection
+        self.name = name  # "decode-0": the label `engine` in /metrics
+        self.num_in_flight = 0
+
+    @property
+    def engine_id(self) -> str:
+        info = self.connection.info
+        return "" if info is None else info.engine_id
+
+    def candidate(self) -> Candidate:
+        return Candidate(
+            address=self.connection.address,
+            engine_id=self.engine_id,
+            num_in_flight=self.num_in_flight,
+            load=self.connection.load,
+        )
+
+    @contextmanager
+    def counted(self) -> Iterator[WorkerConnection]:
+        self.num_in_flight += 1
+        try:
+            yield self.connection
+        finally:
+            self.num_in_flight -= 1
+
+
+class WorkerPair:
+    """Where one attempt runs. `prefill` is None when the decode worker computes the prompt itself."""
+
+    def __init__(self, prefill: Worker | None, decode: Worker) -> None:
+        self.prefill = prefill
+        self.decode = decode
+        # of the processes that were chosen: a worker that restarts meanwhile has another id
+        self.engine_ids = ("" if prefill is None else prefill.engine_id, decode.engine_id)
+
+
+class WorkerPool:
+    def __init__(self, *, prefill: Sequence[WorkerConnection] | None, decode: Sequence[WorkerConnection]) -> None:
+        """`prefill` None: there is no prefill pool."""
+        assert all(connection.role is Role.DECODE for connection in decode)
+        assert all(connection.role is Role.PREFILL for connection in prefill or ())
+        self.decode = _named("decode", decode)
+        self.prefill = None if prefill is None else _named("prefill", prefill)
+        self._mismatched: dict[tuple[str, str], None] = {}  # in order of age
+
+    @property
+    def workers(self) -> list[Worker]:
+        return [*(self.prefill or ()), *self.decode]
+
+    @property
+    def is_ready(self) -> bool:
+        """Something could be placed: every configured pool has a ready worker."""
+        return _any_ready(self.decode) and (self.prefill is None or _any_ready(self.prefill))
+
+    def why_not_ready(self) -> str:
+        missing = [
+            f"no {role} worker is ready ({'; '.join(_state(worker) for worker in workers) or 'none is configured'})"
+            for role, workers in (("prefill", self.prefill), ("decode", self.decode))
+            if workers is not None and not _any_ready(workers)
+        ]
+        return ", ".join(missing)
+
+    def limits(self) -> WorkerInfo:
+        """Of the worker with the shortest context among those ready. Raises `Overloaded`."""
+        infos = [
+            worker.connection.info
+            for worker in self.workers
+            if worker.connection.is_ready and worker.connection.info is not None
+        ]
+        if not infos or not self.is_ready:
+            raise Overloaded(self.why_not_ready() or "no worker has introduced itself yet")
+        return min(infos, key=lambda info: info.max_model_len)
+
+    def place(self, *, affinity: bytes, avoid: Collection[str]) -> WorkerPair | None:
+        decode = {worker.connection.address: worker for worker in self.decode if worker.connection.is_ready}
+        prefill = {worker.connection.address: worker for worker in self.prefill or () if worker.connection.is_ready}
+        pair = choose_pair(
+            None if self.prefill is None else [worker.candidate() for worker in prefill.values()],
+            [worker.candidate() for worker in decode.values()],
+            affinity=affinity,
+            avoid=avoid,
+            mismatched=self._mismatched,
+        )
+        if pair is None:
+            return None
+        return WorkerPair(prefill[pair.prefill.address] if pair.prefill else None, decode[pair.decode.address])
+
+    async def wait_for_place(self, *, affinity: bytes, avoid: Collection[str], timeout_s: float) -> WorkerPair | None:
+        """As `place`, but gives workers that reconnect or restart `timeout_s` to come back."""
+        give_up_at = asyncio.get_running_loop().time() + timeout_s
+        while (pair := self.place(affinity=affinity, avoid=avoid)) is None:
+            if asyncio.get_running_loop().time() >= give_up_at:
+                return None
+            await asyncio.sleep(POLL_S)
+        return pair
+
+    def remember_mismatch(self, engine_ids: tuple[str, str]) -> None:
+        """These processes do not fit. A restart of either gives it a new id and with it a new chance."""
+        self._mismatched[engine_ids] = None
+        while len(self._mismatched) > MAX_REMEMBERED_MISMATCHES:
+            del self._mismatched[next(iter(self._mismatched))]
+
+    async def close(self) -> None:
+        await asyncio.gather(*(worker.connection.close() for worker in self.workers))
+
+
+def _named(role: str, connections: Sequence[WorkerConnection]) -> list[Worker]:
+    return [Worker(connection, f"{role}-{index}") for index, connection in enumerate(connections)]
+
+
+def _any_ready(workers: Sequence[Worker]) -> bool:
+    return any(worker.connection.is_ready for worker in workers)
+
+
+def _state(worker: Worker) -> str:
+    reason = worker.connection.last_error
+    return f"{worker.connection.address}: {reason}" if reason else f"{worker.connection.address}: draining"
