@@ -168,6 +168,7 @@ def chunk_to_pb(chunk: TokenChunk) -> pb.TokenChunk:
         stop_token_id=chunk.stop_token_id,
         error=None if error is None else pb.RequestError(code=error.code, message=error.message),
         num_cached_tokens=chunk.num_cached_tokens,
+        prompt_logprobs=[logprob_to_pb(logprob) for logprob in chunk.prompt_logprobs],
     )
 
 
@@ -188,6 +189,7 @@ def chunk_from_pb(message: pb.TokenChunk) -> TokenChunk:
         stop_token_id=message.stop_token_id if message.HasField("stop_token_id") else None,
         error=RequestError(code=error.code, message=error.message) if message.HasField("error") else None,
         num_cached_tokens=message.num_cached_tokens,
+        prompt_logprobs=tuple(logprob_from_pb(entry) for entry in message.prompt_logprobs),
     )
 
 

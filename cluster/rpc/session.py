@@ -16,7 +16,7 @@ from cluster.errors import InvalidRequest, Overloaded, TandemError
 from cluster.rpc import convert, limits
 from cluster.rpc.base import WorkerAdmin, WorkerService
 from cluster.rpc.pb.serving.v1 import worker_pb2
-from cluster.types import FinishReason, PrefillResult, PrefillStarted, RequestError, TokenChunk
+from cluster.types import FinishReason, PrefillResult, PrefillStarted, RequestError, TokenChunk, TokenLogprob
 
 _Key = tuple[str, int]
 _Event = PrefillStarted | PrefillResult | TokenChunk
@@ -183,6 +183,7 @@ def _merge(earlier: TokenChunk, later: TokenChunk) -> TokenChunk:
         stop_token_id=later.stop_token_id,
         error=later.error,
         num_cached_tokens=earlier.num_cached_tokens,
+        prompt_logprobs=earlier.prompt_logprobs,
     )
 
 
@@ -191,10 +192,15 @@ def _num_entries(event: _Event) -> int:
     match event:
         case PrefillStarted():
             return 1
-        case PrefillResult(prompt_logprobs=prompt):
-            return 1 + sum(1 + len(entry.top) for entry in prompt if entry is not None)
+        case PrefillResult():
+            return _num_entries(event.first) + _num_logprobs(event.prompt_logprobs)
         case TokenChunk():
-            return 1 + len(event.token_ids) + sum(1 + len(entry.top) for entry in event.logprobs)
+            logprobs = _num_logprobs(event.logprobs) + _num_logprobs(event.prompt_logprobs)
+            return 1 + len(event.token_ids) + logprobs
+
+
+def _num_logprobs(logprobs: tuple[TokenLogprob | None, ...]) -> int:
+    return sum(1 + len(entry.top) for entry in logprobs if entry is not None)
 
 
 def _event_to_pb(event: _Event) -> worker_pb2.Event:

@@ -83,6 +83,7 @@ def test_chunk_round_trip_keeps_logprob_bits(logprobs: list[TokenLogprob]) -> No
         stop_token_id=0,
         error=RequestError(code="worker_lost", message="gone"),
         num_cached_tokens=64,
+        prompt_logprobs=(None, *logprobs),
     )
     back = convert.chunk_from_pb(pb.TokenChunk.FromString(convert.chunk_to_pb(chunk).SerializeToString()))
     assert back == chunk

@@ -30,7 +30,7 @@ def store(
     layout = make_layout(block_size, len(layers), len(heads))
     cache = KVCache(layout, 32, torch.device("cpu"))
     cache.kv_NL2HSD.fill_(float("nan"))
-    block_ids: list[int] = np.random.default_rng(seed).permutation(32)[: -(-len(content) // block_size)].tolist()
+    block_ids = [int(block) for block in np.random.default_rng(seed).permutation(32)[: -(-len(content) // block_size)]]
     part = content[:, layers.start : layers.stop, :, heads.start : heads.stop]
     for token in range(len(content)):
         cache.kv_NL2HSD[block_ids[token // block_size], :, :, :, token % block_size] = part[token]
