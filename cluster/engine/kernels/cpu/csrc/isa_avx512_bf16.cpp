@@ -1,0 +1,7 @@
+// VDPBF16PS for the dot chains, AVX-512 for the rest.
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")
+#define TANDEM_DOT_AVX512_BF16
+#define TANDEM_ISA tandem_avx512_bf16
+#include "exports.h"
+#endif

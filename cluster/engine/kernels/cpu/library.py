@@ -1,0 +1,136 @@
+"""Finding and opening the native library, and what the processor supports."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+import logging
+from pathlib import Path
+
+# torch first: the library's OpenMP calls are then served by the libgomp torch has loaded, so that a
+# process has one pool of threads, not two.
+import torch  # noqa: F401
+
+from cluster.engine.kernels.cpu import build
+from cluster.engine.kernels.cpu.arithmetic import InstructionClass
+from cluster.engine.kernels.registry import cache_directory
+
+logger = logging.getLogger(__name__)
+
+_INTEGER, _POINTER, _FLOAT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
+_LETTERS = {"i": _INTEGER, "p": _POINTER, "f": _FLOAT}
+_SIGNATURES = {  # one letter per parameter of csrc/exports.h
+    "pack": "piiipi",
+    "linear": "piipipipiii",
+    "silu_mul": "piipi",
+    "embedding": "ppiipi",
+    "rms_norm": "pipifiipi",
+    "add_rms_norm": "ppipifiipi",
+    "rope_and_cache": "ppiiiipppppifiiiiipi",
+    "attention": "ppiiiipppiiiiiifpi",
+    "log_softmax_stats": "piiippi",
+    "softmax": "piiipi",
+    "argmax": "piiipi",
+}
+
+# The variants of a class that give the same bits, best first.
+VARIANTS = {
+    InstructionClass.AMX_BF16: ("amx_bf16",),
+    InstructionClass.AVX512_BF16: ("avx512_bf16",),
+    InstructionClass.FMA: ("fma_avx512", "fma_avx2", "fma_portable"),
+}
+_CPUINFO_FLAGS = {
+    InstructionClass.AMX_BF16: {"amx_tile", "amx_bf16", "avx512f"},
+    InstructionClass.AVX512_BF16: {"avx512_bf16", "avx512f"},
+    InstructionClass.FMA: set[str](),
+}
+
+
+def open_library() -> ctypes.CDLL | None:
+    """The native library for exactly these sources: the installed one, else one built into the cache.
+
+    None, with a warning that says why, if neither is possible.
+    """
+    wanted = build.source_hash()
+    for path in _installed():
+        library = _open(path)
+        if library is not None and wanted in ("", _hash_of(library)):
+            return library
+    if not wanted:
+        logger.warning("The native CPU kernels are not installed, neither built nor as sources.")
+        return None
+    cached = cache_directory() / f"cpu-kernels-{wanted}.so"
+    if not cached.exists():
+        logger.info("Building the native CPU kernels (once, about 20 s) into %s", cached)
+        try:
+            build.compile_library(cached)
+        except (build.BuildError, OSError) as error:
+            logger.warning("The native CPU kernels could not be built: %s", error)
+            return None
+    return _open(cached)
+
+
+def _installed() -> list[Path]:
+    directory = Path(__file__).parent
+    candidates = (directory / f"_native{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    return [path for path in candidates if path.exists()]
+
+
+def _open(path: Path) -> ctypes.CDLL | None:
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        logger.warning("%s cannot be opened: %s", path, error)
+        return None
+    library.tandem_source_hash.restype = ctypes.c_char_p
+    return library
+
+
+def _hash_of(library: ctypes.CDLL) -> str:
+    return bytes(library.tandem_source_hash()).decode()
+
+
+class Functions:
+    """The typed functions of one variant: `functions.linear(...)` and so on. They release the GIL."""
+
+    def __init__(self, library: ctypes.CDLL, variant: str) -> None:
+        for name, letters in _SIGNATURES.items():
+            function = getattr(library, f"tandem_{variant}_{name}")
+            function.argtypes = [_LETTERS[letter] for letter in letters]
+            function.restype = None
+            setattr(self, name, function)
+
+    def __getattr__(self, name: str) -> ctypes._NamedFuncPointer:  # only to tell the type checker
+        raise AttributeError(name)
+
+
+def supports(library: ctypes.CDLL, variant: str) -> bool:
+    return bool(library.tandem_supports(variant.encode()))
+
+
+def supported_classes(library: ctypes.CDLL | None) -> list[InstructionClass]:
+    """Best first. Without the library: by the flags the kernel reports."""
+    best_first = list(reversed(InstructionClass))
+    if library is not None:
+        return [c for c in best_first if any(supports(library, variant) for variant in VARIANTS[c])]
+    flags = cpu_flags()
+    return [c for c in best_first if _CPUINFO_FLAGS[c] <= flags]
+
+
+def cpu_flags() -> frozenset[str]:
+    return frozenset(_cpuinfo("flags").split())
+
+
+def cpu_model() -> str:
+    return _cpuinfo("model name") or "unknown processor"
+
+
+def _cpuinfo(field: str) -> str:
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return ""
+    for line in path.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == field:
+            return value.strip()
+    return ""
