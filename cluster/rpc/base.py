@@ -7,7 +7,7 @@ in a test.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Protocol
 
 import msgspec
@@ -45,11 +45,11 @@ class WorkerConnection(Protocol):
         """Why there is no connection (for logs and /health); empty while there is one."""
         ...
 
-    def prefill(self, request: Request) -> AsyncIterator[PrefillEvent]:
+    def prefill(self, request: Request) -> AsyncGenerator[PrefillEvent, None]:
         """At most one PrefillStarted, then exactly one PrefillResult."""
         ...
 
-    def decode(self, request: Request, kv: bytes | None) -> AsyncIterator[TokenChunk]:
+    def decode(self, request: Request, kv: bytes | None) -> AsyncGenerator[TokenChunk, None]:
         """Chunks in order of `index`; the last one has a finish_reason. With a handle: `request`'s
         prompt has been computed elsewhere and its first token is in `request.token_ids` already.
         Without (`kv` None): the worker computes the prompt itself."""
