@@ -70,6 +70,7 @@ class ConnectorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
 
     transport: Literal["nixl", "loopback"] = "nixl"  # loopback works inside one process only (tests, monolithic)
     lease_s: float = 30.0  # how long a prefill worker keeps blocks for a reader that is silent
+    load_timeout_s: float = 30.0  # bound of one hand-over on a decode worker, waiting for free blocks included
     on_failure: Literal["recompute", "fail"] = "recompute"  # of a hand-over: compute again, or an error to the client
 
 
@@ -138,6 +139,7 @@ def find_problems(config: ClusterConfig) -> Iterator[str]:
         yield from _pool_problems("prefill", config.prefill)
     yield from _network_problems(config)
     yield from _between("connector.lease_s", config.connector.lease_s, 0.1, 3600)
+    yield from _between("connector.load_timeout_s", config.connector.load_timeout_s, 0.1, 3600)
     yield from _between("launch.start_timeout_s", config.launch.start_timeout_s, 1, 86_400)
     yield from _between("launch.drain_timeout_s", config.launch.drain_timeout_s, 0, 3600)
     yield from _between("launch.max_restarts", config.launch.max_restarts, 0, 1000)

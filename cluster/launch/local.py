@@ -28,6 +28,7 @@ FIRST_RESTART_PAUSE_S = 1.0
 LONGEST_RESTART_PAUSE_S = 30.0
 RESTART_WINDOW_S = 300.0
 ABORTED_START_GRACE_S = 5.0  # for the healthy processes when another one failed to start
+DRAIN_MARGIN_S = 10.0  # beyond the drain time, which the processes keep themselves
 KILL_GRACE_S = 10.0  # until a killed process is gone
 PROBE_TIMEOUT_S = 60.0
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -164,7 +165,7 @@ class LocalLauncher:
             return
         for stop_order in sorted({spec.stop_order for spec in self._specs}):
             stage = [process for process in self._running.values() if process.spec.stop_order == stop_order]
-            await self._stop_stage(stage, self._settings.drain_timeout_s)
+            await self._stop_stage(stage, self._settings.drain_timeout_s + DRAIN_MARGIN_S)
 
     async def _stop_stage(self, stage: Sequence[ManagedProcess], grace_s: float) -> None:
         for process in stage:

@@ -149,7 +149,8 @@ async def test_restarts_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert sum(news == ("decode-0", "start") for news in view.news) == 3
 
 
-async def test_a_process_that_ignores_sigterm_is_killed_after_the_drain_time() -> None:
+async def test_a_process_that_ignores_sigterm_is_killed_after_the_drain_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "DRAIN_MARGIN_S", 0.0)
     view = RecordingView()
     launcher = LocalLauncher([spec("decode-0", "deaf")], LaunchSettings(drain_timeout_s=0.2), view, no_probe)
     running = asyncio.create_task(launcher.run())

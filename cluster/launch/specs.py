@@ -1,0 +1,103 @@
+"""From topology and configuration to the processes to be started: their config files, commands, environments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from cluster.config import ClusterConfig, PoolSettings
+from cluster.control.worker_config import WorkerConfig
+from cluster.launch.monolithic_config import MonolithicConfig
+from cluster.launch.process import ProcessSpec
+from cluster.launch.run_directory import write_config
+from cluster.launch.topology import Topology, WorkerGroup
+from cluster.model_files.source import ModelSource
+from cluster.router.config import RouterConfig
+from cluster.types import Role
+
+ROUTER_STOPS_FIRST, WORKERS_STOP_LAST = 0, 1
+
+
+def process_specs(
+    config: ClusterConfig,
+    topology: Topology,
+    model: ModelSource,
+    model_name: str,
+    directory: Path,
+    key_file: Path,
+) -> list[ProcessSpec]:
+    """Write each process's config into `directory` and say how it is started. All ports are chosen."""
+    router = router_config(config, topology, model, model_name)
+    if topology.is_monolithic:
+        (group,) = topology.groups
+        worker = worker_config(config, group, model, model_name, key_file)
+        path = write_config(directory, "monolithic", MonolithicConfig(router=router, worker=worker))
+        command = ("cluster.launch.monolithic", "--config", str(path))
+        return [ProcessSpec(name="monolithic", command=command, environment=_environment(group))]
+    path = write_config(directory, "router", router)
+    command = ("cluster.router", "--config", str(path))
+    specs = [ProcessSpec(name="router", command=command, stop_order=ROUTER_STOPS_FIRST)]
+    for group in topology.groups:
+        path = write_config(directory, group.name, worker_config(config, group, model, model_name, key_file))
+        specs.append(
+            ProcessSpec(
+                name=group.name,
+                command=(group.role.value, "--config", str(path)),
+                environment=_environment(group),
+                stop_order=WORKERS_STOP_LAST,
+            )
+        )
+    return specs
+
+
+def router_config(config: ClusterConfig, topology: Topology, model: ModelSource, model_name: str) -> RouterConfig:
+    tuning = {
+        name: value for name, value in msgspec.structs.asdict(config.router).items() if name not in ("host", "port")
+    }
+    return RouterConfig(
+        model_name=model_name,
+        model_path=str(model.path),
+        prefill=tuple(group.address for group in topology.of_role(Role.PREFILL)),
+        decode=() if topology.is_monolithic else tuple(group.address for group in topology.of_role(Role.DECODE)),
+        host=topology.router.host,
+        port=topology.router.port,
+        drain_timeout_s=config.launch.drain_timeout_s,
+        log_level=config.logging.level,
+        **tuning,
+    )
+
+
+def worker_config(
+    config: ClusterConfig, group: WorkerGroup, model: ModelSource, model_name: str, key_file: Path
+) -> WorkerConfig:
+    pool = _pool(config, group.role)
+    (rank,) = group.ranks
+    return WorkerConfig(
+        model=str(model.path),
+        model_name=model_name,
+        model_revision=model.revision,
+        host=group.host,
+        port=group.port,
+        engine=msgspec.structs.replace(pool.engine, num_threads=rank.num_threads, device=rank.device),
+        cluster_key_file=str(key_file),
+        lease_s=config.connector.lease_s,
+        load_timeout_s=config.connector.load_timeout_s,
+        on_failure=config.connector.on_failure,
+        drain_timeout_s=config.launch.drain_timeout_s,
+        allow_plaintext_network=config.security.allow_plaintext_network,
+        log_level=config.logging.level,
+    )
+
+
+def _pool(config: ClusterConfig, role: Role) -> PoolSettings:
+    match role:
+        case Role.PREFILL:
+            return config.prefill
+        case Role.DECODE:
+            return config.decode
+
+
+def _environment(group: WorkerGroup) -> dict[str, str]:
+    """Libraries outside of the kernels take their number of threads from here."""
+    return {"OMP_NUM_THREADS": str(group.ranks[0].num_threads)}
