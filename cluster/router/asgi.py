@@ -20,7 +20,7 @@ EVENT_STREAM_HEADERS = (
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # a proxy that collects the stream would undo it
 )
-MAX_DISCARDED_RATIO = 8  # of a body over the limit, so much times the limit is read before the connection closes
+MAX_DISCARDED_BYTES = 64 << 20  # of a body over the limit: so much is read on, then the connection is closed
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:@/+=-]{1,128}")
 _encode = msgspec.json.Encoder().encode
 
@@ -116,7 +116,7 @@ async def read_body(scope: Scope, receive: Receive, *, max_bytes: int, timeout_s
                 num_received += len(piece)
                 if max(num_received, num_declared) <= max_bytes:
                     body += piece
-                elif num_received > MAX_DISCARDED_RATIO * max_bytes:
+                elif num_received > max_bytes + MAX_DISCARDED_BYTES:
                     break
                 else:
                     body.clear()  # read on, or the client would see a reset instead of our answer

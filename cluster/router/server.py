@@ -66,9 +66,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def data_received(self, data: bytes) -> None:
-        self._num_head_bytes += len(data)
+        was_in_head = self._is_in_head
         super().data_received(data)
-        if self._is_in_head and self._num_head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+        if was_in_head and self._is_in_head:
+            self._num_head_bytes += len(data)
+        if self._num_head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
             self._refuse(431, f"the head of the request has more than {MAX_HEAD_BYTES} bytes")
 
     def send_400_response(self, msg: str) -> None:
@@ -86,11 +88,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def _begin_head(self) -> None:
         self._end_head()
         self._is_in_head = True
-        self._num_head_bytes = 0
         self._head_timer = self.loop.call_later(self.header_timeout_s, self.transport.abort)
 
     def _end_head(self) -> None:
         self._is_in_head = False
+        self._num_head_bytes = 0
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
