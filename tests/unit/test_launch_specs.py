@@ -186,9 +186,11 @@ async def test_a_refusal_is_a_terminal_chunk() -> None:
 async def test_an_embedded_connection_is_ready_until_drained_or_closed() -> None:
     worker = FakeWorker()
     connection = EmbeddedConnection(worker)
-    assert connection.is_ready
+    states = [connection.is_ready]
     worker.is_draining = True
-    assert not connection.is_ready
+    states.append(connection.is_ready)
     worker.is_draining = False
+    states.append(connection.is_ready)
     await connection.close()
-    assert not connection.is_ready
+    states.append(connection.is_ready)
+    assert states == [True, False, True, False]
