@@ -26,6 +26,10 @@ _MAX_TEMPLATE_CHARACTERS = 1 << 20
 _MAX_OUTPUT_CHARACTERS = 16 << 20
 _TIME_LIMIT_S = 2.0
 _MAX_FACTOR = 1 << 63
+# What pads a text to any width: a few characters of template would fill the memory.
+_PADDING_FILTERS = ("center", "indent")
+_PADDING_METHODS = frozenset({"format", "format_map", "center", "ljust", "rjust", "zfill", "expandtabs"})
+_MAX_PADDING = 256
 _RESERVED = frozenset({"messages", "tools", "add_generation_prompt"})
 
 
@@ -111,12 +115,16 @@ class _GenerationBlock(Extension):
 class _LimitedEnvironment(ImmutableSandboxedEnvironment):
     """One rendering. Every call, lookup and product a template makes passes here."""
 
-    intercepted_binops = frozenset({"*", "**"})
+    intercepted_binops = frozenset({"*", "**", "%"})
 
     def __init__(self, deadline: float, max_characters: int) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationBlock])
         self._deadline = deadline
         self._max_characters = max_characters
+        for name in _PADDING_FILTERS:
+            self.filters[name] = _bounded_padding(self.filters[name])
+        self.filters["format"] = _no_formatting
+        del self.globals["lipsum"]
         self.filters["tojson"] = _to_json
         self.globals["raise_exception"] = _raise_exception
 
@@ -129,17 +137,24 @@ class _LimitedEnvironment(ImmutableSandboxedEnvironment):
         return super().call(*args, **kwargs)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        self.check_time()
+        self._check_lookup(obj, attribute)
         return super().getattr(obj, attribute)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        self.check_time()
+        self._check_lookup(obj, argument)
         return super().getitem(obj, argument)
+
+    def _check_lookup(self, obj: Any, name: Any) -> None:
+        self.check_time()
+        if isinstance(obj, str) and name in _PADDING_METHODS:
+            raise SecurityError(f"the method {name!r} of texts is not available")
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         match operator, left, right:
             case "**", _, _:
                 raise SecurityError("powers are not available")
+            case "%", int() | float(), int() | float():
+                return left % right
             case "*", int() | float(), int() | float():
                 if max(abs(left), abs(right)) > _MAX_FACTOR:
                     raise SecurityError("a factor is too large")
@@ -153,6 +168,19 @@ class _LimitedEnvironment(ImmutableSandboxedEnvironment):
         if len(repeated) * times > self._max_characters:
             raise SecurityError("a repetition is too long")
         return repeated * times
+
+
+def _bounded_padding(padding_filter: Callable[..., str]) -> Callable[..., str]:
+    def bounded(text: str, width: Any = 4, *rest: Any, **options: Any) -> str:
+        if not isinstance(width, int) or width > _MAX_PADDING:
+            raise SecurityError(f"padding must be a number of at most {_MAX_PADDING}")
+        return padding_filter(text, width, *rest, **options)
+
+    return bounded
+
+
+def _no_formatting(*args: Any, **kwargs: Any) -> NoReturn:
+    raise SecurityError("the filter 'format' is not available")
 
 
 def _to_json(

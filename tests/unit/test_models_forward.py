@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from gguf import GGMLQuantizationType
-from tests.unit.model_factory import FAMILIES, logits_of, random_model, save_gguf, save_safetensors, whole_sequence
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cluster.engine.kernels import get_ops
@@ -17,6 +16,7 @@ from cluster.engine.models.llama import DecoderModel
 from cluster.engine.models.loader import LoadedModel, load_model
 from cluster.engine.parallel.group import ParallelGroup, SingleRank
 from cluster.errors import ConfigError
+from tests.unit.model_factory import FAMILIES, logits_of, random_model, save_gguf, save_safetensors, whole_sequence
 
 CPU = torch.device("cpu")
 TOKENS = torch.tensor([1, 17, 300, 5, 5, 42, 118, 9, 260, 33, 7, 7, 250, 64, 199, 3, 81, 12, 310, 150])
@@ -129,5 +129,5 @@ def test_more_ranks_than_kv_heads_share_them(tmp_path: Path) -> None:
 
 def test_a_number_of_ranks_that_cannot_share_the_heads_is_refused(tmp_path: Path) -> None:
     save_safetensors(random_model("llama"), tmp_path)
-    with pytest.raises(ConfigError, match="tensor parallel size 4 does not fit 6 heads and 3 KV heads"):
+    with pytest.raises(ConfigError, match=r"tensor parallel size 4 does not fit 6 heads and 3 KV heads"):
         load(tmp_path, VirtualRank(0, 4, threading.Barrier(1), []))
