@@ -50,6 +50,7 @@ class Connection:
         self._load: WorkerLoad | None = None
         self._connected = False
         self._draining = False
+        self._is_closing = False
         self._last_error = "not connected yet"
         self._silent_ticks = 0
         self._inboxes: dict[_Key, _Inbox] = {}
@@ -101,6 +102,8 @@ class Connection:
             self._outbox.release((request_id, attempt))
 
     async def close(self) -> None:
+        # Before 3.13 a TaskGroup loses a cancellation that coincides with the failure of a child.
+        self._is_closing = True
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
@@ -122,12 +125,12 @@ class Connection:
                 self._outbox.cancel(key)
 
     async def _run(self) -> None:
-        pause_s = limits.RECONNECT_MIN_S
+        pause_s = 0.0
         try:
-            while True:
-                was_connected = await self._session()
-                pause_s = limits.RECONNECT_MIN_S if was_connected else min(2 * pause_s, limits.RECONNECT_MAX_S)
+            while not self._is_closing:
                 await asyncio.sleep(pause_s)
+                longer_s = min(max(2 * pause_s, limits.RECONNECT_MIN_S), limits.RECONNECT_MAX_S)
+                pause_s = 0.0 if await self._session() else longer_s
         finally:
             self._disconnected("the connection was closed")
 

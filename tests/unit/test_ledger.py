@@ -39,7 +39,7 @@ def store(
 
 def digest(content: torch.Tensor, block_size: int = 16, start: int = 0, end: int = NUM_TOKENS) -> list[int]:
     cache, block_ids = store(content, block_size)
-    return KVDigester(cache.kv_NL2HSD, cache.layout).tokens(block_ids, start, end).tolist()
+    return [int(value) for value in KVDigester(cache.kv_NL2HSD, cache.layout).tokens(block_ids, start, end)]
 
 
 @pytest.mark.parametrize("block_size", [16, 32, 48, 128])
