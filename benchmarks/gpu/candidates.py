@@ -18,7 +18,7 @@ def _fits(plan: LinearPlan, *, silu_mul: bool) -> bool:
 
 def few_rows(num_rows: int, *, silu_mul: bool) -> Iterator[LinearPlan]:
     """Up to 64 rows: the weight is read once, so depth of the pipeline decides."""
-    block_m = max(16, num_rows)
+    block_m = max(16, 1 << (num_rows - 1).bit_length())
     tiles = ((64, 128, 8), (64, 128, 5), (64, 256, 4), (128, 64, 6), (128, 128, 5), (128, 128, 3), (64, 64, 8))
     for block_n, block_k, num_stages in tiles:
         common = {"block_m": block_m, "block_n": block_n, "block_k": block_k, "swap": True}
@@ -57,7 +57,7 @@ def many_rows(num_rows: int, *, silu_mul: bool) -> Iterator[LinearPlan]:
     if num_rows <= 256:
         for block_n, block_k, stages in ((64, 128, 5), (128, 64, 5), (128, 128, 3)):
             plan = LinearPlan(
-                kind="tma", block_m=min(128, num_rows), block_n=block_n, block_k=block_k, num_stages=stages,
+                kind="tma", block_m=128, block_n=block_n, block_k=block_k, num_stages=stages,
                 swap=True, persistent=False,
             )  # fmt: skip
             if _fits(plan, silu_mul=silu_mul):

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from benchmarks.gpu.candidates import candidates
 from benchmarks.gpu.shapes import Layer
-from benchmarks.gpu.timing import graph_ms
+from benchmarks.gpu.timing import graph_ms, interleaved_ms
 from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.kernels.triton.plans import REFERENCE_LINEAR, LinearPlan
 
@@ -72,12 +72,13 @@ class LayerBench:
         self.out_features = n // 2 if layer.silu_mul else n
         self.expected = self._reference(self.x)
         self.hard_expected = self._reference(self.hard_x)
+        self.hard_accumulators = self._reference(self.hard_x[:512], torch.float32)
 
     def _run(self, x: torch.Tensor, weight_index: int, out: torch.Tensor, plan: LinearPlan) -> None:
         self.ops.run_linear(x, self.weights[weight_index], None, out, plan, silu_mul=self.layer.silu_mul)
 
-    def _reference(self, x: torch.Tensor) -> torch.Tensor:
-        out = torch.empty((x.shape[0], self.out_features), device="cuda", dtype=torch.bfloat16)
+    def _reference(self, x: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        out = torch.empty((x.shape[0], self.out_features), device="cuda", dtype=dtype)
         self._run(x, 0, out, REFERENCE_LINEAR)
         return out
 
@@ -88,16 +89,50 @@ class LayerBench:
             out = torch.full((num_rows, self.out_features), float("nan"), device="cuda", dtype=torch.bfloat16)
             self._run(x[:num_rows], 0, out, plan)
             total += int((out.view(torch.int16) != expected[:num_rows].view(torch.int16)).sum())
+        if plan.kind != "cublaslt":  # the accumulator itself, of as many rows as there is room for
+            rows = min(num_rows, 512)
+            out = torch.full((rows, self.out_features), float("nan"), device="cuda", dtype=torch.float32)
+            self._run(self.hard_x[:rows], 0, out, plan)
+            total += int((out.view(torch.int32) != self.hard_accumulators[:rows].view(torch.int32)).sum())
         return total
+
+    def compare(self, plans: list[LinearPlan], num_rows: int) -> tuple[list[float], list[list[float]]]:
+        """Milliseconds of default cuBLAS and of each plan, per round, taking turns."""
+        x = self.x[:num_rows]
+        n = self.layer.out_features
+        wide = [torch.empty((num_rows, n), device="cuda", dtype=torch.bfloat16) for _ in self.weights]
+        outs = [torch.empty((num_rows, self.out_features), device="cuda", dtype=torch.bfloat16) for _ in self.weights]
+        indices = range(len(self.weights))
+        default = [self._default_call(x, i, wide[i], outs[0], captured=True) for i in indices]
+        ours = [[self._plan_call(x, i, outs[i], plan) for i in indices] for plan in plans]
+        times = interleaved_ms([default, *ours])
+        return times[0], times[1:]
+
+    def _plan_call(self, x: torch.Tensor, index: int, out: torch.Tensor, plan: LinearPlan) -> Callable[[], None]:
+        return lambda: self._run(x, index, out, plan)
+
+    def _default_call(
+        self, x: torch.Tensor, index: int, wide: torch.Tensor, fused: torch.Tensor, *, captured: bool
+    ) -> Callable[[], None]:
+        """cuBLAS as torch sets it up, then a SwiGLU kernel where ours is fused. `captured`: switches around the call."""
+
+        def run() -> None:
+            if captured:
+                use_default_cublas()
+            torch.mm(x, self.weights[index].weight_NK.t(), out=wide)
+            if captured:
+                use_admitted_cublas()
+            if self.layer.silu_mul:
+                grid = (triton.cdiv(self.out_features, 1024), x.shape[0])
+                _silu_mul_kernel[grid](wide, fused, self.out_features, BLOCK=1024)
+
+        return run
 
     def time_plan(self, plan: LinearPlan, num_rows: int, **timing: float) -> float:
         x = self.x[:num_rows]
         outs = [torch.empty((num_rows, self.out_features), device="cuda", dtype=torch.bfloat16) for _ in self.weights]
-
-        def call(index: int) -> Callable[[], None]:
-            return lambda: self._run(x, index, outs[index], plan)
-
-        return graph_ms([call(index) for index in range(len(self.weights))], **timing)  # type: ignore[arg-type]
+        calls = [self._plan_call(x, index, outs[index], plan) for index in range(len(self.weights))]
+        return graph_ms(calls, **timing)  # type: ignore[arg-type]
 
     def time_default(self, num_rows: int, **timing: float) -> tuple[float, int]:
         """Default cuBLAS (and a separate SwiGLU kernel where ours is fused), and its differing bits."""
@@ -106,18 +141,10 @@ class LayerBench:
         outs = [torch.empty((num_rows, n), device="cuda", dtype=torch.bfloat16) for _ in self.weights]
         fused = torch.empty((num_rows, self.out_features), device="cuda", dtype=torch.bfloat16)
 
-        def call(index: int) -> Callable[[], None]:
-            def run() -> None:
-                torch.mm(x, self.weights[index].weight_NK.t(), out=outs[index])
-                if self.layer.silu_mul:
-                    grid = (triton.cdiv(self.out_features, 1024), num_rows)
-                    _silu_mul_kernel[grid](outs[index], fused, self.out_features, BLOCK=1024)
-
-            return run
-
         use_default_cublas()
-        milliseconds = graph_ms([call(index) for index in range(len(self.weights))], **timing)  # type: ignore[arg-type]
-        call(0)()
+        calls = [self._default_call(x, i, outs[i], fused, captured=False) for i in range(len(self.weights))]
+        milliseconds = graph_ms(calls, **timing)  # type: ignore[arg-type]
+        calls[0]()
         use_admitted_cublas()
         result = fused if self.layer.silu_mul else outs[0]
         return milliseconds, int((result.view(torch.int16) != self.expected[:num_rows].view(torch.int16)).sum())

@@ -52,9 +52,44 @@ def _replay_ms(graph: torch.cuda.CUDAGraph) -> float:
     return start.elapsed_time(end)
 
 
+def interleaved_ms(
+    variants: Sequence[Sequence[Callable[[], object]]], *, rounds: int = 7, min_ms: float = 1.5
+) -> list[list[float]]:
+    """Milliseconds of one call, per variant and round, the variants taking turns.
+
+    Clocks and temperature drift over a second of load; turns of milliseconds give every variant the same share.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for calls in variants:
+            for call in calls:
+                call()
+    torch.cuda.synchronize()
+    graphs = [_capture(calls) for calls in variants]
+    counts = [max(1, round(min_ms / max(_replay_ms(graph), 1e-3))) for graph in graphs]
+    times: list[list[float]] = [[] for _ in variants]
+    for index in range(rounds + 1):
+        for graph, count, calls, found in zip(graphs, counts, variants, times, strict=True):
+            milliseconds = _timed(lambda graph=graph, count=count: [graph.replay() for _ in range(count)])  # type: ignore[misc]
+            if index:  # the first round warms up
+                found.append(milliseconds / (count * len(calls)))
+    return times
+
+
+def _timed(call: Callable[[], object]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
 def copy_bandwidth_tb_s(num_bytes: int = 1 << 32) -> float:
-    """Device-to-device copy, bytes read plus bytes written, in TB/s."""
-    source = torch.randint(0, 255, (num_bytes,), dtype=torch.uint8, device="cuda")
+    """Device-to-device copy by kernels, bytes read plus bytes written, in TB/s; median of 9."""
+    source = torch.randn(num_bytes // 2, dtype=torch.bfloat16, device="cuda")
     target = torch.empty_like(source)
-    milliseconds = graph_ms([lambda: target.copy_(source)], min_ms=20)
-    return 2 * num_bytes / milliseconds / 1e9
+    target.copy_(source)
+    times = sorted(_timed(lambda: [target.copy_(source) for _ in range(4)]) / 4 for _ in range(9))
+    return 2 * num_bytes / times[4] / 1e9

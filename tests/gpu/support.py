@@ -95,11 +95,11 @@ class Paged:
     def attend(
         self, sequences: list[int], rows: list[int], contexts: list[int] | None = None, plan: AttentionPlan | None = None
     ) -> list[torch.Tensor]:
-        """The last `rows` rows of each sequence cut to its context, in one batch; one result per sequence."""
+        """The last `rows` rows of each sequence cut to its context, in one batch; one fp32 result per sequence."""
         contexts = contexts or [self.contexts[sequence] for sequence in sequences]
         metadata = self.metadata(sequences, rows, contexts)
         q = torch.cat([self.q[s][c - r : c] for s, r, c in zip(sequences, rows, contexts, strict=True)])
-        out = launch.run_attention(q, self.layer, metadata, self.scale, plan or AttentionPlan(), NUM_MULTIPROCESSORS)
+        out = launch.run_attention(q, self.layer, metadata, self.scale, plan or AttentionPlan(), NUM_MULTIPROCESSORS, torch.float32)
         return list(out.split(rows))
 
     def expected(self, sequence: int) -> torch.Tensor:

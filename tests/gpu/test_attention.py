@@ -117,7 +117,7 @@ def test_graph_with_a_longer_bound_and_padding_equals_eager() -> None:
     padded = type(metadata)(starts, lengths, table, metadata.slot_mapping, metadata.positions, 1, 4096)
     q = torch.cat([cache.q[i][-1:] for i in range(3)] + [cache.q[0][:2]])
     out = in_graph(
-        lambda: launch.run_attention(q, cache.layer, padded, cache.scale, AttentionPlan(), NUM_MULTIPROCESSORS)
+        lambda: launch.run_attention(q, cache.layer, padded, cache.scale, AttentionPlan(), NUM_MULTIPROCESSORS, torch.float32)
     )
     assert bits_equal(out[:3], torch.cat(eager))
 

@@ -6,16 +6,17 @@ D head size, S tokens in a cache block.
 The definition, per (row, query head), which every kernel here computes to the same bits:
 
     keys come in splits of SPLIT_KEYS, counted from position 0; a split in blocks of BLOCK_KV;
-    block:  s = q·k;  m' = max(m, max(s)·c);  p = exp2(fma(s, c, -m')) rounded to the element type
-            l = l·exp2(m - m') + Σp;  acc = acc·exp2(m - m') + p·v        (c = scale · log2 e)
+    block:  s = q·k;  m' = max(m, max(s)·c);  p = exp2(fma(s, c, -m'))      (c = scale · log2 e)
+            l = fma(l, exp2(m - m'), Σp);  acc = acc·exp2(m - m') + p·v, p rounded to the element type
     split:  starts from m = -inf, l = 0, acc = 0
     fold:   splits ascending, M' = max(M, m);  L = fma(L, a, l·b);  O = fma(O, a, acc·b)
-            with a = exp2(M - M'), b = exp2(m - M');  result O / L
+            with a = exp2(M - M'), b = exp2(m - M');  result O / ΣL
 
-Σp and p·v are tensor core chains in ascending key order (Σp by a product with ones: a sum across
-lanes would follow the tile shape). A masked block changes nothing (a = 1, p = 0), so programs may
-skip it or not. Keys past the end of a sequence are not read; their V counts as 0, because a stale
-page may hold NaN.
+p·v is a tensor core chain in ascending key order. l and L have 8 lanes: lane c sums the keys of a
+block whose number is c modulo 8 by a binary tree written out in `lane_sums`, and ΣL is the same tree
+over the lanes; a sum left to the compiler would follow the tile shape. A masked block changes nothing
+(a = 1, p = 0), so programs may skip it or not. Keys past the end of a sequence are not read; their V
+counts as 0, because a stale page may hold NaN.
 """
 
 from __future__ import annotations
@@ -25,32 +26,66 @@ import triton.language as tl
 
 
 @triton.jit
+def pair_sums(x):
+    """(rows, n, 2k) -> (rows, n, k): neighbours along the last axis added. One level of a tree."""
+    left, right = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2] // 2, 2)))
+    return left + right
+
+
+@triton.jit
+def lane_sums(p):
+    """(rows, keys) -> (rows, 8): lane c adds p[:, c], p[:, c + 8], ... pairwise, as a balanced tree.
+
+    In a tensor core accumulator those keys lie in one thread, so no data moves.
+    """
+    x = tl.permute(tl.reshape(p, (p.shape[0], p.shape[1] // 8, 8)), (0, 2, 1))
+    if p.shape[1] >= 128:
+        x = pair_sums(x)
+    if p.shape[1] >= 64:
+        x = pair_sums(x)
+    if p.shape[1] >= 32:
+        x = pair_sums(x)
+    if p.shape[1] >= 16:
+        x = pair_sums(x)
+    return tl.reshape(x, (p.shape[0], 8))
+
+
+@triton.jit
+def total(L):
+    """(rows, 8) -> (rows,): the same tree over the lanes."""
+    x = pair_sums(pair_sums(pair_sums(tl.reshape(L, (L.shape[0], 1, 8)))))
+    return tl.reshape(x, (L.shape[0],))
+
+
+@triton.jit
 def fold(M, L, O, m, l, acc):
     """Join the next split onto the folded ones. A split that saw no key (m = -inf) changes nothing."""
     top = tl.maximum(M, m)
     shift = tl.where(top == float("-inf"), 0.0, top)
     a = tl.exp2(M - shift)
     b = tl.exp2(m - shift)
-    L = tl.fma(L, a, l * b)
+    L = tl.fma(L, tl.broadcast_to(a[:, None], L.shape), l * b[:, None])
     O = tl.fma(O, tl.broadcast_to(a[:, None], O.shape), acc * b[:, None])
     return top, L, O
 
 
 @triton.jit
-def block_step(q, k, v, q_pos, key_pos, m, l, acc, scale_log2, MASKED: tl.constexpr):
-    """One block of keys. k: (D, BLOCK_KV), v: (BLOCK_KV, D), l: (rows, 16) with equal columns."""
-    s = tl.dot(q, k)
+def probabilities(s, q_pos, key_pos, m, scale_log2, MASKED: tl.constexpr):
+    """(new maximum, exp2(old - new), p) of one block of scores. -inf stands for no key seen yet."""
     if MASKED:
         s = tl.where(key_pos[None, :] <= q_pos[:, None], s, float("-inf"))
     top = tl.maximum(m, tl.max(s, axis=1) * scale_log2)
     shift = tl.where(top == float("-inf"), 0.0, top) if MASKED else top
-    p = tl.exp2(tl.fma(s, tl.full(s.shape, 0.0, tl.float32) + scale_log2, tl.broadcast_to(-shift[:, None], s.shape)))
-    p = p.to(v.dtype)
-    alpha = tl.exp2(m - shift)
-    ones = tl.full((s.shape[1], 16), 1.0, v.dtype)
-    l = tl.dot(p, ones, l * alpha[:, None])
-    acc = tl.dot(p, v, acc * alpha[:, None])
-    return top, l, acc
+    factor = tl.full(s.shape, 0.0, tl.float32) + scale_log2
+    p = tl.exp2(tl.fma(s, factor, tl.broadcast_to(-shift[:, None], s.shape)))
+    return top, tl.exp2(m - shift), p
+
+
+@triton.jit
+def accumulate(p, v, alpha, l, acc):
+    l = tl.fma(l, tl.broadcast_to(alpha[:, None], l.shape), lane_sums(p))
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
+    return l, acc
 
 
 @triton.jit
@@ -107,7 +142,7 @@ def count_splits(
 
 @triton.jit(do_not_specialize=["num_sequences", "max_rows"])
 def split_kernel(
-    q_ptr, kv_ptr, partial_ptr, partial_ml_ptr, query_start_ptr, context_len_ptr, table_ptr,
+    q_ptr, kv_ptr, partial_ptr, partial_m_ptr, partial_l_ptr, query_start_ptr, context_len_ptr, table_ptr,
     num_sequences, max_rows, scale_log2, stride_q, stride_table, stride_block, stride_kv, stride_head,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KV: tl.constexpr, SPLIT_KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
@@ -116,15 +151,15 @@ def split_kernel(
     """Few rows, many keys: one (sequence, split, KV head) at a time, partial results to scratch.
 
     The list of work is implied by the lengths on the device, so the grid is fixed and the kernel can
-    be captured. Partials of item i lie at i: (max_rows · GROUP, D) values, (max_rows · GROUP, 2) m and l.
+    be captured. Partials of item i lie at i: (max_rows · GROUP, D) values, m, and (.., 8) l.
     """
     splits = count_splits(query_start_ptr, context_len_ptr, num_sequences, max_rows, SPLIT_KEYS, BLOCK_B)
     ends = tl.cumsum(splits, axis=0)
-    total = tl.sum(splits, axis=0) * NUM_KV_HEADS
+    num_items = tl.sum(splits, axis=0) * NUM_KV_HEADS
     sequences = tl.arange(0, BLOCK_B)
     tile_row = tl.arange(0, BLOCK_ROWS)
     offs_d = tl.arange(0, BLOCK_D)
-    for item in tl.range(tl.program_id(0), total, tl.num_programs(0)):
+    for item in tl.range(tl.program_id(0), num_items, tl.num_programs(0)):
         kv_head = item % NUM_KV_HEADS
         index = item // NUM_KV_HEADS
         sequence = find_item(ends, index)
@@ -141,7 +176,7 @@ def split_kernel(
         q_pos = tl.where(valid, context - num_rows + row, context - 1)
 
         m = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
-        l = tl.zeros((BLOCK_ROWS, 16), tl.float32)
+        l = tl.zeros((BLOCK_ROWS, 8), tl.float32)
         acc = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
         head_ptr = kv_ptr + kv_head * stride_head
         sequence_table = table_ptr + sequence.to(tl.int64) * stride_table
@@ -160,19 +195,21 @@ def split_kernel(
                 BLOCK_SIZE,
                 True,
             )
-            m, l, acc = block_step(q, k, v, q_pos, key_pos, m, l, acc, scale_log2, True)
+            m, alpha, p = probabilities(tl.dot(q, k), q_pos, key_pos, m, scale_log2, True)
+            l, acc = accumulate(p, v, alpha, l, acc)
 
         scratch_row = item * (max_rows * GROUP) + tile_row.to(tl.int64)
         tl.store(
             partial_ptr + scratch_row[:, None] * D + offs_d[None, :], acc, mask=valid[:, None] & (offs_d < D)[None, :]
         )
-        tl.store(partial_ml_ptr + scratch_row * 2, m, mask=valid)
-        tl.store(partial_ml_ptr + scratch_row * 2 + 1, tl.max(l, axis=1), mask=valid)
+        tl.store(partial_m_ptr + scratch_row, m, mask=valid)
+        lanes = tl.arange(0, 8)
+        tl.store(partial_l_ptr + scratch_row[:, None] * 8 + lanes[None, :], l, mask=valid[:, None])
 
 
 @triton.jit(do_not_specialize=["num_sequences", "max_rows"])
 def fold_kernel(
-    out_ptr, partial_ptr, partial_ml_ptr, query_start_ptr, context_len_ptr, num_sequences, max_rows, stride_out,
+    out_ptr, partial_ptr, partial_m_ptr, partial_l_ptr, query_start_ptr, context_len_ptr, num_sequences, max_rows, stride_out,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     SPLIT_KEYS: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
@@ -189,16 +226,17 @@ def fold_kernel(
         offs_d = tl.arange(0, BLOCK_D)
         tile_row = row * GROUP + head % GROUP
         M = tl.full((1,), float("-inf"), tl.float32)
-        L = tl.zeros((1,), tl.float32)
+        L = tl.zeros((1, 8), tl.float32)
+        lanes = tl.arange(0, 8)
         O = tl.zeros((1, BLOCK_D), tl.float32)
         for split in tl.range(0, num_splits, num_stages=4):
             item = (before + split) * NUM_KV_HEADS + head // GROUP
             scratch_row = item.to(tl.int64) * (max_rows * GROUP) + tile_row
-            m = tl.load(partial_ml_ptr + scratch_row * 2 + tl.zeros((1,), tl.int32))
-            l = tl.load(partial_ml_ptr + scratch_row * 2 + 1 + tl.zeros((1,), tl.int32))
+            m = tl.load(partial_m_ptr + scratch_row + tl.zeros((1,), tl.int32))
+            l = tl.load(partial_l_ptr + scratch_row * 8 + lanes[None, :])
             acc = tl.load(partial_ptr + scratch_row * D + offs_d[None, :], mask=(offs_d < D)[None, :], other=0.0)
             M, L, O = fold(M, L, O, m, l, acc)
-        y = tl.math.div_rn(O, tl.broadcast_to(L[:, None], O.shape)) + 0.0
+        y = tl.math.div_rn(O, tl.broadcast_to(total(L)[:, None], O.shape)) + 0.0
         out_row = out_ptr + (row_start + row).to(tl.int64) * stride_out + head * D
         tl.store(out_row + offs_d[None, :], y.to(out_ptr.dtype.element_ty), mask=(offs_d < D)[None, :])
 
@@ -222,8 +260,8 @@ def prefill_kernel(
     first = tl.load(query_start_ptr + sequences, mask=keep_sequence, other=0)
     last = tl.load(query_start_ptr + sequences + 1, mask=keep_sequence, other=0)
     tiles = tl.where(last - first > max_rows, tl.cdiv(last - first, ROWS_PER_TILE), 0)
-    total = tl.sum(tiles, axis=0)
-    index = total - 1 - tl.program_id(0)
+    num_tiles = tl.sum(tiles, axis=0)
+    index = num_tiles - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
     if index >= 0:
         sequence = find_item(tl.cumsum(tiles, axis=0), index)
@@ -245,10 +283,10 @@ def prefill_kernel(
         full_stop = (first_pos + 1) // BLOCK_KV * BLOCK_KV
 
         M = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
-        L = tl.zeros((BLOCK_ROWS,), tl.float32)
+        L = tl.zeros((BLOCK_ROWS, 8), tl.float32)
         O = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
         m = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
-        l = tl.zeros((BLOCK_ROWS, 16), tl.float32)
+        l = tl.zeros((BLOCK_ROWS, 8), tl.float32)
         acc = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
         head_ptr = kv_ptr + kv_head * stride_head
         sequence_table = table_ptr + sequence.to(tl.int64) * stride_table
@@ -264,12 +302,12 @@ def prefill_kernel(
                     head_ptr, sequence_table, start, key_stop, stride_block, stride_kv, D, BLOCK_D, BLOCK_KV,
                     BLOCK_SIZE, False,
                 )  # fmt: skip
-            m, l, acc = block_step(q, k, v, q_pos, key_pos, m, l, acc, scale_log2, False)
-            if (start + BLOCK_KV) % SPLIT_KEYS == 0:
-                M, L, O = fold(M, L, O, m, tl.max(l, axis=1), acc)
-                m = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
-                l = tl.zeros((BLOCK_ROWS, 16), tl.float32)
-                acc = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
+            before = tl.where(start % SPLIT_KEYS == 0, float("-inf"), m)
+            top, alpha, p = probabilities(tl.dot(q, k), q_pos, key_pos, before, scale_log2, False)
+            if start % SPLIT_KEYS == 0:  # alpha is 0 there, which also clears l and acc for the new split
+                M, L, O = fold(M, L, O, m, l, acc)
+            m = top
+            l, acc = accumulate(p, v, alpha, l, acc)
         for start in tl.range(full_stop, key_stop, BLOCK_KV, num_stages=1):
             k, v, key_pos = load_block(
                 head_ptr,
@@ -284,13 +322,13 @@ def prefill_kernel(
                 BLOCK_SIZE,
                 True,
             )
-            m, l, acc = block_step(q, k, v, q_pos, key_pos, m, l, acc, scale_log2, True)
-            if (start + BLOCK_KV) % SPLIT_KEYS == 0:
-                M, L, O = fold(M, L, O, m, tl.max(l, axis=1), acc)
-                m = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
-                l = tl.zeros((BLOCK_ROWS, 16), tl.float32)
-                acc = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
-        M, L, O = fold(M, L, O, m, tl.max(l, axis=1), acc)
-        y = tl.math.div_rn(O, tl.broadcast_to(L[:, None], O.shape)) + 0.0
+            before = tl.where(start % SPLIT_KEYS == 0, float("-inf"), m)
+            top, alpha, p = probabilities(tl.dot(q, k), q_pos, key_pos, before, scale_log2, True)
+            if start % SPLIT_KEYS == 0:
+                M, L, O = fold(M, L, O, m, l, acc)
+            m = top
+            l, acc = accumulate(p, v, alpha, l, acc)
+        M, L, O = fold(M, L, O, m, l, acc)
+        y = tl.math.div_rn(O, tl.broadcast_to(total(L)[:, None], O.shape)) + 0.0
         out_ptrs = out_ptr + (row_start + row).to(tl.int64)[:, None] * stride_out + head[:, None] * D + offs_d[None, :]
         tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=valid[:, None] & (offs_d < D)[None, :])

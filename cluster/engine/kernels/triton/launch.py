@@ -130,15 +130,16 @@ def run_attention(
     scale: float,
     plan: AttentionPlan,
     num_multiprocessors: int,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """(T, H * D). Sequences of few rows take the split kernels, the others the tiled one: the same bits."""
+    """(T, H * D) in q's type or the one given. Sequences of few rows take the split kernels, the others the tiled one: the same bits."""
     num_rows, num_heads, head_size = q_THD.shape
     num_kv_heads = kv_N2GSD.shape[2]
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads do not divide among {num_kv_heads} KV heads")
     if scale <= 0:
         raise ValueError(f"the softmax scale must be positive, got {scale}")
-    out = torch.empty((num_rows, num_heads * head_size), dtype=q_THD.dtype, device=q_THD.device)
+    out = torch.empty((num_rows, num_heads * head_size), dtype=out_dtype or q_THD.dtype, device=q_THD.device)
     if num_rows == 0:
         return out
     call = _AttentionCall(q_THD, kv_N2GSD, metadata, out, scale / math.log(2.0))
@@ -191,11 +192,12 @@ def _run_split(call: _AttentionCall, plan: AttentionPlan, max_rows: int, num_mul
     block_rows = max(16, triton.next_power_of_2(max_rows * call.group))
     items = call.num_sequences * triton.cdiv(metadata.context_len_max, SPLIT_KEYS) * kv.shape[2]
     partial = torch.empty((items, max_rows * call.group, head_size), dtype=torch.float32, device=kv.device)
-    partial_ml = torch.empty((items, max_rows * call.group, 2), dtype=torch.float32, device=kv.device)
+    partial_m = torch.empty((items, max_rows * call.group), dtype=torch.float32, device=kv.device)
+    partial_l = torch.empty((items, max_rows * call.group, 8), dtype=torch.float32, device=kv.device)
     programs = min(items, num_multiprocessors * plan.split_programs_per_multiprocessor)
     constants = call.constants(block_rows)
     attention.split_kernel[(programs,)](
-        call.q_THD, kv, partial, partial_ml, metadata.query_start, metadata.context_len, metadata.block_table,
+        call.q_THD, kv, partial, partial_m, partial_l, metadata.query_start, metadata.context_len, metadata.block_table,
         call.num_sequences, max_rows, call.scale_log2, call.q_THD.stride(0), metadata.block_table.stride(0),
         kv.stride(0), kv.stride(1), kv.stride(2), **constants,
         num_warps=plan.split_num_warps, num_stages=plan.split_num_stages,
@@ -203,7 +205,7 @@ def _run_split(call: _AttentionCall, plan: AttentionPlan, max_rows: int, num_mul
     for unused in ("BLOCK_ROWS", "BLOCK_KV", "BLOCK_SIZE"):
         del constants[unused]
     attention.fold_kernel[(call.num_sequences, max_rows * num_heads)](
-        call.out, partial, partial_ml, metadata.query_start, metadata.context_len, call.num_sequences, max_rows,
+        call.out, partial, partial_m, partial_l, metadata.query_start, metadata.context_len, call.num_sequences, max_rows,
         call.out.stride(0), **constants, num_warps=1,
     )  # fmt: skip
 
