@@ -92,7 +92,7 @@ class ModelRunner:
         self._ops = ops
         self._kv_cache = kv_cache
         self._device = device
-        self._sampler = Sampler(ops)
+        self._sampler = Sampler(ops, device)
         self._previous: LaunchedStep | None = None
         self._buffers = ForwardBuffers(
             max_batched_tokens=max_batched_tokens,

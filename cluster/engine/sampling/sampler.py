@@ -1,9 +1,5 @@
 """Logits -> tokens. Greedy rows pay for one argmax; sampled rows for their own filters and noise.
 
-A token is drawn with the Gumbel-max trick: argmax over the candidates of scaled logit + noise(seed,
-position, id), ties to the lower id. That is a draw from the softmax, needs no normalisation, can be
-cut at any vocabulary column, and a verifier of speculated tokens repeats it exactly.
-
 Shape legend: R rows with logits, V vocabulary.
 """
 
@@ -16,7 +12,7 @@ import torch
 
 from cluster.engine.batch import SampledToken, ScheduledSequence
 from cluster.engine.kernels.ops import Ops
-from cluster.engine.sampling import filters, noise
+from cluster.engine.sampling.draw import choose_draw
 from cluster.engine.sampling.logprobs import LogprobRows, logprob_rows
 from cluster.engine.sampling.processors import LogitsProcessor
 
@@ -48,8 +44,9 @@ class SampledRows:
 class Sampler:
     """One per model runner; keeps the token histories of running sequences that have penalties."""
 
-    def __init__(self, ops: Ops) -> None:
+    def __init__(self, ops: Ops, device: torch.device) -> None:
         self._ops = ops
+        self._draw = choose_draw(device)
         self._processor = LogitsProcessor()
 
     def sample(self, logits_RV: torch.Tensor, entries: list[ScheduledSequence]) -> SampledRows:
@@ -95,14 +92,7 @@ class Sampler:
             return None
         if sampling.is_greedy:
             return best
-        scaled_V = filters.scale(logits_V, top, sampling.temperature)
-        ids_C = filters.candidates(scaled_V, sampling)
-        draw = [(sampling.seed, _position(entry))]
-        if ids_C is None:
-            bits_V = noise.philox_bits_of_all(draw, len(scaled_V), scaled_V.device)[0]
-            return int(argmax(scaled_V.add_(noise.gumbel(bits_V))))
-        scores_C = scaled_V[ids_C].add_(noise.gumbel(noise.philox_bits(draw, ids_C)[0]))
-        return int(ids_C[argmax(scores_C)])
+        return self._draw(logits_V, top, sampling, _position(entry))
 
 
 def _position(entry: ScheduledSequence) -> int:
