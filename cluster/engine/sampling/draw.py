@@ -84,12 +84,6 @@ def admission_cases() -> list[tuple[torch.Tensor, SamplingParams]]:
         {"min_p": 0.05},
         {"top_k": 40, "top_p": 0.5, "min_p": 0.001},
     )
-        {},
-        {"top_k": 5},
-        {"top_p": 0.8},
-        {"min_p": 0.05},
-        {"top_k": 40, "top_p": 0.5, "min_p": 0.001},
-    )
     cases: list[tuple[torch.Tensor, SamplingParams]] = []
     for index, length in enumerate((3, 16, 17, 63, 64, 65, 200, 1009)):
         logits_V = torch.randn(length, generator=generator) * (0.0, 1.0, 4.0)[index % 3]
