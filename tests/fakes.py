@@ -102,6 +102,7 @@ class FakeWorker:
         self.prefill_s = 0.0
         self.is_up = True
         self.dies_at: int | None = None  # output position before which the worker is lost, once
+        self.flips_bit_at: int | None = None  # output position whose logprob is one fp32 step off
         self.error: TandemError | None = None  # answered to everything
         self.mismatch: HandshakeMismatch | None = None  # answered to requests with KV
         self.requests: list[Request] = []
@@ -236,12 +237,20 @@ class FakeWorker:
             attempt=request.attempt,
             index=position,
             token_ids=(token_id,),
-            logprobs=() if sampling.logprobs is None else (logprob_of(token_id, position, sampling.logprobs),),
+            logprobs=() if sampling.logprobs is None else (self._logprob(token_id, position, sampling.logprobs),),
             finish_reason=reason,
             stop_token_id=token_id if token_id in sampling.stop_token_ids else None,
             num_cached_tokens=16 * (request.prompt_length // 16) if is_first else 0,
             prompt_logprobs=_prompt_logprobs(request) if wants_prompt else (),
         )
+
+    def _logprob(self, token_id: int, position: int, count: int) -> TokenLogprob:
+        exact = logprob_of(token_id, position, count)
+        if position != self.flips_bit_at:
+            return exact
+        (bits,) = struct.unpack("I", struct.pack("f", exact.logprob))
+        (wrong,) = struct.unpack("f", struct.pack("I", bits ^ 1))
+        return TokenLogprob(token_id, wrong, 1, exact.top)
 
     def _without_prompt(self, chunk: TokenChunk) -> TokenChunk:
         return TokenChunk(**{**_fields(chunk), "prompt_logprobs": ()})

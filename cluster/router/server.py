@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 64 << 10
 BACKLOG = 2048
+DRAIN_SHARE = 0.8  # of the drain timeout for requests to finish; the rest is for telling those that did not
 CLEANUP_S = 5.0  # for cancelled requests to tell the workers
 
 
@@ -215,5 +216,5 @@ def _uvicorn_config(config: RouterConfig, endpoints: Endpoints) -> uvicorn.Confi
         proxy_headers=False,
         backlog=BACKLOG,
         timeout_keep_alive=round(config.keep_alive_s),
-        timeout_graceful_shutdown=round(config.drain_timeout_s),
+        timeout_graceful_shutdown=int(DRAIN_SHARE * config.drain_timeout_s),
     )
