@@ -236,7 +236,7 @@ def test_finish_reasons() -> None:
 
 @pytest.mark.parametrize("steps_ahead", [0, 1])
 def test_a_nan_row_fails_its_request_only_and_is_never_shared(reference: dict[str, Outcome], steps_ahead: int) -> None:
-    engine = make_engine(DecodePolicy(), steps_ahead=steps_ahead)
+    engine = make_engine(DecodePolicy(), steps_ahead=steps_ahead, max_batched_tokens=16)
     broken = (*prompt_of(40), NAN_TOKEN)
     bad = [
         make_request("bad", broken),
