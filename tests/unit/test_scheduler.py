@@ -190,7 +190,7 @@ def test_a_prefill_engine_never_computes_past_the_first_token() -> None:
 def test_admission_leaves_a_block_for_each_running_sequence() -> None:
     harness = Harness(DecodePolicy(), num_blocks=8)
     for name in "abc":
-        harness.add(name, 4, max_tokens=6)
+        harness.add(name, 4, max_tokens=5)
     harness.step()
     harness.add("d", 4)
     assert harness.step() == {"a": 1, "b": 1, "c": 1}
