@@ -1,23 +1,57 @@
-"""The operations of one device: `get_ops` is the entry point, `ops.py` the seam."""
+"""The operations of one device. `get_ops` is the entry point, `ops.py` the seam.
+
+Every kernel behind it has passed bit-exact admission (`registry.py`); `fingerprint` sums up the bits a
+process computes with, and `kernel_report` tells which kernels were admitted and why others were not.
+"""
 
 from __future__ import annotations
 
-from cluster.engine.kernels.ops import Ops
+import os
+
+from cluster.engine.kernels.fingerprint import fingerprint
+from cluster.engine.kernels.mutations import BREAK_VARIABLE, break_kernel
+from cluster.engine.kernels.ops import AttentionMetadata, LinearWeight, Ops
+from cluster.engine.kernels.registry import Admission
 from cluster.errors import ConfigError
 
-__all__ = ["Ops", "get_ops"]
+__all__ = ["Admission", "AttentionMetadata", "LinearWeight", "Ops", "fingerprint", "get_ops", "kernel_report"]
 
 
 def get_ops(device: str, num_threads: int | None = None) -> Ops:
-    """The admitted operations for `device` ("cpu"). `num_threads` None: the cores this process may use.
+    """The admitted operations for `device` ("cpu").
 
-    Raises `ConfigError` for a device this build has no kernels for.
+    `num_threads` bounds the CPU threads of a kernel; None: one for each core this process may use. The
+    CPU's instruction class is the best there is, or the one named in TANDEM_CPU_ISA.
+    Raises `ConfigError` for a device without kernels or an unusable TANDEM_CPU_ISA.
+    """
+    ops = _device_ops(device, num_threads)
+    broken = os.environ.get(BREAK_VARIABLE)
+    return break_kernel(ops, broken) if broken else ops
+
+
+def kernel_report(device: str) -> list[Admission]:
+    """The verdict on every candidate kernel of `device`, with the first difference of a refused one.
+
+    Takes a second or two the first time on a machine. Raises as `get_ops` does.
     """
     match device.partition(":")[0]:
         case "cpu":
-            from cluster.engine.kernels.cpu.arithmetic import InstructionClass
-            from cluster.engine.kernels.cpu.reference import ReferenceOps
+            from cluster.engine.kernels.cpu.select import report_cpu
 
-            return ReferenceOps(InstructionClass.FMA)
+            return report_cpu()
         case _:
-            raise ConfigError(f"device: no kernels for {device!r}, known are 'cpu'")
+            raise _unknown(device)
+
+
+def _device_ops(device: str, num_threads: int | None) -> Ops:
+    match device.partition(":")[0]:
+        case "cpu":
+            from cluster.engine.kernels.cpu.select import make_cpu_ops
+
+            return make_cpu_ops(num_threads)
+        case _:
+            raise _unknown(device)
+
+
+def _unknown(device: str) -> ConfigError:
+    return ConfigError(f"device: no kernels for {device!r}, known are 'cpu'")

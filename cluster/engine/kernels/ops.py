@@ -54,8 +54,20 @@ class AttentionMetadata:
 class Ops(Protocol):
     """One device's implementation of every operation."""
 
-    name: str  # "cpu:amx_bf16", "cpu:fma", "cuda:sm90" ...
-    residual_dtype: torch.dtype  # dtype of the residual stream (float32 on CPU)
+    @property
+    def name(self) -> str:
+        """ "cpu:amx_bf16", "cpu:fma", "cuda:sm90" ...: what the bits depend on."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors live."""
+        ...
+
+    @property
+    def residual_dtype(self) -> torch.dtype:
+        """Of the residual stream (float32 on CPU)."""
+        ...
 
     def pack_linear(self, weight_NK: torch.Tensor) -> LinearWeight:
         """Take an (N, K) bf16 weight into the device's layout. Any N, any K."""

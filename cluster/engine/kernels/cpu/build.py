@@ -20,7 +20,7 @@ FLAGS = (
     "-std=c++17",
     "-O3",
     "-fPIC",
-    "-fopenmp",
+    "-pthread",
     "-ffp-contract=off",  # a fused multiply-add happens where the source says so, nowhere else
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -67,7 +67,7 @@ def compile_library(output: Path) -> None:
             for unit, target in zip(translation_units(), objects, strict=True)
         )
         linked = Path(scratch) / "linked.so"
-        _run_all([[compiler, "-shared", "-fopenmp", "-o", str(linked), *map(str, objects)]])
+        _run_all([[compiler, "-shared", "-pthread", "-o", str(linked), *map(str, objects)]])
         linked.replace(output)
 
 

@@ -94,6 +94,7 @@ class Functions:
     """The typed functions of one variant: `functions.linear(...)` and so on. They release the GIL."""
 
     def __init__(self, library: ctypes.CDLL, variant: str) -> None:
+        assert supports(library, variant), f"this processor cannot run {variant}"  # also asks the kernel for AMX
         for name, letters in _SIGNATURES.items():
             function = getattr(library, f"tandem_{variant}_{name}")
             function.argtypes = [_LETTERS[letter] for letter in letters]

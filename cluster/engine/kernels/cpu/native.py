@@ -122,9 +122,7 @@ class NativeOps:
         assert token_ids_T.dtype == torch.int64
         assert token_ids_T.is_contiguous()
         out = torch.empty((num_rows, width), dtype=_F32)
-        self._embedding(
-            token_ids_T.data_ptr(), table_VK.data_ptr(), num_rows, width, out.data_ptr(), self.num_threads
-        )
+        self._embedding(token_ids_T.data_ptr(), table_VK.data_ptr(), num_rows, width, out.data_ptr(), self.num_threads)
         return out
 
     def rms_norm(self, x_TK: torch.Tensor, weight_K: torch.Tensor, eps: float) -> torch.Tensor:

@@ -38,7 +38,8 @@ class ReferenceOps:
 
     def __init__(self, instructions: InstructionClass) -> None:
         self.instructions = instructions
-        self.name = f"cpu:{instructions.value}:reference"
+        self.name = f"cpu:{instructions.value}"
+        self.device = torch.device("cpu")
 
     def pack_linear(self, weight_NK: torch.Tensor) -> ReferenceWeight:
         return ReferenceWeight(weight_NK.to(torch.bfloat16).contiguous())

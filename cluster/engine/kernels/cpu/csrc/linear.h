@@ -97,12 +97,11 @@ struct Linear {
       ldx = padded;
     }
     constexpr i64 FEW_ROWS = 64, ROWS_OF_TASK = 256, UNITS_OF_TASK = 4;
-    constexpr i64 WORTH_A_THREAD = 128 * 1024;  // bytes of weight; below, waking a thread costs more than it saves
+    constexpr i64 WORTH_A_PIECE = 64 * 1024;  // bytes of weight; less than that is done sooner than a helper comes
     const i64 total = units();
     if (M <= FEW_ROWS) {
-      const i64 useful = N * K * 2 * ((M + 15) / 16) / WORTH_A_THREAD;
-      const i64 parts = useful < threads ? (useful < 1 ? 1 : useful) : threads;
-      return for_each_task<Dot::Scope>(static_cast<int>(parts), parts, [&](i64 part, Dot::Scope& scope) {
+      const i64 parts = pieces(threads, N * K * 2 * ((M + 15) / 16) / WORTH_A_PIECE);
+      return for_each_task<Dot::Scope>(threads, parts, [&](i64 part, Dot::Scope& scope) {
         compute(scope, 0, M, total * part / parts, total * (part + 1) / parts);
       });
     }

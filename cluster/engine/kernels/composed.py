@@ -1,0 +1,80 @@
+"""An `Ops` whose operations come from different implementations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from cluster.engine.kernels.ops import AttentionMetadata, LinearWeight, Ops
+
+
+@dataclass(frozen=True, slots=True)
+class ComposedOps:
+    """Each field serves a family of operations; families share packed data only within themselves."""
+
+    name: str
+    device: torch.device
+    residual_dtype: torch.dtype
+    linear_family: Ops
+    attention_family: Ops
+    rope_family: Ops
+    norm_family: Ops
+    embedding_family: Ops
+    softmax_family: Ops
+
+    def pack_linear(self, weight_NK: torch.Tensor) -> LinearWeight:
+        return self.linear_family.pack_linear(weight_NK)
+
+    def linear(
+        self,
+        x_TK: torch.Tensor,
+        weight: LinearWeight,
+        bias_N: torch.Tensor | None = None,
+        *,
+        out_dtype: torch.dtype = torch.bfloat16,
+    ) -> torch.Tensor:
+        return self.linear_family.linear(x_TK, weight, bias_N, out_dtype=out_dtype)
+
+    def linear_silu_mul(self, x_TK: torch.Tensor, gate_up: LinearWeight) -> torch.Tensor:
+        return self.linear_family.linear_silu_mul(x_TK, gate_up)
+
+    def embedding(self, token_ids_T: torch.Tensor, table_VK: torch.Tensor) -> torch.Tensor:
+        return self.embedding_family.embedding(token_ids_T, table_VK)
+
+    def rms_norm(self, x_TK: torch.Tensor, weight_K: torch.Tensor, eps: float) -> torch.Tensor:
+        return self.norm_family.rms_norm(x_TK, weight_K, eps)
+
+    def add_rms_norm(
+        self, residual_TK: torch.Tensor, update_TK: torch.Tensor, weight_K: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        return self.norm_family.add_rms_norm(residual_TK, update_TK, weight_K, eps)
+
+    def rope_and_cache(
+        self,
+        qkv_TC: torch.Tensor,
+        kv_N2GSD: torch.Tensor,
+        metadata: AttentionMetadata,
+        cos_sin_PD: torch.Tensor,
+        num_heads: int,
+        q_norm_D: torch.Tensor | None = None,
+        k_norm_D: torch.Tensor | None = None,
+        norm_eps: float = 0.0,
+    ) -> torch.Tensor:
+        return self.rope_family.rope_and_cache(
+            qkv_TC, kv_N2GSD, metadata, cos_sin_PD, num_heads, q_norm_D, k_norm_D, norm_eps
+        )
+
+    def attention(
+        self, q_THD: torch.Tensor, kv_N2GSD: torch.Tensor, metadata: AttentionMetadata, scale: float
+    ) -> torch.Tensor:
+        return self.attention_family.attention(q_THD, kv_N2GSD, metadata, scale)
+
+    def log_softmax_stats(self, logits_TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.softmax_family.log_softmax_stats(logits_TV)
+
+    def softmax(self, logits_TV: torch.Tensor) -> torch.Tensor:
+        return self.softmax_family.softmax(logits_TV)
+
+    def argmax(self, logits_TV: torch.Tensor) -> torch.Tensor:
+        return self.softmax_family.argmax(logits_TV)

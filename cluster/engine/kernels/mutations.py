@@ -1,0 +1,94 @@
+"""Kernels broken on purpose, so that tests of exactness can show that they would notice.
+
+`TANDEM_BREAK_KERNEL=<name>` in a process's environment makes `get_ops` return a mutant, after admission
+(which would refuse it) and with a warning. Every mutant is the kind of bug that happens: a single row
+gets a kernel of its own that is just as accurate, with another order of the sum.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from cluster.engine.kernels.composed import ComposedOps
+from cluster.engine.kernels.ops import AttentionMetadata, LinearWeight, Ops
+from cluster.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+BREAK_VARIABLE = "TANDEM_BREAK_KERNEL"
+
+
+class _TwoOrders:
+    """A weight packed as it is, and with K reversed."""
+
+    def __init__(self, forward: LinearWeight, backward: LinearWeight) -> None:
+        self.forward, self.backward = forward, backward
+        self.out_features, self.in_features, self.num_bytes = (
+            forward.out_features,
+            forward.in_features,
+            forward.num_bytes,
+        )
+
+
+class _Delegating(ComposedOps):
+    """All families from one implementation; a mutant overrides some operations."""
+
+    def __init__(self, ops: Ops) -> None:
+        super().__init__(ops.name, ops.device, ops.residual_dtype, ops, ops, ops, ops, ops, ops)
+
+
+class ReversedSingleRowLinear(_Delegating):
+    """`linear` sums K downwards when there is one row."""
+
+    def pack_linear(self, weight_NK: torch.Tensor) -> LinearWeight:
+        return _TwoOrders(super().pack_linear(weight_NK), super().pack_linear(weight_NK.flip(1)))
+
+    def linear(
+        self,
+        x_TK: torch.Tensor,
+        weight: LinearWeight,
+        bias_N: torch.Tensor | None = None,
+        *,
+        out_dtype: torch.dtype = torch.bfloat16,
+    ) -> torch.Tensor:
+        assert isinstance(weight, _TwoOrders)
+        if x_TK.shape[0] == 1:
+            return super().linear(x_TK.flip(1).contiguous(), weight.backward, bias_N, out_dtype=out_dtype)
+        return super().linear(x_TK, weight.forward, bias_N, out_dtype=out_dtype)
+
+    def linear_silu_mul(self, x_TK: torch.Tensor, gate_up: LinearWeight) -> torch.Tensor:
+        assert isinstance(gate_up, _TwoOrders)
+        return super().linear_silu_mul(x_TK, gate_up.forward)
+
+
+class UnsplitSingleRowAttention(_Delegating):
+    """Attention of a sequence with one row sums all keys at once, in float64: better, and different."""
+
+    def attention(
+        self, q_THD: torch.Tensor, kv_N2GSD: torch.Tensor, metadata: AttentionMetadata, scale: float
+    ) -> torch.Tensor:
+        out_TC = super().attention(q_THD, kv_N2GSD, metadata, scale)
+        starts = metadata.query_start.tolist()
+        for sequence, context_len in enumerate(metadata.context_len.tolist()):
+            if starts[sequence + 1] - starts[sequence] != 1:
+                continue
+            num_blocks = -(-context_len // kv_N2GSD.shape[3])
+            blocks = metadata.block_table[sequence, :num_blocks].long()
+            keys, values = kv_N2GSD[blocks].permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :context_len].double()
+            q_GRD = q_THD[starts[sequence]].double().view(keys.shape[0], -1, keys.shape[2])
+            weights = torch.softmax(q_GRD @ keys.transpose(1, 2) * scale, dim=-1)
+            out_TC[starts[sequence]] = (weights @ values).flatten().to(out_TC.dtype)
+        return out_TC
+
+
+MUTANTS = {"linear": ReversedSingleRowLinear, "attention": UnsplitSingleRowAttention}
+
+
+def break_kernel(ops: Ops, name: str) -> Ops:
+    """The mutant called `name`. Raises `ConfigError` if there is none."""
+    if name not in MUTANTS:
+        raise ConfigError(f"{BREAK_VARIABLE}={name!r} is unknown. Known: {', '.join(MUTANTS)}")
+    logger.warning("%s=%s: results will depend on the batch. For tests only.", BREAK_VARIABLE, name)
+    return MUTANTS[name](ops)

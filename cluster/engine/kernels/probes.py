@@ -1,0 +1,314 @@
+"""Seeded runs of every operation: what admission compares and what the fingerprint hashes.
+
+The inputs are made to show a change of order: values of a wide range of exponents, sums that cancel,
+denormals, odd shapes, contexts across split boundaries, caches whose unused memory holds NaN.
+Device-neutral: a probe sees an `Ops` and makes its inputs on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+
+import torch
+
+from cluster.engine.kernels.ops import AttentionMetadata, Ops
+from cluster.engine.kernels.registry import describe_difference
+
+Outputs = tuple[torch.Tensor, ...]
+
+
+class Magnitudes(Enum):
+    NORMAL = "normal"
+    WIDE = "wide"  # exponents -20 .. 20
+    CANCELLING = "cancelling"  # every large value comes twice, with opposite signs, far apart
+    DENORMAL = "denormal"  # products around the smallest normal number
+
+
+def draw(generator: torch.Generator, rows: int, columns: int, magnitudes: Magnitudes) -> torch.Tensor:
+    """(rows, columns) float32 values that bf16 represents."""
+    values = torch.randn((rows, columns), generator=generator)
+    match magnitudes:
+        case Magnitudes.WIDE:
+            values = values * torch.randint(-20, 20, values.shape, generator=generator).exp2()
+        case Magnitudes.CANCELLING:
+            half = columns // 2
+            values[:, :half] *= 1024.0
+            values[:, half : 2 * half] = -values[:, :half].flip(1) * (1 + 1 / 64)
+        case Magnitudes.DENORMAL:
+            values = values * torch.randint(-70, -55, values.shape, generator=generator).exp2()
+        case Magnitudes.NORMAL:
+            pass
+    return values.bfloat16().float()
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One run of one operation."""
+
+    name: str
+    run: Callable[[Ops], Outputs]
+
+
+@dataclass(frozen=True, slots=True)
+class EqualsReference:
+    """An admission case: the candidate's outputs are the reference's."""
+
+    probe: Probe
+
+    @property
+    def name(self) -> str:
+        return self.probe.name
+
+    def difference(self, candidate: Ops, reference: Ops) -> str | None:
+        return first_difference(self.probe.run(candidate), self.probe.run(reference))
+
+
+@dataclass(frozen=True, slots=True)
+class EqualsItself:
+    """An admission case for shapes too large for a reference: two ways to one result.
+
+    Necessary, not sufficient: it stands beside cases that compare with the reference.
+    """
+
+    name: str
+    one_way: Callable[[Ops], Outputs]
+    other_way: Callable[[Ops], Outputs]
+
+    def difference(self, candidate: Ops, reference: Ops) -> str | None:
+        return first_difference(self.one_way(candidate), self.other_way(candidate))
+
+
+def first_difference(ours: Outputs, theirs: Outputs) -> str | None:
+    assert len(ours) == len(theirs)
+    for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        difference = describe_difference(a.cpu(), b.cpu())
+        if difference is not None:
+            return difference if len(ours) == 1 else f"output {index}: {difference}"
+    return None
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def linear_probe(rows: int, outputs: int, inputs: int, magnitudes: Magnitudes) -> Probe:
+    """Both dtypes of `linear`, one with a bias."""
+
+    def run(ops: Ops) -> Outputs:
+        generator = _generator(rows + outputs + inputs)
+        x = draw(generator, rows, inputs, magnitudes).bfloat16().to(ops.device)
+        weight = ops.pack_linear(draw(generator, outputs, inputs, magnitudes).bfloat16().to(ops.device))
+        bias = torch.randn(outputs, generator=generator).bfloat16().to(ops.device)
+        return ops.linear(x, weight, out_dtype=torch.float32), ops.linear(x, weight, bias)
+
+    return Probe(f"linear {rows}x{outputs}x{inputs} {magnitudes.value}", run)
+
+
+def silu_probe(rows: int, features: int, inputs: int, magnitudes: Magnitudes) -> Probe:
+    def run(ops: Ops) -> Outputs:
+        generator = _generator(rows + features + inputs)
+        x = draw(generator, rows, inputs, magnitudes).bfloat16().to(ops.device)
+        weight = draw(generator, 2 * features, inputs, magnitudes) * inputs**-0.5
+        return (ops.linear_silu_mul(x, ops.pack_linear(weight.bfloat16().to(ops.device))),)
+
+    return Probe(f"linear_silu_mul {rows}x{features}x{inputs} {magnitudes.value}", run)
+
+
+def linear_rows_case(rows: int, outputs: int, inputs: int) -> EqualsItself:
+    """Many rows at once against one by one, and against shards of the columns."""
+
+    def operands(ops: Ops) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = _generator(rows)
+        x = draw(generator, rows, inputs, Magnitudes.NORMAL).bfloat16().to(ops.device)
+        return x, draw(generator, outputs, inputs, Magnitudes.NORMAL).bfloat16().to(ops.device)
+
+    def at_once(ops: Ops) -> Outputs:
+        x, weight = operands(ops)
+        return (ops.linear(x, ops.pack_linear(weight)),)
+
+    def one_by_one(ops: Ops) -> Outputs:
+        x, weight = operands(ops)
+        shards = [ops.pack_linear(shard) for shard in torch.tensor_split(weight, 3)]
+        rows_of = [torch.cat([ops.linear(row[None], shard) for shard in shards], dim=1) for row in x]
+        return (torch.cat(rows_of),)
+
+    return EqualsItself(f"linear {rows}x{outputs}x{inputs} at once, one by one", at_once, one_by_one)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """Geometry and content of an attention probe. Rows are positions start .. end of each sequence."""
+
+    head_size: int
+    num_heads: int
+    num_kv_heads: int
+    block_size: int
+    sequences: Sequence[tuple[int, int]]
+    magnitudes: Magnitudes = Magnitudes.NORMAL
+    has_norms: bool = False
+
+
+class PagedInputs:
+    """A cache with holes, its block tables, and the rows of some sequences, for one `CacheShape`.
+
+    All memory that no token was stored in is NaN.
+    """
+
+    def __init__(self, shape: CacheShape, device: torch.device, seed: int = 0) -> None:
+        self.shape = shape
+        self.device = device
+        generator = _generator(seed)
+        s = shape
+        blocks_each = -(-max(end for _, end in s.sequences) // s.block_size)
+        num_blocks = blocks_each * len(s.sequences) + 3
+        order = torch.randperm(num_blocks, generator=generator)[: blocks_each * len(s.sequences)]
+        self.block_table = order.view(len(s.sequences), blocks_each).int()
+        pool = torch.full((num_blocks, 2, 2, s.num_kv_heads, s.block_size, s.head_size), torch.nan)
+        self.kv_N2GSD = pool.bfloat16().to(device)[:, 1]
+        self.width = (s.num_heads + 2 * s.num_kv_heads) * s.head_size
+        self.qkv_of_sequence = [draw(generator, end, self.width, s.magnitudes).to(device) for _, end in s.sequences]
+        angles = torch.outer(torch.arange(4096.0), 10000.0 ** -torch.linspace(0, 1, s.head_size // 2))
+        self.cos_sin_PD = torch.cat([angles.cos(), angles.sin()], dim=1).to(device)
+        self.norms: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+        if s.has_norms:
+            q_norm, k_norm = torch.rand((2, s.head_size), generator=generator).add(0.5).bfloat16().to(device)
+            self.norms = (q_norm, k_norm)
+
+    def metadata(self, spans: Sequence[tuple[int, int, int]]) -> AttentionMetadata:
+        """For rows start .. end of a sequence each: (sequence, start, end)."""
+        size = self.shape.block_size
+        positions = [torch.arange(start, end) for _, start, end in spans]
+        tables = self.block_table[[sequence for sequence, _, _ in spans]]
+        slots = [table.long()[p // size] * size + p % size for table, p in zip(tables, positions, strict=True)]
+        counts = torch.tensor([0] + [end - start for _, start, end in spans])
+        return AttentionMetadata(
+            query_start=counts.cumsum(0).int().to(self.device),
+            context_len=torch.tensor([end for _, _, end in spans], dtype=torch.int32, device=self.device),
+            block_table=tables.to(self.device),
+            slot_mapping=torch.cat(slots).to(self.device),
+            positions=torch.cat(positions).to(self.device),
+            num_rows_max=int(counts.max()),
+            context_len_max=max(end for _, _, end in spans),
+        )
+
+    def store(self, ops: Ops, spans: Sequence[tuple[int, int, int]]) -> tuple[torch.Tensor, AttentionMetadata]:
+        """Rotate and store the rows; returns their queries."""
+        metadata = self.metadata(spans)
+        rows = torch.cat([self.qkv_of_sequence[sequence][start:end] for sequence, start, end in spans])
+        q = ops.rope_and_cache(
+            rows, self.kv_N2GSD, metadata, self.cos_sin_PD, self.shape.num_heads, *self.norms, norm_eps=1e-6
+        )
+        return q, metadata
+
+    def attend(self, ops: Ops, spans: Sequence[tuple[int, int, int]]) -> torch.Tensor:
+        """`store`, then attention over everything stored so far."""
+        q, metadata = self.store(ops, spans)
+        return ops.attention(q, self.kv_N2GSD, metadata, self.shape.head_size**-0.5)
+
+
+def attention_probe(shape: CacheShape) -> Probe:
+    """The past is stored first, then the rows attend."""
+
+    def run(ops: Ops) -> Outputs:
+        inputs = PagedInputs(shape, ops.device)
+        past = [(i, 0, start) for i, (start, _) in enumerate(shape.sequences) if start > 0]
+        if past:
+            inputs.store(ops, past)
+        return (inputs.attend(ops, [(i, start, end) for i, (start, end) in enumerate(shape.sequences)]),)
+
+    return Probe(f"attention {_describe(shape)}", run)
+
+
+def rope_probe(shape: CacheShape) -> Probe:
+    def run(ops: Ops) -> Outputs:
+        inputs = PagedInputs(shape, ops.device)
+        q, _ = inputs.store(ops, [(i, start, end) for i, (start, end) in enumerate(shape.sequences)])
+        return q, inputs.kv_N2GSD
+
+    return Probe(f"rope_and_cache {_describe(shape)}", run)
+
+
+def _describe(shape: CacheShape) -> str:
+    spans = ",".join(f"{start}-{end}" for start, end in shape.sequences)
+    return f"D{shape.head_size} {shape.num_heads}/{shape.num_kv_heads} rows {spans} {shape.magnitudes.value}"
+
+
+def norm_probe(rows: int, width: int, magnitudes: Magnitudes) -> Probe:
+    def run(ops: Ops) -> Outputs:
+        generator = _generator(rows + width)
+        residual = draw(generator, rows, width, magnitudes).to(ops.residual_dtype).to(ops.device)
+        update = draw(generator, rows, width, magnitudes).bfloat16().to(ops.device)
+        weight = torch.rand(width, generator=generator).bfloat16().to(ops.device)
+        plain = ops.rms_norm(residual, weight, 1e-5)
+        return plain, ops.add_rms_norm(residual, update, weight, 1e-5), residual
+
+    return Probe(f"rms_norm {rows}x{width} {magnitudes.value}", run)
+
+
+def embedding_probe(rows: int, width: int) -> Probe:
+    def run(ops: Ops) -> Outputs:
+        generator = _generator(rows)
+        table = draw(generator, 50, width, Magnitudes.WIDE).bfloat16().to(ops.device)
+        return (ops.embedding(torch.randint(50, (rows,), generator=generator).to(ops.device), table),)
+
+    return Probe(f"embedding {rows}x{width}", run)
+
+
+def softmax_probe(rows: int, vocab_size: int) -> Probe:
+    """Rows of ordinary logits, then one of equal ones, one with most masked, one all masked, one with NaN."""
+
+    def run(ops: Ops) -> Outputs:
+        generator = _generator(rows)
+        logits = torch.randn((rows + 4, vocab_size), generator=generator) * 8
+        logits[rows] = 1.5
+        logits[rows + 1, 1:] = -torch.inf
+        logits[rows + 2] = -torch.inf
+        logits[rows + 3, vocab_size // 2] = torch.nan
+        logits = logits.to(ops.device)
+        return *ops.log_softmax_stats(logits), ops.softmax(logits), ops.argmax(logits)
+
+    return Probe(f"softmax {rows}x{vocab_size}", run)
+
+
+LINEAR_PROBES = (
+    linear_probe(1, 48, 64, Magnitudes.NORMAL),
+    linear_probe(3, 50, 100, Magnitudes.WIDE),
+    linear_probe(17, 70, 576, Magnitudes.CANCELLING),
+    linear_probe(33, 33, 33, Magnitudes.DENORMAL),
+    linear_probe(40, 64, 130, Magnitudes.WIDE),
+    linear_probe(290, 40, 96, Magnitudes.WIDE),
+    linear_probe(2, 16, 1536, Magnitudes.CANCELLING),
+    silu_probe(1, 32, 64, Magnitudes.NORMAL),
+    silu_probe(5, 25, 100, Magnitudes.NORMAL),
+    silu_probe(70, 48, 96, Magnitudes.NORMAL),
+)
+_SHAPE = CacheShape(64, 6, 2, 16, ((0, 40), (250, 262), (511, 513), (300, 301), (0, 1)))
+ATTENTION_PROBES = (
+    attention_probe(_SHAPE),
+    attention_probe(replace(_SHAPE, magnitudes=Magnitudes.WIDE, block_size=32)),
+    attention_probe(CacheShape(48, 4, 4, 16, ((500, 530),))),
+    attention_probe(CacheShape(128, 8, 1, 64, ((255, 257), (1024, 1025)))),
+    attention_probe(CacheShape(256, 2, 1, 16, ((250, 270),), Magnitudes.CANCELLING)),
+    attention_probe(CacheShape(96, 3, 1, 16, ((40, 60),), Magnitudes.DENORMAL)),
+)
+ROPE_PROBES = (
+    rope_probe(replace(_SHAPE, has_norms=True)),
+    rope_probe(CacheShape(80, 3, 1, 16, ((20, 30), (3, 4)), Magnitudes.WIDE)),
+)
+NORM_PROBES = (
+    norm_probe(1, 576, Magnitudes.NORMAL),
+    norm_probe(5, 100, Magnitudes.WIDE),
+    norm_probe(3, 64, Magnitudes.DENORMAL),
+)
+EMBEDDING_PROBES = (embedding_probe(7, 72),)
+SOFTMAX_PROBES = (softmax_probe(3, 1000), softmax_probe(1, 515))
+ALL_PROBES = (
+    *LINEAR_PROBES,
+    *ATTENTION_PROBES,
+    *ROPE_PROBES,
+    *NORM_PROBES,
+    *EMBEDDING_PROBES,
+    *SOFTMAX_PROBES,
+)
