@@ -9,6 +9,7 @@ from cluster.model_files.cache import Progress
 
 # Weights and data only: no Python, no pickles.
 _PATTERNS = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.json"]
+_DUPLICATES = ["consolidated*"]  # the same weights in another naming
 
 
 def fetch_from_hub(repository: str, revision: str | None, progress: Progress) -> tuple[Path, str]:
@@ -31,7 +32,9 @@ def fetch_from_hub(repository: str, revision: str | None, progress: Progress) ->
         commit = HfApi().model_info(repository, revision=revision, timeout=20.0).sha
         if commit is None:
             raise ModelError(f"{wanted}: the Hugging Face hub names no commit for it")
-        directory = Path(snapshot_download(repository, revision=commit, allow_patterns=_PATTERNS))
+        directory = Path(
+            snapshot_download(repository, revision=commit, allow_patterns=_PATTERNS, ignore_patterns=_DUPLICATES)
+        )
     except HfHubHTTPError as error:
         raise ModelError(f"{wanted} cannot be fetched from the Hugging Face hub: {error}") from error
     except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError, OSError) as error:

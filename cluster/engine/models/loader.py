@@ -7,6 +7,7 @@ a product wants the device's packing).
 
 from __future__ import annotations
 
+import ctypes
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -81,6 +82,7 @@ def load_model(
             return LoadedModel(model, config, identity.result())
     finally:
         weights.close()
+        ctypes.CDLL(None).malloc_trim(0)  # glibc would keep what the temporary copies took
 
 
 class _RankLoader:
