@@ -131,3 +131,12 @@ def test_a_number_of_ranks_that_cannot_share_the_heads_is_refused(tmp_path: Path
     save_safetensors(random_model("llama"), tmp_path)
     with pytest.raises(ConfigError, match=r"tensor parallel size 4 does not fit 6 heads and 3 KV heads"):
         load(tmp_path, VirtualRank(0, 4, threading.Barrier(1), []))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_embedding_is_held_once_and_read_back_bit_for_bit(tied: bool, tmp_path: Path) -> None:
+    reference = random_model("llama", vocab_size=309, tie_word_embeddings=tied)
+    weights = load(save_safetensors(reference, tmp_path)).model.weights
+    assert (weights.embedding_VK is None) == tied
+    rows = torch.tensor([0, 308, 15, 16, 17, 300, 16])
+    assert torch.equal(weights.lm_head.rows(rows), reference.lm_head.weight[rows].bfloat16())

@@ -34,6 +34,9 @@ class CudaLinearWeight:
     def num_bytes(self) -> int:
         return self.weight_NK.numel() * self.weight_NK.element_size()
 
+    def rows(self, indices_T: torch.Tensor) -> torch.Tensor:
+        return self.weight_NK.index_select(0, indices_T)
+
 
 class CudaOps:
     """`Ops` for one CUDA device. Sets torch's process-wide cuBLAS switches: no split-K, ever."""

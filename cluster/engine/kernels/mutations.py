@@ -31,6 +31,9 @@ class _TwoOrders:
             forward.num_bytes,
         )
 
+    def rows(self, indices_T: torch.Tensor) -> torch.Tensor:
+        return self.forward.rows(indices_T)
+
 
 class _Delegating(ComposedOps):
     """All families from one implementation; a mutant overrides some operations."""

@@ -31,6 +31,11 @@ class LinearWeight(Protocol):
     @property
     def num_bytes(self) -> int: ...
 
+    def rows(self, indices_T: torch.Tensor) -> torch.Tensor:
+        """(T, K) bf16 rows of the original weight, bit for bit, so that a tied embedding needs no second
+        copy. Indices must be in range."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionMetadata:

@@ -44,7 +44,7 @@ class LayerWeights:
 class DecoderWeights:
     """Weights of one rank."""
 
-    embedding_VK: torch.Tensor  # bf16, whole on every rank
+    embedding_VK: torch.Tensor | None  # bf16, whole on every rank; None: its rows are those of lm_head
     layers: tuple[LayerWeights, ...]
     final_norm_K: torch.Tensor
     lm_head: LinearWeight
@@ -87,7 +87,7 @@ class DecoderModel:
         `logits_indices` (R,) int64 selects the rows whose logits are wanted; None: all rows.
         """
         weights, ops, eps = self.weights, self.ops, self.config.rms_norm_eps
-        residual_TK = ops.embedding(token_ids_T, weights.embedding_VK)
+        residual_TK = self._embed(token_ids_T)
         normed_TK = ops.rms_norm(residual_TK, weights.layers[0].input_norm_K, eps)
         for index, layer in enumerate(weights.layers):
             attended_TK = self._attention(layer, normed_TK, kv_cache.layer(index), metadata)
@@ -100,6 +100,11 @@ class DecoderModel:
             normed_TK = normed_TK.index_select(0, logits_indices)
         logits_RVl = ops.linear(normed_TK, weights.lm_head, out_dtype=torch.float32)
         return self.group.all_gather_columns(logits_RVl, self.plan.vocab_widths)
+
+    def _embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
+        if self.weights.embedding_VK is None:
+            return self.weights.lm_head.rows(token_ids_T).to(self.ops.residual_dtype)
+        return self.ops.embedding(token_ids_T, self.weights.embedding_VK)
 
     def _attention(
         self, layer: LayerWeights, normed_TK: torch.Tensor, kv_N2GSD: torch.Tensor, metadata: AttentionMetadata

@@ -1,8 +1,8 @@
 """Loading a model: files -> weights of one rank, packed for its device.
 
 Tensors are read one after the other and packed at once, so that beside the packed weights only one
-fused layer is in memory (the embedding table and a tied lm_head are two copies: a lookup wants rows,
-a product wants the device's packing).
+fused layer is in memory. A tied embedding is held once, as the packed lm_head; with several ranks
+each holds the whole table too, because its lm_head is only a part of it.
 """
 
 from __future__ import annotations
@@ -110,14 +110,12 @@ class _RankLoader:
 
     def load(self, num_positions: int) -> DecoderWeights:
         config = self.config
-        embedding_VK = self._rows(_EMBEDDING, (config.vocab_size, config.hidden_size))
+        lm_head_name = _EMBEDDING if config.tie_embeddings else _LM_HEAD
+        lm_head = self._linear([(lm_head_name, config.vocab_size, self.plan.vocab)], config.hidden_size)
+        is_shared = config.tie_embeddings and self.plan.vocab.length == config.vocab_size
+        embedding_VK = None if is_shared else self._rows(_EMBEDDING, (config.vocab_size, config.hidden_size))
         layers = tuple(self._layer(f"model.layers.{index}") for index in range(config.num_layers))
         final_norm_K = self._vector("model.norm.weight", config.hidden_size)
-        if config.tie_embeddings:
-            vocab = self.plan.vocab
-            lm_head = self.ops.pack_linear(embedding_VK[vocab.start : vocab.stop])
-        else:
-            lm_head = self._linear([(_LM_HEAD, config.vocab_size, self.plan.vocab)], config.hidden_size)
         self._refuse_unused()
         self.progress(self.total_bytes, self.total_bytes)
         return DecoderWeights(

@@ -28,6 +28,10 @@ class PackedWeight:
         self.in_features = in_features
         self.num_bytes = packed.nbytes
 
+    def rows(self, indices_T: torch.Tensor) -> torch.Tensor:
+        tiles_TGPX = self.packed[indices_T // LANES, :, :, indices_T % LANES]
+        return tiles_TGPX.flatten(1)[:, : self.in_features]
+
 
 class NativeOps:
     """`Ops` by one variant of one instruction class."""

@@ -30,6 +30,9 @@ class ReferenceWeight:
     def num_bytes(self) -> int:
         return self.weight_NK.nbytes
 
+    def rows(self, indices_T: torch.Tensor) -> torch.Tensor:
+        return self.weight_NK[indices_T]
+
 
 class ReferenceOps:
     """The operations of `Ops` for one instruction class, one rounding at a time."""
