@@ -102,6 +102,7 @@ class FakeWorker:
         self.prefill_s = 0.0
         self.is_up = True
         self.dies_at: int | None = None  # output position before which the worker is lost, once
+        self.gives_up_at: int | None = None  # output position before which it cancels by itself, once
         self.flips_bit_at: int | None = None  # output position whose logprob is one fp32 step off
         self.error: TandemError | None = None  # answered to everything
         self.mismatch: HandshakeMismatch | None = None  # answered to requests with KV
@@ -169,7 +170,12 @@ class FakeWorker:
             is_first = kv is None
             while True:
                 await asyncio.sleep(self.step_s)
-                self._maybe_die(len(token_ids) - request.prompt_length)
+                position = len(token_ids) - request.prompt_length
+                self._maybe_die(position)
+                if self.gives_up_at is not None and position >= self.gives_up_at:
+                    self.gives_up_at = None
+                    yield self._given_up(request, position)
+                    return
                 chunk = self._chunk(request, token_ids, is_first=is_first)
                 is_first = False
                 token_ids.extend(chunk.token_ids)
@@ -254,6 +260,15 @@ class FakeWorker:
 
     def _without_prompt(self, chunk: TokenChunk) -> TokenChunk:
         return TokenChunk(**{**_fields(chunk), "prompt_logprobs": ()})
+
+    def _given_up(self, request: Request, position: int) -> TokenChunk:
+        return TokenChunk(
+            request_id=request.request_id,
+            attempt=request.attempt,
+            index=position,
+            token_ids=(),
+            finish_reason=FinishReason.CANCELLED,
+        )
 
     def _failed(self, request: Request, error: TandemError) -> TokenChunk:
         return TokenChunk(

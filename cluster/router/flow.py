@@ -25,9 +25,11 @@ from cluster.router.placement import affinity_of
 from cluster.router.pool import WorkerPair, WorkerPool
 from cluster.router.recovery import Recovery, from_wire, kind_of, recovery_for
 from cluster.rpc.base import WorkerConnection
-from cluster.types import PrefillResult, PrefillStarted, Request, TokenChunk
+from cluster.types import FinishReason, PrefillResult, PrefillStarted, Request, TokenChunk
 
 log = logging.getLogger(__name__)
+
+RETRY_PAUSE_S = 0.05  # longer with every retry after the first, which is made at once
 
 # Takes the chunks of one sequence in order; True means that it needs no more (a stop string matched).
 Deliver = Callable[[TokenChunk], Awaitable[bool]]
@@ -96,6 +98,7 @@ class Flow:
 
     async def _place(self, journey: _Journey) -> WorkerPair:
         wait_s = self._failover_wait_s if journey.num_attempts else 0.0
+        await asyncio.sleep(RETRY_PAUSE_S * max(0, journey.num_attempts - 1))
         pair = await self._pool.wait_for_place(affinity=journey.affinity, avoid=journey.avoid, timeout_s=wait_s)
         if pair is None:
             raise Overloaded(self._pool.why_not_ready() or "no compatible pair of prefill and decode worker is ready")
@@ -115,6 +118,8 @@ class Flow:
             recovery.value,
             error.message,
         )
+        if issubclass(kind, Overloaded) and not self._has_another(journey):
+            recovery = Recovery.FAIL
         if issubclass(kind, HandshakeMismatch):
             self._pool.remember_mismatch(pair.engine_ids)
             self._metrics.count_handshake_refusal(error)
@@ -128,6 +133,11 @@ class Flow:
             case Recovery.OTHER_PAIR:
                 pass  # the pool remembers
         self._metrics.count_recovery(kind.code, is_mid_stream=bool(journey.emitted))
+
+    def _has_another(self, journey: _Journey) -> bool:
+        """Whether there is a worker that has not said to be full. In mid-stream any is worth waiting for."""
+        pair = self._pool.place(affinity=journey.affinity, avoid={*journey.avoid, journey.computing_at})
+        return bool(journey.emitted) or (pair is not None and journey.computing_at not in pair.engine_ids)
 
     async def _attempt(self, journey: _Journey, pair: WorkerPair, deliver: Deliver) -> None:
         if pair.prefill is None:
@@ -155,7 +165,7 @@ class Flow:
                 async with aclosing(chunks):
                     async for chunk in chunks:
                         # the KV has arrived: from here on the decode worker settles with the prefill worker
-                        must_release = must_release and chunk.error is not None
+                        must_release = must_release and not chunk.token_ids
                         if await _pass_on(chunk, journey, deliver):
                             return
             raise WorkerLost(f"decode worker {decode.address} ended without a finish reason")
@@ -175,7 +185,7 @@ async def _prefill(connection: WorkerConnection, request: Request) -> PrefillRes
         async for event in events:
             match event:
                 case PrefillStarted():
-                    pass  # decode begins to read once the first token is known; see docs/protocol.md
+                    pass  # decode is asked once the first token is known: it needs that token
                 case PrefillResult():
                     return event
     raise WorkerLost(f"prefill worker {connection.address} ended without a result")
@@ -196,8 +206,11 @@ async def _relay(chunks: AsyncGenerator[TokenChunk, None], journey: _Journey, de
 
 
 async def _pass_on(chunk: TokenChunk, journey: _Journey, deliver: Deliver) -> bool:
-    """True when the sequence is over."""
-    if chunk.error is not None:
+    """True when the sequence is over. A worker that gives up says so in its terminal chunk; this router
+    has not cancelled (it would have left the iterator), so to the sequence that worker is lost."""
+    if chunk.error is not None and chunk.finish_reason is not FinishReason.CANCELLED:
         raise from_wire(chunk.error)
+    if chunk.finish_reason in (FinishReason.CANCELLED, FinishReason.ERROR):
+        raise WorkerLost("the worker has given up the request")
     journey.accept(chunk)
     return await deliver(chunk) or chunk.finish_reason is not None

@@ -166,6 +166,26 @@ async def test_overloaded_worker_sends_the_request_to_another() -> None:
     assert [answer.status_code for answer in answers] == [200] * 6
 
 
+async def test_full_worker_without_another_is_503_at_once() -> None:
+    decode = [decode_worker()]
+    decode[0].error = Overloaded("full")
+    async with running_router(decode) as router, http_client(router) as client:
+        answer = await client.post(TEXT, json=request_body(2))
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert len(decode[0].requests) == 1
+
+
+async def test_request_that_a_draining_worker_gives_up_goes_on_elsewhere() -> None:
+    decode = [decode_worker("d0"), decode_worker("d1")]
+    for worker in decode:
+        worker.gives_up_at = 4
+    async with running_router(decode) as router, http_client(router) as client:
+        events = await streamed(client, request_body(10))
+    assert ids_of(events) == expected_tokens(PROMPT, 11, 10)
+    assert events[-1] is None
+    assert sum(len(worker.requests) for worker in decode) == 3
+
+
 @pytest.mark.parametrize("stage", ["prefill", "hand-over", "decode"])
 @pytest.mark.parametrize("is_stream", [False, True])
 async def test_client_gone_frees_everything(stage: str, is_stream: bool) -> None:
