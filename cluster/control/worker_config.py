@@ -28,7 +28,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     advertised_host: str = ""  # where peers reach this worker; empty: `host`
     engine: EngineConfig = EngineConfig()
     cluster_key_file: str = ""  # empty: the path in TANDEM_CLUSTER_KEY_FILE
-    transport: Literal["nixl"] = "nixl"
+    transport: Literal["nixl", "loopback"] = "nixl"  # loopback: no peers, for a decode worker that computes prompts
     lease_s: float = 30.0  # how long a prefill worker keeps blocks for a silent reader
     load_timeout_s: float = 30.0  # bound of one hand-over on a decode worker, waiting for blocks included
     on_failure: Literal["recompute", "fail"] = "recompute"  # of a hand-over

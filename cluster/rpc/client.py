@@ -130,7 +130,7 @@ class Connection:
             while not self._is_closing:
                 await asyncio.sleep(pause_s)
                 longer_s = min(max(2 * pause_s, limits.RECONNECT_MIN_S), limits.RECONNECT_MAX_S)
-                pause_s = 0.0 if await self._session() else longer_s
+                pause_s = limits.RECONNECT_MIN_S if await self._session() else longer_s
         finally:
             self._disconnected("the connection was closed")
 

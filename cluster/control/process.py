@@ -1,0 +1,238 @@
+"""A worker process from its command line to its exit code; `python -m prefill` and `python -m decode`
+differ in the `RoleParts` they pass.
+
+    read config -> load model -> engine, transport, driver -> listen -> ready event -> serve -> drain -> exit
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+import torch
+
+from cluster.control.driver import WorkerDriver
+from cluster.control.handshake import HandshakeClient, HandshakeServer
+from cluster.control.host import WorkerHost
+from cluster.control.identity import kv_identity
+from cluster.control.worker_config import WorkerConfig, read_cluster_key, read_config
+from cluster.engine.engine import Engine
+from cluster.engine.kernels import fingerprint, get_ops
+from cluster.engine.models.loader import load_model
+from cluster.engine.parallel.group import SingleRank
+from cluster.engine.scheduler import Policy
+from cluster.errors import StartupError, TandemError
+from cluster.model_files.source import resolve_model
+from cluster.process_events import Progress, Ready, emit, emit_failure
+from cluster.rpc.server import WorkerServer
+from cluster.types import Role, WorkerInfo
+from kvconnector.base import Transport
+from kvconnector.core.handshake import KVIdentity
+from kvconnector.mapping import Shard
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_PAUSE_S = 0.1
+LAST_FRAMES_S = 0.2  # for sessions to write what is pending when the worker ends
+
+
+class RoleParts(Protocol):
+    """What makes a worker a prefill or a decode worker."""
+
+    role: Role
+
+    def make_policy(self) -> Policy: ...
+
+    def make_driver(
+        self, engine: Engine, transport: Transport, config: WorkerConfig, cluster_key: bytes, engine_id: str
+    ) -> WorkerDriver: ...
+
+    def set_endpoint(self, driver: WorkerDriver, endpoint: str) -> None:
+        """Where peers reach this worker; called before the first request."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedWorker:
+    """Everything that takes long to make. Owns the engine and the transport until it is served."""
+
+    config: WorkerConfig
+    parts: RoleParts
+    info: WorkerInfo
+    identity: KVIdentity
+    transport: Transport
+    driver: WorkerDriver
+
+
+@dataclass(frozen=True, slots=True)
+class ServedWorker:
+    address: str
+    host: WorkerHost
+    server: WorkerServer
+
+
+ShowProgress = Callable[[str, int, int], None]  # what, done, total
+
+
+def load_worker(
+    config: WorkerConfig, parts: RoleParts, show: ShowProgress = lambda what, done, total: None
+) -> LoadedWorker:
+    """Load model and kernels, allocate the KV pool, register it. Blocks; raises errors of our tree."""
+    cluster_key = read_cluster_key(config) if config.transport != "loopback" else secrets.token_bytes(32)
+    _check_port_free(config.host, config.port)
+    engine_id = f"{parts.role.value}-{secrets.token_hex(8)}"
+    show("admitting kernels", 0, 0)
+    ops = get_ops(config.engine.device, config.engine.num_threads)
+    numeric_fingerprint = fingerprint(ops)
+    source = resolve_model(config.model, lambda done, total: show("fetching the model", done, total))
+    source = msgspec.structs.replace(source, revision=config.model_revision or source.revision)
+    loaded = load_model(
+        source,
+        ops,
+        SingleRank(),
+        torch.device(config.engine.device),
+        max_position=config.engine.max_model_len,
+        progress=lambda done, total: show("loading weights", done, total),
+    )
+    show("allocating the KV pool", 0, 0)
+    engine = Engine(loaded.model, config.engine, ops, parts.make_policy())
+    transport = _make_transport(config, engine_id)
+    identity = kv_identity(loaded, engine.layout, numeric_fingerprint, transport.name)
+    info = WorkerInfo(
+        engine_id=engine_id,
+        role=parts.role,
+        model_name=config.model_name or source.name,
+        model_digest=loaded.identity.digest,
+        numeric_fingerprint=numeric_fingerprint,
+        max_model_len=engine.max_model_len,
+        vocab_size=engine.vocab_size,
+        block_size=config.engine.block_size,
+        num_blocks=engine.num_blocks,
+    )
+    driver = parts.make_driver(engine, transport, config, cluster_key, engine_id)
+    return LoadedWorker(config, parts, info, identity, transport, driver)
+
+
+@asynccontextmanager
+async def serving(worker: LoadedWorker) -> AsyncIterator[ServedWorker]:
+    """Listen and run the engine thread until the block is left. Raises `StartupError`."""
+    config = worker.config
+    client = HandshakeClient(worker.info.engine_id, worker.identity)
+    host = WorkerHost(
+        worker.info,
+        worker.driver,
+        max_requests=config.max_requests,
+        drain_timeout_s=config.drain_timeout_s,
+        ask=client.ask,
+    )
+    handshake = None
+    if worker.parts.role is Role.PREFILL:
+        shard = Shard(layout=worker.driver.engine.layout)
+        answerer = HandshakeServer(worker.info.engine_id, worker.identity, shard, worker.transport.describe())
+        handshake = answerer.answer
+    async with WorkerServer(host, host, handshake) as server:
+        address = await server.listen(config.host, config.port)
+        port = address.rpartition(":")[2]
+        worker.parts.set_endpoint(
+            worker.driver, f"{config.advertised_host}:{port}" if config.advertised_host else address
+        )
+        host.start()
+        try:
+            yield ServedWorker(address, host, server)
+        finally:
+            await server.close(LAST_FRAMES_S)
+            await host.close()
+
+
+def main(parts: RoleParts, arguments: list[str] | None = None) -> int:
+    """The exit code: 0 after a drain, 1 after a failure that was told as an event, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(prog=parts.role.value, description=f"A {parts.role.value} worker.")
+    parser.add_argument("--config", required=True, help="a JSON file, or JSON itself")
+    try:
+        config = read_config(parser.parse_args(arguments).config)
+        logging.basicConfig(
+            level=config.log_level.upper(), stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s"
+        )
+        worker = load_worker(config, parts, _Throttled())
+        return asyncio.run(_serve_until_drained(worker))
+    except TandemError as error:
+        emit_failure(error)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+async def _serve_until_drained(worker: LoadedWorker) -> int:
+    async with serving(worker) as served:
+        forced = asyncio.Event()
+
+        def on_signal() -> None:
+            if served.host.is_draining:
+                forced.set()
+                return
+            logger.warning("draining %d requests", served.host.drain(None))
+
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, on_signal)
+        info = worker.info
+        emit(Ready(address=served.address, detail=f"{info.num_blocks:,} KV blocks of {info.block_size} tokens"))
+        endings = (served.host.drained, served.host.broken, forced)
+        waiters = [loop.create_task(ending.wait()) for ending in endings]
+        await asyncio.wait(waiters, return_when=asyncio.FIRST_COMPLETED)
+        for waiter in waiters:
+            waiter.cancel()
+        if served.host.broken.is_set():
+            raise StartupError("the engine thread ended with an error, see the log")
+    return 0
+
+
+class _Throttled:
+    """Progress events, a few per second and always the first and last of each kind."""
+
+    def __init__(self) -> None:
+        self._what = ""
+        self._next = 0.0
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if what != self._what or now >= self._next or (total and done >= total):
+            self._what, self._next = what, now + PROGRESS_PAUSE_S
+            emit(Progress(what, done, total))
+
+
+def _make_transport(config: WorkerConfig, engine_id: str) -> Transport:
+    match config.transport:
+        case "nixl":
+            from kvconnector.nixl import NixlTransport, configure_environment  # takes long to import
+
+            configure_environment(torch.device(config.engine.device))
+            return NixlTransport(engine_id)
+        case "loopback":
+            from kvconnector.loopback import LoopbackHub, LoopbackTransport
+
+            return LoopbackTransport(engine_id, LoopbackHub())
+
+
+def _check_port_free(host: str, port: int) -> None:
+    """Before minutes are spent on loading. The port is bound for good later."""
+    if port == 0:
+        return
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise StartupError(f"cannot listen on {host}:{port}: {error.strerror}") from error

@@ -1,0 +1,296 @@
+"""Hand-over on the decode side: from a sealed handle to a sequence with verified KV, or to a failure.
+
+The decisions are the core's (`kvconnector/core/load.py`, `handshake.py`); this carries them out on the
+engine, the transport and the peers. Engine thread only; nothing here blocks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from cluster.control.messages import PeerAnswer, PeerQuestion
+from cluster.engine.engine import Engine
+from cluster.errors import Cancelled, HandshakeMismatch, LeaseExpired, TicketInvalid, TransferFailed
+from cluster.types import KVHandle, Request
+from decode.load import MAX_READS_AT_ONCE, Landing, Load, batches
+from decode.peers import Peers
+from kvconnector import notices, ticket
+from kvconnector.base import TransferState, Transport
+from kvconnector.core import load as core
+from kvconnector.digest import KVDigester
+from kvconnector.ledger import Verdict
+from kvconnector.mapping import Shard, plan
+
+logger = logging.getLogger(__name__)
+
+MAX_LOADS_READING = 16
+MIN_SOURCE_BLOCK_SIZE = 16
+_Key = tuple[str, int]
+OnFailed = Callable[[Request, str, str], None]  # request, error code, message
+
+
+class Admission:
+    """All loads of one decode worker, in order of arrival: a load never overtakes an earlier one that
+    waits for blocks. `on_failed` decides what becomes of a request whose KV could not be had."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        transport: Transport,
+        digester: KVDigester,
+        *,
+        cluster_key: bytes,
+        load_timeout_s: float,
+        ask: Callable[[PeerQuestion], None],
+        on_failed: OnFailed,
+    ) -> None:
+        self._engine = engine
+        self._transport = transport
+        self._digester = digester
+        self._cluster_key = cluster_key
+        self._load_timeout_s = load_timeout_s
+        self._on_failed = on_failed
+        self._shard = Shard(layout=engine.layout)
+        self._nonces = ticket.UsedNonces()
+        self._loads: dict[_Key, Load] = {}
+        self._draining: list[Load] = []  # told as failed, but READs may still land
+        self._landing = Landing(
+            MAX_LOADS_READING, -(-engine.max_model_len // MIN_SOURCE_BLOCK_SIZE), engine.layout.num_kv_heads
+        )
+        transport.register("kv", engine.kv_cache.kv_NL2HSD)
+        transport.register("landing", self._landing.memory)
+        self._peers = Peers(
+            transport,
+            self._shard,
+            ask,
+            on_connected=lambda key, now: self._feed_key(key, core.PeerConnected(), now),
+            on_refused=self._on_refused,
+            on_failed=lambda key, why, now: self._feed_key(key, core.Abort(TransferFailed.code, why), now),
+        )
+        self.kv_bytes_pulled = 0
+        self.num_transfers = 0
+        self.num_failures = 0
+
+    @property
+    def num_loads(self) -> int:
+        return len(self._loads) + len(self._draining)
+
+    @property
+    def num_refusals(self) -> int:
+        return self._peers.num_refusals
+
+    @property
+    def is_reading(self) -> bool:
+        return any(load.running for load in (*self._loads.values(), *self._draining))
+
+    def begin(self, request: Request, sealed: bytes, now: float) -> None:
+        """Take a request whose KV lies elsewhere. Raises `TicketInvalid` or `InvalidRequest`; nothing is
+        held then."""
+        self._engine.check(request)
+        handle = ticket.open_ticket(sealed, self._cluster_key)
+        self._check(request, handle)
+        self._nonces.claim(handle, now)
+        state = core.LoadState(handle.lease_s, deadline=now + self._load_timeout_s)
+        peer = self._peers.enter(handle.engine_id, handle.endpoint)
+        load = Load(request, handle, peer, state)
+        self._loads[load.key] = load
+        self._peers.want(peer, load.key, now)
+
+    def cancel(self, key: _Key, now: float) -> bool:
+        """True if the request was a load; `on_failed` has been told then."""
+        load = self._loads.get(key)
+        if load is not None:
+            self._feed(load, core.Abort(Cancelled.code, "the request was cancelled"), now)
+        return load is not None
+
+    def on_answer(self, answer: PeerAnswer, now: float) -> None:
+        self._peers.on_answer(answer, now)
+
+    def poll(self, now: float) -> None:
+        """Reap READs, post waiting ones, tick every load. Does not depend on new requests."""
+        self._transport.notifications()  # nobody should send us any; they must not pile up
+        self._peers.poll(now)
+        for load in (*self._draining, *self._loads.values()):
+            self._poll_reads(load, now)
+            self._feed(load, core.Tick(), now)
+        self._draining = [load for load in self._draining if load.state.phase is not core.LoadPhase.FREE]
+
+    def close(self, now: float) -> bool:
+        """Abort everything; True once nothing can land any more. To be repeated with `poll` until then."""
+        for load in tuple(self._loads.values()):
+            self._feed(load, core.Abort(Cancelled.code, "the worker is stopping"), now)
+        return not self._draining
+
+    # ---- decisions of the core, carried out
+
+    def _feed_key(self, key: _Key, event: core.LoadEvent, now: float) -> None:
+        load = self._loads.get(key)
+        if load is not None:
+            self._feed(load, event, now)
+
+    def _feed(self, load: Load, event: core.LoadEvent, now: float) -> None:
+        load.state, effects = core.step(load.state, event, now)
+        for effect in effects:
+            self._carry_out(load, effect, now)
+
+    def _carry_out(self, load: Load, effect: core.LoadEffect, now: float) -> None:
+        match effect:
+            case core.TryReserve():
+                self._try_reserve(load, now)
+            case core.ReadData():
+                self._read_data(load, now)
+            case core.ReadLedger():
+                self._read_ledger(load, now)
+            case core.Judge():
+                self._feed(load, self._judge(load), now)
+            case core.Renew():
+                self._notify(load, notices.Renew(*load.key, load.handle.nonce))
+            case core.TellDone():
+                self._notify(load, notices.Done(*load.key, load.handle.nonce))
+            case core.Commit():
+                self._commit(load)
+            case core.StartDraining():
+                self._start_draining(load, now)
+            case core.GiveBack():
+                self._give_back(load)
+            case core.Fail(code, message):
+                self._fail(load, code, message)
+
+    def _try_reserve(self, load: Load, now: float) -> None:
+        """Only the oldest load that waits may take blocks, so a long prompt is not starved."""
+        waiting = (each for each in self._loads.values() if each.state.phase is core.LoadPhase.WAITING)
+        if next(waiting, None) is not load:
+            return
+        if load.landing_row is None:
+            load.landing_row = self._landing.take()
+            if load.landing_row is None:
+                return
+        load.reservation = self._engine.reserve_blocks(load.request, load.handle.num_tokens)
+        if load.reservation is not None:
+            needs_reads = load.reservation.num_cached_tokens < load.handle.num_tokens
+            self._feed(load, core.Reserved(needs_reads=needs_reads), now)
+
+    def _read_data(self, load: Load, now: float) -> None:
+        reservation, shard = load.reservation, load.peer.shard
+        assert reservation is not None
+        if shard is None or shard.layout.block_size != load.handle.block_size:
+            why = "was disconnected" if shard is None else "has blocks of another size than its ticket"
+            self._feed(load, core.Abort(TransferFailed.code, f"prefill worker {load.handle.endpoint} {why}"), now)
+            return
+        assert not load.unposted
+        self._engine.blocks.start_loading(reservation)
+        [pieces] = plan(
+            [(shard, load.handle.block_ids)],
+            (self._shard, reservation.block_ids),
+            reservation.num_cached_tokens,
+            load.handle.num_tokens,
+        )
+        load.unposted.extend(("kv", "kv", batch) for batch in batches(pieces))
+        self._feed(load, core.Posted(len(load.unposted)), now)
+        self._post(load, now)
+
+    def _read_ledger(self, load: Load, now: float) -> None:
+        assert load.landing_row is not None
+        pieces = self._landing.pieces(load.landing_row, load.handle.block_ids[load.first_read_block :])
+        load.unposted.extend(("ledger", "landing", batch) for batch in batches(pieces))
+        self._feed(load, core.Posted(len(load.unposted)), now)
+        self._post(load, now)
+
+    def _post(self, load: Load, now: float) -> None:
+        while load.unposted and len(load.running) < MAX_READS_AT_ONCE:
+            region, local_region, pieces = load.unposted.popleft()
+            try:
+                transfer = self._transport.read(load.peer.engine_id, region, local_region, pieces)
+            except TransferFailed as error:
+                self._on_read_failed(load, error.message, now)
+                return
+            load.running.append(transfer)
+            self.num_transfers += 1
+            self.kv_bytes_pulled += sum(piece.num_bytes for piece in pieces)
+
+    def _poll_reads(self, load: Load, now: float) -> None:
+        for transfer in tuple(load.running):
+            match self._transport.poll(transfer):
+                case TransferState.RUNNING:
+                    continue
+                case TransferState.DONE:
+                    load.running.remove(transfer)
+                    self._feed(load, core.ReadDone(), now)
+                case TransferState.FAILED:
+                    load.running.remove(transfer)
+                    self._on_read_failed(load, "a READ failed", now)
+        self._post(load, now)
+
+    def _on_read_failed(self, load: Load, why: str, now: float) -> None:
+        self.num_failures += 1
+        self._peers.on_broken(load.peer, now)
+        message = f"prefill worker {load.handle.endpoint}: {why}"
+        self._feed(load, core.Abort(TransferFailed.code, message, lost_read=True), now)
+
+    def _judge(self, load: Load) -> core.LoadEvent:
+        """Compare the records that have landed with the handle, and their digests with our memory."""
+        reservation, handle, first = load.reservation, load.handle, load.first_read_block
+        assert reservation is not None
+        assert load.landing_row is not None
+        start = first * handle.block_size
+        records = self._landing.records(load.landing_row, len(handle.block_ids) - first)
+        match records.judge_filling(handle.generations[first:], handle.num_tokens - start, handle.block_size):
+            case Verdict.NOT_FILLED:
+                return core.LedgerNotFilled()
+            case Verdict.STALE:
+                return core.Abort(LeaseExpired.code, "the prefill worker has reused the blocks")
+        ours = self._digester.tokens(reservation.block_ids, start, handle.num_tokens)
+        return core.LedgerGood() if (ours == records.digests()).all() else core.LedgerWrongDigest()
+
+    def _commit(self, load: Load) -> None:
+        """The engine takes over the reservation."""
+        assert load.reservation is not None
+        self._engine.add_loaded_request(load.request, load.reservation)
+        load.reservation = None
+        self._forget(load)
+
+    def _start_draining(self, load: Load, now: float) -> None:
+        """READs that were not posted never will be; the others may still land."""
+        if load.reservation is not None:
+            self._engine.blocks.abort(load.reservation)
+        self._draining.append(load)
+        num_unposted = len(load.unposted)
+        load.unposted.clear()
+        for _ in range(num_unposted):
+            self._feed(load, core.ReadDone(), now)
+
+    def _give_back(self, load: Load) -> None:
+        if load.reservation is not None and not self._engine.blocks.abort(load.reservation):
+            self._engine.blocks.finish_draining(load.reservation)
+        load.reservation = None
+        self._forget(load)
+
+    def _forget(self, load: Load) -> None:
+        """Nothing of the load is held any more."""
+        self._loads.pop(load.key, None)
+        self._peers.leave(load.peer, load.key)
+        if load.landing_row is not None:
+            self._landing.give_back(load.landing_row)
+            load.landing_row = None
+
+    def _fail(self, load: Load, code: str, message: str) -> None:
+        self._loads.pop(load.key, None)
+        logger.warning("request %s attempt %d: no KV (%s): %s", *load.key, code, message)
+        self._on_failed(load.request, code, message)
+
+    def _on_refused(self, key: _Key, error: HandshakeMismatch, now: float) -> None:
+        self._feed_key(key, core.Abort(error.code, error.message), now)
+
+    def _notify(self, load: Load, notice: notices.Notice) -> None:
+        self._transport.notify(load.peer.engine_id, notices.encode(notice))
+
+    def _check(self, request: Request, handle: KVHandle) -> None:
+        """The handle must be of this attempt and of exactly the tokens before the newest."""
+        if (handle.request_id, handle.attempt) != (request.request_id, request.attempt):
+            raise TicketInvalid("the ticket belongs to another request or attempt")
+        if handle.num_tokens != len(request.token_ids) - 1:
+            counts = f"{handle.num_tokens} tokens, the request has {len(request.token_ids)} with the newest"
+            raise TicketInvalid(f"the ticket covers {counts}")
+        if handle.block_size < MIN_SOURCE_BLOCK_SIZE:
+            raise TicketInvalid(f"the ticket's block_size {handle.block_size} is below {MIN_SOURCE_BLOCK_SIZE}")
