@@ -25,6 +25,11 @@ from cluster.engine.kernels.triton.plans import AttentionPlan
 DECODE_CASES = ((32, 4096), (32, 32768), (128, 4096), (128, 32768), (1, 32768), (1, 4096))
 PREFILL_CASES = ((8, 2048), (2, 8192), (1, 32768))
 
+PREFILL_PLANS = [AttentionPlan(prefill_kind="hopper", prefill_num_stages=stages) for stages in (2, 3, 4)] + [
+    AttentionPlan(prefill_block_rows=rows, prefill_num_warps=warps, prefill_num_stages=stages, prefill_use_tma=True)
+    for rows, warps, stages in ((64, 4, 5), (128, 8, 5))
+]
+
 
 def compile_share(share: int, shares: int) -> None:
     """Compile every GEMM candidate of this share into Triton's cache on disk."""
@@ -106,7 +111,7 @@ def sweep_attention(out: Path, budget_s: float) -> None:
     copy_tb_s = copy_bandwidth_tb_s()
     print(f"copy {copy_tb_s:.2f} TB/s")
     records: list[dict[str, object]] = [{"copy_tb_s": copy_tb_s}]
-    for keys in (64, 128):
+    for keys in (64,):
         launch.block_kv = lambda head_size, keys=keys: keys  # type: ignore[misc]
         for batch, length in PREFILL_CASES:
             if keys == 64:
@@ -115,14 +120,9 @@ def sweep_attention(out: Path, budget_s: float) -> None:
                 records.append({"sdpa": by_backend, "batch": batch, "length": length})
                 print("sdpa", batch, length, {k: round(v, 3) for k, v in by_backend.items()})
             inputs = attention.paged_inputs([length] * batch, [length] * batch, block_size=max(64, keys), num_layers=1)
-            for rows, warps in ((64, 4), (128, 8)):
-                for tma in (False, True):
-                    for stages in (2, 3, 5):
+            for plan in PREFILL_PLANS:
                         if time.monotonic() > deadline:
                             continue
-                        plan = AttentionPlan(
-                            prefill_block_rows=rows, prefill_num_warps=warps, prefill_num_stages=stages, prefill_use_tma=tma
-                        )
                         try:
                             milliseconds = attention.prefill_ms(plan, inputs)
                         except (triton.OutOfResources, triton.CompilationError, RuntimeError) as error:
@@ -130,7 +130,7 @@ def sweep_attention(out: Path, budget_s: float) -> None:
                             continue
                         ratio = sdpa_best[batch, length] / milliseconds
                         records.append({"prefill": milliseconds, "ratio": ratio, "keys": keys, "batch": batch, "length": length, "plan": msgspec.to_builtins(plan)})
-                        print(f"prefill kv{keys} {batch}x{length} rows{rows} w{warps} tma{tma:d} s{stages}: {milliseconds:.3f} ms ratio {ratio:.2f}")
+                        print(f"prefill kv{keys} {batch}x{length} {plan.prefill_kind} rows{plan.prefill_block_rows} s{plan.prefill_num_stages}: {milliseconds:.3f} ms ratio {ratio:.2f}")
             del inputs
         for batch, context in DECODE_CASES:
             layers = 1 if batch * context > 2**21 else 4

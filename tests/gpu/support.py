@@ -73,7 +73,9 @@ class Paged:
         self.layer = self.cache[:, 1]
         self.table = table.to(device)
         # a few keys stand out, so that running maxima rise late in some rows and early in others
-        self.q = [(torch.randn((c, num_heads, head_size), generator=generator) * 3).to(dtype).to(device) for c in contexts]
+        self.q = [
+            (torch.randn((c, num_heads, head_size), generator=generator) * 3).to(dtype).to(device) for c in contexts
+        ]
         self.scale = head_size**-0.5
 
     def metadata(self, sequences: list[int], rows: list[int], contexts: list[int]) -> AttentionMetadata:
@@ -93,13 +95,19 @@ class Paged:
         )
 
     def attend(
-        self, sequences: list[int], rows: list[int], contexts: list[int] | None = None, plan: AttentionPlan | None = None
+        self,
+        sequences: list[int],
+        rows: list[int],
+        contexts: list[int] | None = None,
+        plan: AttentionPlan | None = None,
     ) -> list[torch.Tensor]:
         """The last `rows` rows of each sequence cut to its context, in one batch; one fp32 result per sequence."""
         contexts = contexts or [self.contexts[sequence] for sequence in sequences]
         metadata = self.metadata(sequences, rows, contexts)
         q = torch.cat([self.q[s][c - r : c] for s, r, c in zip(sequences, rows, contexts, strict=True)])
-        out = launch.run_attention(q, self.layer, metadata, self.scale, plan or AttentionPlan(), NUM_MULTIPROCESSORS, torch.float32)
+        out = launch.run_attention(
+            q, self.layer, metadata, self.scale, plan or AttentionPlan(), NUM_MULTIPROCESSORS, torch.float32
+        )
         return list(out.split(rows))
 
     def expected(self, sequence: int) -> torch.Tensor:

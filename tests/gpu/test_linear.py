@@ -64,7 +64,11 @@ def test_a_row_is_the_same_at_any_position_among_any_neighbours(ops: CudaOps, si
     x, weight = operands(4096, 2048, 1024)
     expected = run(ops, x, weight, REFERENCE_LINEAR, silu, torch.bfloat16)
     for start, count in ((0, 1), (5, 1), (4095, 1), (3, 16), (1000, 63), (77, 129), (2047, 1024)):
-        out = ops.linear_silu_mul(x[start : start + count], weight) if silu else ops.linear(x[start : start + count], weight)
+        out = (
+            ops.linear_silu_mul(x[start : start + count], weight)
+            if silu
+            else ops.linear(x[start : start + count], weight)
+        )
         assert bits_equal(out, expected[start : start + count]), (start, count)
 
 
@@ -112,8 +116,18 @@ def test_planted_second_chain_is_found(ops: CudaOps, tmp_path: Path, monkeypatch
     expected = run(ops, x, weight, REFERENCE_LINEAR)
     two_chains = "even, acc = acc, tl.dot(x, w, even)"
     broken = mutated(linear, "            acc = tl.dot(x, w, acc)", f"            {two_chains}", tmp_path)
-    broken = mutated(broken, "    for k in range(0, K, BLOCK_K):\n        cols", "    even = acc\n    for k in range(0, K, BLOCK_K):\n        cols", tmp_path)
-    broken = mutated(broken, "    y = _finish(acc, up, bias_ptr, offs_n,", "    y = _finish(acc + even, up, bias_ptr, offs_n,", tmp_path)
+    broken = mutated(
+        broken,
+        "    for k in range(0, K, BLOCK_K):\n        cols",
+        "    even = acc\n    for k in range(0, K, BLOCK_K):\n        cols",
+        tmp_path,
+    )
+    broken = mutated(
+        broken,
+        "    y = _finish(acc, up, bias_ptr, offs_n,",
+        "    y = _finish(acc + even, up, bias_ptr, offs_n,",
+        tmp_path,
+    )
     monkeypatch.setattr(launch, "linear", broken)
     assert num_differing(run(ops, x, weight, REFERENCE_LINEAR), expected) > 0
 

@@ -19,7 +19,9 @@ def ops() -> CudaOps:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rms_norm(ops: CudaOps, width: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    x = (torch.randn((300, width), device="cuda") * torch.exp2(torch.randint(-9, 9, (300, width), device="cuda"))).to(dtype)
+    x = (torch.randn((300, width), device="cuda") * torch.exp2(torch.randint(-9, 9, (300, width), device="cuda"))).to(
+        dtype
+    )
     weight = torch.randn(width, device="cuda", dtype=torch.bfloat16)
     whole = ops.rms_norm(x, weight, 1e-5)
     exact = x.double() / torch.sqrt(x.double().square().mean(-1, keepdim=True) + 1e-5) * weight.double()
@@ -105,7 +107,9 @@ def test_rope_of_a_head_shard_has_the_same_bits(ops: CudaOps) -> None:
     heads = qkv.view(33, 16, 64)
     shard_cache = torch.zeros((2, 2, 1, 32, 64), device="cuda", dtype=torch.bfloat16)
     for rank in range(4):
-        part = torch.cat([heads[:, 2 * rank : 2 * rank + 2], heads[:, 8 + rank, None], heads[:, 12 + rank, None]], dim=1)
+        part = torch.cat(
+            [heads[:, 2 * rank : 2 * rank + 2], heads[:, 8 + rank, None], heads[:, 12 + rank, None]], dim=1
+        )
         q = ops.rope_and_cache(part.flatten(1), shard_cache, metadata, table, 2, norm, norm, 1e-6)
         assert bits_equal(q, whole[:, 2 * rank : 2 * rank + 2])
         assert bits_equal(shard_cache[:, :, 0], whole_cache[:, :, rank])

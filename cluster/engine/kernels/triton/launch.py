@@ -45,7 +45,7 @@ def run_linear(
     tiles = triton.cdiv(num_rows, plan.block_m) * triton.cdiv(out_features, plan.block_n)
     bias = bias_N if bias_N is not None else out_MN
     if plan.kind == "tma" and _tma_takes(x_MK) and _tma_takes(w_NK) and _tma_takes(out_MN):
-        parts = plan.store_parts
+        parts = plan.store_parts * (out_MN.element_size() // x_MK.element_size())
         x_desc = TensorDescriptor.from_tensor(x_MK, [plan.block_m, plan.block_k])
         w_desc = TensorDescriptor.from_tensor(w_NK, [plan.block_n, plan.block_k])
         out_desc = TensorDescriptor.from_tensor(out_MN, [plan.block_m, plan.block_n // parts])
@@ -214,6 +214,9 @@ def _run_prefill(call: _AttentionCall, plan: AttentionPlan, max_rows: int) -> No
     """Serve the sequences with more than `max_rows` rows."""
     metadata, kv = call.metadata, call.kv_N2GSD
     num_rows, _, head_size = call.q_THD.shape
+    if plan.prefill_kind == "hopper" and head_size in (64, 128) and kv.shape[3] % block_kv(head_size) == 0:
+        _run_prefill_hopper(call, plan, max_rows)
+        return
     block_rows = max(plan.prefill_block_rows, triton.next_power_of_2(call.group))
     tiles = num_rows // (block_rows // call.group) + call.num_sequences
     keys = block_kv(head_size)
@@ -228,6 +231,30 @@ def _run_prefill(call: _AttentionCall, plan: AttentionPlan, max_rows: int) -> No
         metadata.block_table.stride(0), kv.stride(0), kv.stride(1), kv.stride(2),
         **call.constants(block_rows), USE_TMA=use_tma,
         num_warps=plan.prefill_num_warps, num_stages=plan.prefill_num_stages,
+    )  # fmt: skip
+
+
+def _run_prefill_hopper(call: _AttentionCall, plan: AttentionPlan, max_rows: int) -> None:
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
+
+    from cluster.engine.kernels.triton import attention_hopper
+
+    metadata, kv = call.metadata, call.kv_N2GSD
+    num_rows, _, head_size = call.q_THD.shape
+    keys = block_kv(head_size)
+    rows = (kv.shape[0] - 1) * (kv.stride(0) // head_size) + 2 * kv.stride(1) // head_size
+    layout = NVMMASharedLayout(128, 16, 2)
+    kv_rows = GluonTensorDescriptor(kv, [rows, head_size], [head_size, 1], [keys, head_size], layout)
+    tiles = num_rows // (128 // call.group) + call.num_sequences
+    constants = call.constants(128)
+    for unused in ("NUM_KV_HEADS", "BLOCK_D", "BLOCK_ROWS"):
+        del constants[unused]
+    attention_hopper.prefill_hopper_kernel[(tiles, kv.shape[2])](
+        call.q_THD, kv_rows, call.out, metadata.query_start, metadata.context_len, metadata.block_table,
+        call.num_sequences, max_rows, call.scale_log2, call.q_THD.stride(0), call.out.stride(0),
+        metadata.block_table.stride(0), kv.stride(0) // head_size, kv.stride(1) // head_size,
+        kv.stride(2) // head_size, **constants, STAGES=plan.prefill_num_stages, num_warps=4,
     )  # fmt: skip
 
 

@@ -126,6 +126,12 @@ def chain_kernel(
     tl.store(out_rows[:, None] + offs_n[None, :], y.to(out_ptr.dtype.element_ty), mask=keep)
 
 
+@triton.jit
+def _halves(y):
+    """Left and right columns of a tile."""
+    return tl.split(tl.permute(tl.reshape(y, (y.shape[0], 2, y.shape[1] // 2)), (0, 2, 1)))
+
+
 @triton.jit(do_not_specialize=["M"])
 def tma_kernel(
     x_desc,
@@ -149,8 +155,8 @@ def tma_kernel(
 ):
     """Persistent programs; tiles come and go through the bulk tensor copy engine.
 
-    Edges need no masks: the engine reads zeros and drops stores past the end. STORE_PARTS 2 stores a
-    tile in two halves of its columns, which halves the shared memory the store needs.
+    Edges need no masks: the engine reads zeros and drops stores past the end. STORE_PARTS (1, 2
+    or 4) stores a tile in parts of its columns, which divides the shared memory the store needs.
     """
     num_m_tiles = tl.cdiv(M, BLOCK_M)
     num_n_tiles = tl.cdiv(N, BLOCK_N)
@@ -186,10 +192,17 @@ def tma_kernel(
         y = _finish(acc, up, bias_ptr, column + tl.arange(0, BLOCK_N), N, SWAP, HAS_BIAS, SILU_MUL)
         if SWAP:
             y = tl.trans(y)
-        if STORE_PARTS == 2:
-            y = tl.permute(tl.reshape(y, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
-            left, right = tl.split(y)
-            out_desc.store([row, column], left.to(OUT_DTYPE))
-            out_desc.store([row, column + BLOCK_N // 2], right.to(OUT_DTYPE))
-        else:
+        if STORE_PARTS == 1:
             out_desc.store([row, column], y.to(OUT_DTYPE))
+        else:
+            left, right = _halves(y)
+            if STORE_PARTS == 2:
+                out_desc.store([row, column], left.to(OUT_DTYPE))
+                out_desc.store([row, column + BLOCK_N // 2], right.to(OUT_DTYPE))
+            else:
+                first, second = _halves(left)
+                third, fourth = _halves(right)
+                out_desc.store([row, column], first.to(OUT_DTYPE))
+                out_desc.store([row, column + BLOCK_N // 4], second.to(OUT_DTYPE))
+                out_desc.store([row, column + BLOCK_N // 2], third.to(OUT_DTYPE))
+                out_desc.store([row, column + BLOCK_N // 4 * 3], fourth.to(OUT_DTYPE))
