@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -122,6 +123,58 @@ def doctor(
 
     if not run_doctor(Console(), json_output, port):
         raise typer.Exit(1)
+
+
+@app.command()
+def verify(
+    url_a: Annotated[str, typer.Argument(metavar="URL_A", help="A deployment, such as http://127.0.0.1:8000")],
+    url_b: Annotated[str | None, typer.Argument(metavar="URL_B", help="Another one with the same model")] = None,
+    monolithic: Annotated[
+        str | None,
+        typer.Option("--monolithic", metavar="MODEL", help="Start one process with this model and compare with it"),
+    ] = None,
+    prompts: Annotated[int, typer.Option(help="How many prompts, of lengths that matter", min=1, max=10_000)] = 64,
+    max_tokens: Annotated[int, typer.Option(help="Tokens per answer", min=1, max=100_000)] = 16,
+    concurrency: Annotated[str, typer.Option(help="Requests in flight, one round for each")] = "1,8,32",
+    record: Annotated[Path | None, typer.Option(help="Keep the answers of URL_A in this file")] = None,
+    against: Annotated[Path | None, typer.Option(help="Compare with the answers in this file")] = None,
+    settings: SetOption = None,
+) -> None:
+    """Send the same prompts to two deployments: token ids and logprob bits must be equal.
+
+    Exits with 1 at the first difference and says where it is. `--set` is for the one that
+    `--monolithic` starts.
+
+    Examples:
+
+        cluster verify http://127.0.0.1:8000 http://127.0.0.1:9000
+        cluster verify http://127.0.0.1:8000 --monolithic demo
+        cluster verify http://127.0.0.1:8000 --record today.json
+        cluster verify http://127.0.0.1:8000 --against today.json
+    """
+    from cluster.verify import VerifyOptions, run
+
+    if url_b is not None and monolithic is not None:
+        raise ConfigError("give either URL_B or --monolithic, not both")
+    options = VerifyOptions(num_prompts=prompts, max_tokens=max_tokens, concurrency=_levels(concurrency))
+    with ExitStack() as stack:
+        if monolithic is not None:
+            from cluster.launch.companion import monolithic_companion
+
+            with Console().status(f"starting {monolithic} as one process"):
+                url_b = stack.enter_context(monolithic_companion(monolithic, settings or []))
+        exit_code = run(url_a, url_b, options=options, record=record, against=against)
+    raise typer.Exit(exit_code)
+
+
+def _levels(text: str) -> tuple[int, ...]:
+    try:
+        levels = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        levels = ()
+    if not levels or not all(1 <= level <= 10_000 for level in levels):
+        raise ConfigError(f"--concurrency {text}: expected numbers between 1 and 10,000, such as 1,8,32")
+    return levels
 
 
 @app.command()

@@ -32,6 +32,7 @@ def process_specs(
     if topology.is_monolithic:
         (group,) = topology.groups
         worker = worker_config(config, group, model, model_name, key_file)
+        worker = msgspec.structs.replace(worker, transport="loopback", host="127.0.0.1", port=0, cluster_key_file="")
         path = write_config(directory, "monolithic", MonolithicConfig(router=router, worker=worker))
         command = ("cluster.launch.monolithic", "--config", str(path))
         return [ProcessSpec(name="monolithic", command=command, environment=_environment(group))]

@@ -22,6 +22,7 @@ from cluster.process_events import Failed, ProcessEvent, Progress, Ready
 
 PLAIN_PROGRESS_EVERY_S = 2.0
 REFRESHES_PER_S = 8
+LARGEST_COUNT = 9999  # larger totals are bytes: a percentage says more
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class PlainView:
         match event:
             case Progress(what, done, total):
                 last_what, last_time = self._last_progress.get(name, ("", 0.0))
-                if what == last_what and done != total and self._clock() - last_time < PLAIN_PROGRESS_EVERY_S:
+                if what == last_what and self._clock() - last_time < PLAIN_PROGRESS_EVERY_S:
                     return
                 self._last_progress[name] = (what, self._clock())
                 self._line(name, f"{what} {_fraction(done, total)}".rstrip())
@@ -178,4 +179,4 @@ def launch_view(serving: Serving, names: Sequence[str], console: Console) -> Ite
 def _fraction(done: int, total: int) -> str:
     if not total:
         return f"{done:,}" if done else ""
-    return f"{done:,}/{total:,}"
+    return f"{done:,}/{total:,}" if total <= LARGEST_COUNT else f"{done / total:.0%}"

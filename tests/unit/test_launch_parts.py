@@ -154,8 +154,8 @@ def test_plain_lines_tell_everything_but_not_every_step() -> None:
     view = PlainView(SERVING, out, clock=lambda: now[0])
     view.on_start("decode-0")
     for done in range(101):
-        view.on_event("decode-0", Progress("loading", done, 100))
-    now[0] = 10.0
+        now[0] = done / 40  # 2.5 s
+        view.on_event("decode-0", Progress("loading", done * 1_000_000, 100_000_000))
     view.on_event("decode-0", Progress("admitting kernels"))
     view.on_event("decode-0", Ready("127.0.0.1:7", "4 blocks"))
     view.on_log("decode-0", "a word")
@@ -163,8 +163,8 @@ def test_plain_lines_tell_everything_but_not_every_step() -> None:
     view.on_serving()
     lines = out.getvalue().splitlines()
     assert [line for line in lines if "loading" in line] == [
-        "  decode-0 | loading 0/100",
-        "  decode-0 | loading 100/100",
+        "  decode-0 | loading 0%",
+        "  decode-0 | loading 80%",
     ]
     for text in (
         "admitting kernels",
