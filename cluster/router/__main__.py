@@ -31,6 +31,7 @@ def main(arguments: list[str]) -> int:
         logging.basicConfig(
             level=config.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
         )
+        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # starts and stops are our own events
         uvloop.run(serve(config))
     except TandemError as error:
         emit_failure(error)

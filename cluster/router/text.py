@@ -71,6 +71,7 @@ class ChoiceText:
     ) -> None:
         self._detokenizer = codec.detokenizer(skip_special_tokens=skip_special_tokens)
         self._matcher = StopMatcher(sampling.stop, include_stop=include_stop) if sampling.stop else None
+        self._stop_token_ids = sampling.stop_token_ids
         self._min_tokens = sampling.min_tokens
         self._include_stop = include_stop
         self._num_tokens = 0
@@ -91,7 +92,9 @@ class ChoiceText:
             text += self._rest()
             if self._matcher is not None and self._matcher.matched is not None:
                 return self._delta(chunk, text, len(token_ids), FinishReason.STOP, self._matcher.matched)
-        return self._delta(chunk, text, len(token_ids), chunk.finish_reason, chunk.stop_token_id)
+        # as in vLLM, a stop reason is what the client asked for; the model's own end of sequence is none
+        stop = chunk.stop_token_id if chunk.stop_token_id in self._stop_token_ids else None
+        return self._delta(chunk, text, len(token_ids), chunk.finish_reason, stop)
 
     def _advance(self, token_id: int) -> str:
         text = self._detokenizer.push(token_id)

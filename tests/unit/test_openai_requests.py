@@ -60,7 +60,8 @@ def to_job(body: bytes, kind: type[ChatRequest] | type[CompletionRequest]) -> Jo
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_any_body_is_a_job_or_an_invalid_request(data: st.DataObject) -> None:
-    kind = data.draw(st.sampled_from([ChatRequest, CompletionRequest]))
+    kinds: list[type[ChatRequest] | type[CompletionRequest]] = [ChatRequest, CompletionRequest]
+    kind = data.draw(st.sampled_from(kinds))
     valid = {"messages": [{"role": "user", "content": "x"}]} if kind is ChatRequest else {"prompt": "x"}
     body = msgspec.json.encode({**valid, **data.draw(fields_of(kind))})
     try:

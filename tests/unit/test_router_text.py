@@ -59,12 +59,13 @@ def test_stop_string_is_not_looked_for_before_min_tokens() -> None:
 
 @pytest.mark.parametrize(("include_stop", "expected"), [(False, "ab"), (True, "abc")])
 def test_token_that_ends_the_sequence(include_stop: bool, expected: str) -> None:
-    text = choice_text(include_stop=include_stop)
+    text = choice_text(include_stop=include_stop, stop_token_ids=(ord("c"),))
     first = text.push(chunk(b"ab")).text
     last = text.push(chunk(b"c", 2, finish_reason=FinishReason.STOP, stop_token_id=ord("c")))
     assert first + last.text == expected
     assert (last.token_ids, last.stop_reason) == ((ord("c"),), ord("c"))
-    assert choice_text().push(chunk([EOS], finish_reason=FinishReason.STOP)).stop_reason is None
+    ended = choice_text().push(chunk([EOS], finish_reason=FinishReason.STOP, stop_token_id=EOS))
+    assert (ended.text, ended.stop_reason) == ("", None), "the model's own end is no stop reason"
 
 
 def make_job(*, is_chat: bool = True, n: int = 1, want_logprobs: bool = False, **output: bool) -> Job:
