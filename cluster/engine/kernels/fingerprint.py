@@ -9,7 +9,7 @@ import hashlib
 
 from cluster.engine.kernels.ops import Ops
 from cluster.engine.kernels.probes import ALL_PROBES
-from cluster.engine.kernels.registry import bits
+from cluster.engine.kernels.registry import bits, one_torch_thread
 
 
 def fingerprint(ops: Ops) -> str:
@@ -18,8 +18,9 @@ def fingerprint(ops: Ops) -> str:
     The same for any process and thread count, and whether a kernel or its reference serves.
     """
     digest = hashlib.sha256()
-    for probe in ALL_PROBES:
-        digest.update(probe.name.encode())
-        for output in probe.run(ops):
-            digest.update(bits(output.cpu()).numpy().tobytes())
+    with one_torch_thread():
+        for probe in ALL_PROBES:
+            digest.update(probe.name.encode())
+            for output in probe.run(ops):
+                digest.update(bits(output.cpu()).numpy().tobytes())
     return f"{ops.name}/{digest.hexdigest()[:32]}"

@@ -22,7 +22,7 @@ Outputs = tuple[torch.Tensor, ...]
 class Magnitudes(Enum):
     NORMAL = "normal"
     WIDE = "wide"  # exponents -20 .. 20
-    CANCELLING = "cancelling"  # every large value comes twice, with opposite signs, far apart
+    CANCELLING = "cancelling"  # large values of opposite signs, far apart in the sum
     DENORMAL = "denormal"  # products around the smallest normal number
 
 
@@ -168,13 +168,25 @@ class PagedInputs:
         pool = torch.full((num_blocks, 2, 2, s.num_kv_heads, s.block_size, s.head_size), torch.nan)
         self.kv_N2GSD = pool.bfloat16().to(device)[:, 1]
         self.width = (s.num_heads + 2 * s.num_kv_heads) * s.head_size
-        self.qkv_of_sequence = [draw(generator, end, self.width, s.magnitudes).to(device) for _, end in s.sequences]
+        self.qkv_of_sequence = [self._rows(generator, end).to(device) for _, end in s.sequences]
         angles = torch.outer(torch.arange(4096.0), 10000.0 ** -torch.linspace(0, 1, s.head_size // 2))
         self.cos_sin_PD = torch.cat([angles.cos(), angles.sin()], dim=1).to(device)
         self.norms: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         if s.has_norms:
             q_norm, k_norm = torch.rand((2, s.head_size), generator=generator).add(0.5).bfloat16().to(device)
             self.norms = (q_norm, k_norm)
+
+    def _rows(self, generator: torch.Generator, length: int) -> torch.Tensor:
+        s = self.shape
+        if s.magnitudes != Magnitudes.CANCELLING:
+            return draw(generator, length, self.width, s.magnitudes)
+        # Nearly equal weights, and values whose large parts cancel between spans of 512 positions: else
+        # the one rounding to bf16 at the end hides the order in which splits were folded.
+        rows = draw(generator, length, self.width, Magnitudes.NORMAL)
+        rows[:, : -s.num_kv_heads * s.head_size] *= 1 / 32
+        sign = 1.0 - 2.0 * (torch.arange(length) // 512 % 2)
+        rows[:, -s.num_kv_heads * s.head_size :] += 1000.0 * sign[:, None]
+        return rows.bfloat16().float()
 
     def metadata(self, spans: Sequence[tuple[int, int, int]]) -> AttentionMetadata:
         """For rows start .. end of a sequence each: (sequence, start, end)."""
@@ -290,7 +302,8 @@ ATTENTION_PROBES = (
     attention_probe(replace(_SHAPE, magnitudes=Magnitudes.WIDE, block_size=32)),
     attention_probe(CacheShape(48, 4, 4, 16, ((500, 530),))),
     attention_probe(CacheShape(128, 8, 1, 64, ((255, 257), (1024, 1025)))),
-    attention_probe(CacheShape(256, 2, 1, 16, ((250, 270),), Magnitudes.CANCELLING)),
+    attention_probe(CacheShape(256, 2, 1, 16, ((250, 270),))),
+    attention_probe(CacheShape(64, 8, 2, 64, ((2045, 2048),), Magnitudes.CANCELLING)),
     attention_probe(CacheShape(96, 3, 1, 16, ((40, 60),), Magnitudes.DENORMAL)),
 )
 ROPE_PROBES = (

@@ -36,6 +36,7 @@ class InstructionClass(str, Enum):
 
 def dot_chain(a_MK: torch.Tensor, b_NK: torch.Tensor, instructions: InstructionClass) -> torch.Tensor:
     """(M, N) fp32 dot products of bf16 rows in the canonical order of `instructions`."""
+    a_MK, b_NK = _pad_columns(a_MK, GROUP), _pad_columns(b_NK, GROUP)
     num_columns = max(1, _MAX_ELEMENTS // max(1, a_MK.shape[0] * (a_MK.shape[1] // GROUP + 1)))
     chain = _CHAINS[instructions]
     a, b = a_MK.double(), b_NK.double()
@@ -56,7 +57,7 @@ def _chain_fma(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _chain_avx512_bf16(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    a, b = _flush(_pad_columns(a, 2)), _flush(_pad_columns(b, 2))
+    a, b = _flush(a), _flush(b)
     a_columns, b_rows = a.t().contiguous(), b.t().contiguous()
     acc = a.new_zeros((a.shape[0], b.shape[0]))
     for pair in range(a.shape[1] // 2):
@@ -81,9 +82,8 @@ def _chain_amx_bf16(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _groups(x: torch.Tensor) -> torch.Tensor:
-    """Rows (R, K) -> (groups, GROUP, R), flushed and padded with zeros."""
-    padded = _flush(_pad_columns(x, GROUP))
-    return padded.view(len(x), padded.shape[1] // GROUP, GROUP).permute(1, 2, 0).contiguous()
+    """Rows (R, K) -> (groups, GROUP, R), flushed."""
+    return _flush(x).view(len(x), x.shape[1] // GROUP, GROUP).permute(1, 2, 0).contiguous()
 
 
 _CHAINS = {

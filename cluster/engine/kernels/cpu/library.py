@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import importlib.machinery
 import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-
-# torch first: the library's OpenMP calls are then served by the libgomp torch has loaded, so that a
-# process has one pool of threads, not two.
-import torch  # noqa: F401
 
 from cluster.engine.kernels.cpu import build
 from cluster.engine.kernels.cpu.arithmetic import InstructionClass
@@ -60,14 +60,31 @@ def open_library() -> ctypes.CDLL | None:
         logger.warning("The native CPU kernels are not installed, neither built nor as sources.")
         return None
     cached = cache_directory() / f"cpu-kernels-{wanted}.so"
-    if not cached.exists():
-        logger.info("Building the native CPU kernels (once, about 20 s) into %s", cached)
-        try:
-            build.compile_library(cached)
-        except (build.BuildError, OSError) as error:
-            logger.warning("The native CPU kernels could not be built: %s", error)
-            return None
+    try:
+        with _one_builder(cached.with_suffix(".lock")):
+            if not cached.exists():
+                logger.info("Building the native CPU kernels (once, about 20 s) into %s", cached)
+                build.compile_library(cached)
+    except (build.BuildError, OSError) as error:
+        logger.warning("The native CPU kernels could not be built: %s", error)
+        return None
     return _open(cached)
+
+
+@contextmanager
+def _one_builder(lock_path: Path) -> Iterator[None]:
+    """Processes that start together build one after the other: the first does it for all. A wait that
+    takes too long only means that the work is done twice."""
+    lock_path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + build.COMPILE_TIMEOUT_S
+    with lock_path.open("w") as lock:
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.1)
+        yield
 
 
 def _installed() -> list[Path]:
