@@ -66,7 +66,7 @@ class HandshakeClient:
                     response_deserializer=pb.HandshakeReply.FromString,
                 )
                 reply: pb.HandshakeReply = await call(request, timeout=TIMEOUT_S)
-            return _read_reply(question, reply)
+            return read_reply(question, reply)
         except grpc.aio.AioRpcError as error:
             failure = f"{question.endpoint} does not answer the handshake: {error.code().name.lower()}"
         except ValueError as error:
@@ -74,7 +74,8 @@ class HandshakeClient:
         return PeerAnswer(question.engine_id, failure=failure)
 
 
-def _read_reply(question: PeerQuestion, reply: pb.HandshakeReply) -> PeerAnswer:
+def read_reply(question: PeerQuestion, reply: pb.HandshakeReply) -> PeerAnswer:
+    """What an answer means; `ValueError` if it is malformed."""
     if reply.engine_id != question.engine_id:
         return PeerAnswer(question.engine_id, failure=f"{question.endpoint} was restarted")
     if reply.mismatches:
