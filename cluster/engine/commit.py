@@ -1,6 +1,8 @@
 """What a finished step means: tokens appended, blocks offered to the prefix cache, sequences ended.
 
-Every accepted sequence gets exactly one terminal event from here.
+Every accepted sequence gets exactly one terminal event from here. The token that ends a sequence, an
+end-of-sequence token or a stop token id, is part of `token_ids` (it was generated, has a logprob, and
+counts as usage) and is named in `stop_token_id`, by which the router leaves it out of the text.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Shape legend: T rows of the step, B sequences, M blocks of the longest context.
 
-The buffers have the size of the largest step and never move, so a GPU runner can pin them, copy them
-asynchronously and capture graphs over their device twins; a step uses a leading slice of each.
+The buffers have the size of the largest step and never move, so a GPU runner can pin them and capture
+graphs over their device twins; a step uses a leading slice of each.
 """
 
 from __future__ import annotations
@@ -26,6 +26,26 @@ class ForwardInput:
     metadata: AttentionMetadata
     logits_indices: torch.Tensor  # int64 rows whose logits are needed, ascending
     pending_rows: tuple[int, ...]  # rows whose token the launched step before has sampled
+
+    def to(self, device: torch.device) -> ForwardInput:
+        """On the device, where the model runs; itself on a CPU. The buffers may be reused at once."""
+        if device.type == "cpu":
+            return self
+        metadata = self.metadata
+        return ForwardInput(
+            self.token_ids_T.to(device),
+            AttentionMetadata(
+                query_start=metadata.query_start.to(device),
+                context_len=metadata.context_len.to(device),
+                block_table=metadata.block_table.to(device),
+                slot_mapping=metadata.slot_mapping.to(device),
+                positions=metadata.positions.to(device),
+                num_rows_max=metadata.num_rows_max,
+                context_len_max=metadata.context_len_max,
+            ),
+            self.logits_indices.to(device),
+            self.pending_rows,
+        )
 
 
 class ForwardBuffers:

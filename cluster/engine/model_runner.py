@@ -104,7 +104,7 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, batch: Batch) -> LaunchedStep:
         """Steps are computed in the order of their launch."""
-        forward_input = self._buffers.build(batch)
+        forward_input = self._buffers.build(batch).to(self._device)
         self._fill_pending_tokens(batch, forward_input)
         logits_RV = self._model.forward(
             forward_input.token_ids_T, forward_input.metadata, self._kv_cache, forward_input.logits_indices

@@ -18,6 +18,8 @@ from cluster.engine.config import EngineConfig
 from cluster.engine.engine import Engine
 from cluster.engine.events import PromptFinished
 from cluster.engine.kernels import get_ops
+from cluster.engine.kernels.mutations import break_kernel
+from cluster.engine.kernels.ops import Ops
 from cluster.engine.models.loader import load_model
 from cluster.engine.parallel.group import SingleRank
 from cluster.engine.scheduler import Policy
@@ -41,12 +43,11 @@ def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Lab:
-    """Makes engines over one loaded model and keeps what each request's KV looked like."""
+    """Makes engines over one loaded model."""
 
-    def __init__(self, directory: Path) -> None:
-        self.ops = get_ops("cpu", NUM_THREADS)
+    def __init__(self, directory: Path, ops: Ops) -> None:
+        self.ops = ops
         self.model = load_model(directory, self.ops, SingleRank(), torch.device("cpu")).model
-        self.kv_digests: dict[str, str] = {}
 
     def engine(self, policy: Policy, num_blocks: int = 64, **config: Any) -> Engine:
         kv_cache_bytes = num_blocks * self.model.kv_layout(BLOCK_SIZE).block_bytes
@@ -61,7 +62,7 @@ class Lab:
 
 @pytest.fixture(scope="module")
 def lab(model_directory: Path) -> Lab:
-    return Lab(model_directory)
+    return Lab(model_directory, get_ops("cpu", NUM_THREADS))
 
 
 def requests() -> list[Request]:
@@ -197,3 +198,12 @@ def test_stale_pages_do_not_matter(lab: Lab, reference: tuple[dict[str, Answer],
     engine = lab.engine(DecodePolicy(), num_blocks=200)
     engine.kv_cache.kv_NL2HSD.fill_(torch.nan)
     assert run(engine, requests()[:6])[0] == {key: reference[0][key] for key in list(reference[0])[:6]}
+
+
+def test_a_kernel_whose_order_depends_on_the_batch_is_noticed(model_directory: Path) -> None:
+    """A linear kernel that sums a single row backwards: as accurate as the right one."""
+    broken = Lab(model_directory, break_kernel(get_ops("cpu", NUM_THREADS), "linear"))
+    together = run(broken.engine(DecodePolicy()), requests())
+    alone = [run(broken.engine(DecodePolicy()), [request]) for request in requests()]
+    num_different = sum(digests[key] != together[1][key] for _, digests in alone for key in digests)
+    assert num_different > 0

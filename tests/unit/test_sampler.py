@@ -16,7 +16,7 @@ from cluster.engine.batch import SampledToken, ScheduledSequence
 from cluster.engine.kernels.cpu.arithmetic import InstructionClass
 from cluster.engine.kernels.cpu.library import VARIANTS, open_library, supports
 from cluster.engine.kernels.ops import Ops
-from cluster.engine.sampling import elementary, filters, noise
+from cluster.engine.sampling import elementary, filters, logprobs, noise
 from cluster.engine.sampling.draw import choose_draw, equals_reference, reference_draw
 from cluster.engine.sampling.native import functions_of
 from cluster.engine.sampling.native_draw import NativeDraw
@@ -290,3 +290,16 @@ def test_the_top_of_many_ties_is_the_lowest_ids() -> None:
     (token,) = sample(logits, sequence_of((0,), temperature=0.0, logprobs=20))
     assert token.logprob is not None
     assert [token_id for token_id, _ in token.logprob.top] == [2999, *range(19)]
+
+
+@pytest.mark.parametrize("vocab_size", [5, 64, 130, 5003])
+def test_both_rankings_agree_also_on_ties(vocab_size: int) -> None:
+    logits = (normal(6, vocab_size, seed=vocab_size) * 4).round() / 4
+    logits[5] = 0.0
+    token_ids = torch.arange(6) % vocab_size
+    chosen = logits.gather(1, token_ids.unsqueeze(1)).squeeze(1)
+    for count in (0, 1, 5):
+        everywhere = logprobs._ranking(logits, token_ids, chosen, count)
+        on_cpu = logprobs._ranking_on_cpu(logits, token_ids, count)
+        assert torch.equal(everywhere[0], on_cpu[0])
+        assert torch.equal(everywhere[1], on_cpu[1])

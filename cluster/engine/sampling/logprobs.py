@@ -8,10 +8,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from cluster.engine.kernels.ops import Ops
 from cluster.types import TokenLogprob
+
+_SPAN = 64  # ids that share a maximum in the search for the most likely
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,28 +47,49 @@ def logprob_rows(ops: Ops, logits_RV: torch.Tensor, token_ids_R: torch.Tensor, n
     """log softmax(logits)[token] = logit - logsumexp, its rank (1 is the most likely), and the first
     `num_top` of the ranking. The rank counts ties with a lower id as more likely, like the ranking."""
     _, logsumexp_R = ops.log_softmax_stats(logits_RV)
-    chosen_R1 = logits_RV.gather(1, token_ids_R.unsqueeze(1))
-    num_above_R = (logits_RV > chosen_R1).sum(1)
-    ids_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)
-    num_ties_R = ((logits_RV == chosen_R1) & (ids_V < token_ids_R.unsqueeze(1))).sum(1)
-    top_ids_Rk = _top_ids(logits_RV, num_top)
+    chosen_R = logits_RV.gather(1, token_ids_R.unsqueeze(1)).squeeze(1)
+    count = min(num_top, logits_RV.shape[1])
+    if logits_RV.device.type == "cpu":
+        ranks_R, top_ids_Rk = _ranking_on_cpu(logits_RV, token_ids_R, count)
+    else:
+        ranks_R, top_ids_Rk = _ranking(logits_RV, token_ids_R, chosen_R, count)
     top_logprobs_Rk = logits_RV.gather(1, top_ids_Rk) - logsumexp_R.unsqueeze(1)
-    return LogprobRows(
-        token_ids_R, chosen_R1.squeeze(1) - logsumexp_R, num_above_R + num_ties_R + 1, top_ids_Rk, top_logprobs_Rk
-    )
+    return LogprobRows(token_ids_R, chosen_R - logsumexp_R, ranks_R, top_ids_Rk, top_logprobs_Rk)
 
 
-def _top_ids(logits_RV: torch.Tensor, count: int) -> torch.Tensor:
-    """(R, count) ids by descending logit, ties by the lower id. `topk` leaves open which of several
-    equal values it returns, so only the values it finds are used."""
-    count = min(count, logits_RV.shape[1])
+def _ranking(
+    logits_RV: torch.Tensor, token_ids_R: torch.Tensor, chosen_R: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ranks (R,), most likely ids (R, count)) without waiting for the device."""
+    ids_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)
+    ties_RV = (logits_RV == chosen_R.unsqueeze(1)) & (ids_V < token_ids_R.unsqueeze(1))
+    ranks_R = (logits_RV > chosen_R.unsqueeze(1)).sum(1) + ties_RV.sum(1) + 1
+    order_RV = logits_RV.sort(dim=1, descending=True, stable=True).indices
+    return ranks_R, order_RV[:, :count]
+
+
+def _ranking_on_cpu(
+    logits_RV: torch.Tensor, token_ids_R: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same without a sort: 0.1 ms a row of 49,152 instead of 4."""
+    ranks_R = np.empty(len(logits_RV), np.int64)
+    top_ids_Rk = np.empty((len(logits_RV), count), np.int64)
+    for row, (row_V, token_id) in enumerate(zip(logits_RV.numpy(), token_ids_R.tolist(), strict=True)):
+        chosen = row_V[token_id]
+        ranks_R[row] = np.count_nonzero(row_V > chosen) + np.count_nonzero(row_V[:token_id] == chosen) + 1
+        top_ids_Rk[row] = _top_ids(row_V, count)
+    return torch.from_numpy(ranks_R), torch.from_numpy(top_ids_Rk)
+
+
+def _top_ids(row_V: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.int64]:
+    """`count` ids by descending logit, ties by the lower id."""
     if count == 0:
-        return torch.zeros((len(logits_RV), 0), dtype=torch.int64, device=logits_RV.device)
-    logits_RV = logits_RV.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)  # NaN has no order
-    smallest_R1 = logits_RV.topk(count).values[:, -1:]
-    rows = []
-    for row_V, smallest in zip(logits_RV, smallest_R1, strict=True):
-        candidates_C = (row_V >= smallest).nonzero().squeeze(-1)  # ascending ids
-        order_C = row_V[candidates_C].sort(descending=True, stable=True).indices
-        rows.append(candidates_C[order_C[:count]])
-    return torch.stack(rows)
+        return np.empty(0, np.int64)
+    num_spans = len(row_V) // _SPAN
+    threshold = np.float32(-math.inf)
+    if num_spans >= count:  # as many values as `count` are at least the count-th largest of the maxima
+        maxima = row_V[: num_spans * _SPAN].reshape(num_spans, _SPAN).max(1)
+        threshold = np.partition(maxima, num_spans - count)[num_spans - count]
+    ids_C = np.flatnonzero(~(row_V < threshold))  # keeps NaN, so that a broken row has enough
+    order_C = np.argsort(-row_V[ids_C], kind="stable")
+    return ids_C[order_C[:count]]
