@@ -10,6 +10,7 @@ Sans-IO: no clock, randomness, threads or sockets; the caller gives `now` and ca
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
@@ -122,52 +123,63 @@ class PeerState(msgspec.Struct, frozen=True):
     mismatches: tuple[FieldMismatch, ...] = ()
 
 
-class Wanted(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Wanted:
     """A load needs this peer."""
 
 
-class Compatible(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Compatible:
     """It answered, and the transport is connected."""
 
 
-class Refused(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Refused:
     mismatches: tuple[FieldMismatch, ...]
 
 
-class Failed(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Failed:
     """No answer, a malformed one, or the transport could not connect."""
 
     reason: str
 
 
-class TransportBroke(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class TransportBroke:
     """A READ from the peer failed: what was known of its memory is void."""
 
 
-class Tick(NamedTuple):
-    pass
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed."""
 
 
 PeerEvent = Wanted | Compatible | Refused | Failed | TransportBroke | Tick
 
 
-class Ask(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Ask:
     """Send the handshake."""
 
 
-class TellConnected(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class TellConnected:
     """All loads that wait for this peer may go on."""
 
 
-class TellRefused(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class TellRefused:
     mismatches: tuple[FieldMismatch, ...]
 
 
-class TellFailed(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class TellFailed:
     reason: str
 
 
-class Disconnect(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Disconnect:
     """Forget the peer's memory."""
 
 

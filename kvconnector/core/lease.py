@@ -13,8 +13,8 @@ Sans-IO: no clock, randomness, threads or sockets; the caller gives `now` and ca
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple
 
 import msgspec
 
@@ -35,40 +35,48 @@ class LeaseState(msgspec.Struct, frozen=True):
     is_dropped: bool = False  # nobody will read it: free it as soon as it is finished
 
 
-class Progress(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Progress:
     """More rows are stored and recorded in the ledger."""
 
 
-class Finished(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Finished:
     """The prompt is computed; the blocks are pinned for the reader from here on."""
 
 
-class Ended(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Ended:
     """The request ended without a lease: cancelled, failed, or complete with its first token."""
 
 
-class Renewed(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Renewed:
     """A sign of life from the reader."""
 
 
-class Done(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Done:
     """The reader has what it needs, or the router says that nobody will read. Idempotent."""
 
 
-class Tick(NamedTuple):
-    pass
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed."""
 
 
 LeaseEvent = Progress | Finished | Ended | Renewed | Done | Tick
 
 
-class ReleaseBlocks(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class ReleaseBlocks:
     """Unpin; a late reader will find a new generation once they are used again."""
 
     expired: bool
 
 
-class CancelCompute(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class CancelCompute:
     """Nobody will read the prompt that is being computed."""
 
 

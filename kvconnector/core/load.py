@@ -21,8 +21,8 @@ Sans-IO: no clock, randomness, threads or sockets; the caller gives `now` and ca
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple
 
 import msgspec
 
@@ -51,39 +51,47 @@ class LoadState(msgspec.Struct, frozen=True):
     next_renewal: float = 0.0
 
 
-class PeerConnected(NamedTuple):
-    pass
+@dataclass(frozen=True, slots=True)
+class PeerConnected:
+    """The source answered the handshake."""
 
 
-class Reserved(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Reserved:
     """Blocks are reserved. `needs_reads` False: the prefix cache had all of them."""
 
     needs_reads: bool
 
 
-class Posted(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Posted:
     """`num_reads` READs were started."""
 
     num_reads: int
 
 
-class ReadDone(NamedTuple):
-    pass
+@dataclass(frozen=True, slots=True)
+class ReadDone:
+    """One READ has landed."""
 
 
-class LedgerGood(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class LedgerGood:
     """Generations are as promised, everything was filled, digests are equal."""
 
 
-class LedgerNotFilled(NamedTuple):
-    pass
+@dataclass(frozen=True, slots=True)
+class LedgerNotFilled:
+    """The source has not computed all of it yet."""
 
 
-class LedgerWrongDigest(NamedTuple):
-    pass
+@dataclass(frozen=True, slots=True)
+class LedgerWrongDigest:
+    """Generations are as promised, the content is not what was recorded."""
 
 
-class Abort(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Abort:
     """Cancelled, refused, a READ failed (then `lost_read`), blocks were reused, an answer failed, ..."""
 
     code: str
@@ -91,8 +99,9 @@ class Abort(NamedTuple):
     lost_read: bool = False
 
 
-class Tick(NamedTuple):
-    pass
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed."""
 
 
 LoadEvent = (
@@ -100,43 +109,53 @@ LoadEvent = (
 )
 
 
-class TryReserve(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class TryReserve:
     """Answer with `Reserved`, or not at all if blocks lack: it is asked again at the next Tick."""
 
 
-class ReadData(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class ReadData:
     """Post the READs of all blocks that the prefix cache lacks; answer with `Posted`."""
 
 
-class ReadLedger(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class ReadLedger:
     """Post the READ of the source's records; answer with `Posted`."""
 
 
-class Judge(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Judge:
     """The records have landed: compare them; answer with a Ledger event or `Abort`."""
 
 
-class Renew(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Renew:
     """Tell the source that its lease is still wanted."""
 
 
-class TellDone(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class TellDone:
     """Tell the source that its blocks are needed no more."""
 
 
-class Commit(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Commit:
     """Verified: the blocks are a sequence's."""
 
 
-class GiveBack(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class GiveBack:
     """Nothing can land any more: free the reservation, if there is one."""
 
 
-class StartDraining(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class StartDraining:
     """READs may still land: the reservation must be kept."""
 
 
-class Fail(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Fail:
     """The load is over without KV; what becomes of the request is the worker's policy."""
 
     code: str
