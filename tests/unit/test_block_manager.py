@@ -8,7 +8,16 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
+from hypothesis.stateful import (
+    Bundle,
+    MultipleResults,
+    RuleBasedStateMachine,
+    consumes,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+)
 
 from cluster.engine.block_hash import BlockHashChain
 from cluster.engine.block_holders import BlockState, BlockTable, Lease, Reservation
@@ -252,7 +261,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
     salts = st.sampled_from([b"", b"other"])
 
     @rule(target=running, prompt=prompts, salt=salts, keep_free=st.integers(0, 2))
-    def allocate(self, prompt: tuple[int, int], salt: bytes, keep_free: int) -> object:
+    def allocate(self, prompt: tuple[int, int], salt: bytes, keep_free: int) -> Held | MultipleResults[Held]:
         tokens = array("i", [prompt[0], *range(1, prompt[1])])
         chain = BlockHashChain(tokens, SIZE, salt)
         num_free = self.blocks.num_free
@@ -296,7 +305,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.blocks.release(lease)
 
     @rule(target=loading, prompt=prompts, salt=salts)
-    def reserve(self, prompt: tuple[int, int], salt: bytes) -> object:
+    def reserve(self, prompt: tuple[int, int], salt: bytes) -> Loading | MultipleResults[Loading]:
         tokens = array("i", [prompt[0], *range(1, prompt[1])])
         chain = BlockHashChain(tokens, SIZE, salt)
         reservation = self.blocks.reserve(chain, len(tokens))
@@ -312,7 +321,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
             self.blocks.start_loading(held.reservation)
 
     @rule(target=running, held=consumes(loading))
-    def commit(self, held: Loading) -> object:
+    def commit(self, held: Loading) -> Held | MultipleResults[Held]:
         reservation = held.reservation
         if reservation.state is BlockState.DRAINING:
             self.holders.remove(reservation.block_ids)
@@ -323,7 +332,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.blocks.num_loading > 0)
     @rule(target=loading, held=consumes(loading))
-    def abort(self, held: Loading) -> object:
+    def abort(self, held: Loading) -> Loading | MultipleResults[Loading]:
         reservation = held.reservation
         if reservation.state is BlockState.RESERVED:
             self.holders.remove(reservation.block_ids)
