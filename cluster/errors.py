@@ -1,24 +1,24 @@
 """The error tree. Anything a user can cause or must act on is one of these; invariants are asserts.
 
-    TandemError
-    |-- InvalidRequest            the client's request is wrong                          HTTP 400
-    |   |-- ContextTooLong        prompt (+ max_tokens) does not fit; names both numbers      400
-    |   |-- UnknownModel          no such model is served                                     404
-    |   `-- BodyTooLarge          request body over the limit                                 413
-    |-- Overloaded                no capacity now; has `retry_after_s`                        503
-    |-- DeadlineExceeded          the request's deadline passed                               504
-    |-- Cancelled                 the client went away, or an operator aborted it             499
-    |-- WorkerLost                a worker died or its stream broke                           502
-    |-- NumericalError            NaN in the logits of one request                            500
-    |-- HandoverError             KV could not be handed over                                 502
-    |   |-- HandshakeMismatch     P and D differ; `fields` lists each with both values        503
-    |   |-- TicketInvalid         forged, replayed or foreign handle
-    |   |-- LeaseExpired          the blocks are gone or were reused (generation changed)
-    |   |-- DigestMismatch        what arrived is not what was computed
-    |   `-- TransferFailed        the transport said no
-    |-- ConfigError               a config file, flag or environment value is wrong
-    |-- ModelError                a model cannot be loaded (missing tensor, truncated file, ...)
-    `-- StartupError              a worker could not start (port taken, no memory, ...)
+TandemError
+|-- InvalidRequest            the client's request is wrong                          HTTP 400
+|   |-- ContextTooLong        prompt (+ max_tokens) does not fit; names both numbers      400
+|   |-- UnknownModel          no such model is served                                     404
+|   `-- BodyTooLarge          request body over the limit                                 413
+|-- Overloaded                no capacity now; has `retry_after_s`                        503
+|-- DeadlineExceeded          the request's deadline passed                               504
+|-- Cancelled                 the client went away, or an operator aborted it             499
+|-- WorkerLost                a worker died or its stream broke                           502
+|-- NumericalError            NaN in the logits of one request                            500
+|-- HandoverError             KV could not be handed over                                 502
+|   |-- HandshakeMismatch     P and D differ; `fields` lists each with both values        503
+|   |-- TicketInvalid         forged, replayed or foreign handle
+|   |-- LeaseExpired          the blocks are gone or were reused (generation changed)
+|   |-- DigestMismatch        what arrived is not what was computed
+|   `-- TransferFailed        the transport said no
+|-- ConfigError               a config file, flag or environment value is wrong
+|-- ModelError                a model cannot be loaded (missing tensor, truncated file, ...)
+`-- StartupError              a worker could not start (port taken, no memory, ...)
 """
 
 from __future__ import annotations

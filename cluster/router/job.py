@@ -16,6 +16,7 @@ from cluster.types import MAX_TOKENS_LIMIT, Request, SamplingParams, WorkerInfo
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions; a chat may use the whole context
 MAX_STOP_STRING_LENGTH = 1024
+MAX_CACHE_SALT_LENGTH = 256
 SEED_MASK = (1 << 63) - 1
 
 
@@ -49,6 +50,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     echo: bool = False
     discards_output: bool = False  # max_tokens 0: only the prompt's logprobs are wanted
     want_logprobs: bool = False
+    cache_salt: bytes = b""
     wants_prompt_logprobs: bool = False  # under its own name; `echo` with logprobs needs them too
 
     @property
@@ -70,6 +72,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
             request_id=f"{job_id}-{choice}",
             token_ids=self.prompts[choice // self.n].token_ids,
             sampling=msgspec.structs.replace(sampling, seed=sibling_seed(sampling.seed, choice % self.n)),
+            cache_salt=self.cache_salt,
         )
 
 
@@ -98,6 +101,7 @@ def chat_job(request: ChatRequest, prompt: Prompt, limits: WorkerInfo) -> Job:
         wants_prompt_logprobs=request.prompt_logprobs is not None,
         n=request.n or 1,
         output=_output_options(request),
+        cache_salt=_cache_salt(request),
     )
 
 
@@ -125,6 +129,7 @@ def completion_job(request: CompletionRequest, prompts: tuple[Prompt, ...], limi
         wants_prompt_logprobs=request.prompt_logprobs is not None,
         n=request.n or 1,
         output=_output_options(request),
+        cache_salt=_cache_salt(request),
     )
 
 
@@ -171,6 +176,17 @@ def _output_options(request: ChatRequest | CompletionRequest) -> OutputOptions:
         skip_special_tokens=request.skip_special_tokens is not False,
         include_stop=bool(request.include_stop_str_in_output),
     )
+
+
+def _cache_salt(request: ChatRequest | CompletionRequest) -> bytes:
+    """A digest, so that its size is bounded and the client's text goes no further."""
+    salt = request.cache_salt
+    if salt is None:
+        return b""
+    if not 1 <= len(salt) <= MAX_CACHE_SALT_LENGTH:
+        message = f"cache_salt must have 1 to {MAX_CACHE_SALT_LENGTH} characters, got {len(salt)}"
+        raise InvalidRequest(message, param="cache_salt")
+    return hashlib.blake2b(salt.encode(), digest_size=16).digest()
 
 
 def _sampling(

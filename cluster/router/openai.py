@@ -58,6 +58,7 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: int | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    cache_salt: str | None = None  # prompts share cached prefixes only with prompts of the same salt
 
     # Known, but not to be had: see `refused_fields`.
     kv_transfer_params: Any = None

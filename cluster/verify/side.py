@@ -66,13 +66,16 @@ class Side:
         body = {"model": self.model, "prompt": text, "add_special_tokens": False}
         return (await _call(self._client, "POST", f"{self.url}/tokenize", body, _Tokenized)).tokens
 
-    async def generate(self, cases: Sequence[Case], concurrency: int, num_top: int) -> tuple[Output, ...]:
-        """Outputs in the order of the cases, with at most `concurrency` requests in flight."""
+    async def generate(
+        self, cases: Sequence[Case], concurrency: int, num_top: int, *, cache_salt: str | None = None
+    ) -> tuple[Output, ...]:
+        """Outputs in the order of the cases, with at most `concurrency` requests in flight. Cached prefixes
+        are shared only between calls with the same `cache_salt`: a new one means a cold cache."""
         gate = asyncio.Semaphore(concurrency)
 
         async def one(case: Case) -> Output:
             async with gate:
-                return await self._complete(case, num_top)
+                return await self._complete(case, num_top, cache_salt)
 
         tasks: list[asyncio.Task[Output]] = []
         failure: ConfigError | None = None
@@ -85,7 +88,7 @@ class Side:
             raise failure
         return tuple(task.result() for task in tasks)
 
-    async def _complete(self, case: Case, num_top: int) -> Output:
+    async def _complete(self, case: Case, num_top: int, cache_salt: str | None) -> Output:
         body = {
             "model": self.model,
             "prompt": case.prompt,
@@ -97,6 +100,7 @@ class Side:
             "ignore_eos": True,
             "logprobs": num_top,
             "return_token_ids": True,
+            "cache_salt": cache_salt,
         }
         completion = await _call(self._client, "POST", f"{self.url}/v1/completions", body, _Completion)
         choice = completion.choices[0]
