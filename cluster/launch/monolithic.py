@@ -64,8 +64,9 @@ async def _serve(config: RouterConfig, worker: LoadedWorker, listener: socket.so
     stop = Stop()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.request)
-    detail = f"{worker.info.num_blocks:,} KV blocks of {worker.info.block_size} tokens"
     async with serving(worker) as served:
+        blocks = f"{worker.info.num_blocks:,} KV blocks of {worker.info.block_size} tokens"
+        detail = f"{blocks}, worker at {served.address}"
         watch = asyncio.create_task(_stop_when_broken(served.host, stop))
         try:
             await run_router(

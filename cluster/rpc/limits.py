@@ -30,8 +30,10 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.use_local_subchannel_pool", 1),  # a reconnect must not inherit another channel's backoff
     ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
-    ("grpc.max_reconnect_backoff_ms", 1000),
+    # gRPC's core takes this also as the time one connection attempt may last: a busy peer needs more
+    # than a few milliseconds to answer the HTTP/2 preface.
+    ("grpc.min_reconnect_backoff_ms", 2000),
+    ("grpc.max_reconnect_backoff_ms", 2000),
     ("grpc.enable_retries", 0),
     ("grpc.enable_http_proxy", 0),  # worker addresses are never behind a proxy
 )
