@@ -164,6 +164,7 @@ def main(parts: RoleParts, arguments: list[str] | None = None) -> int:
         logging.basicConfig(
             level=config.log_level.upper(), stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s"
         )
+        logging.getLogger("grpc").setLevel(logging.ERROR)  # warns of every session that a drain ends
         worker = load_worker(config, parts, _Throttled())
         return asyncio.run(_serve_until_drained(worker))
     except TandemError as error:
@@ -181,7 +182,7 @@ async def _serve_until_drained(worker: LoadedWorker) -> int:
             if served.host.is_draining:
                 forced.set()
                 return
-            logger.warning("draining %d requests", served.host.drain(None))
+            logger.info("draining %d requests", served.host.drain(None))
 
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -202,14 +203,15 @@ class _Throttled:
     """Progress events, a few per second and always the first and last of each kind."""
 
     def __init__(self) -> None:
-        self._what = ""
+        self._last = Progress("")
         self._next = 0.0
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if what != self._what or now >= self._next or (total and done >= total):
-            self._what, self._next = what, now + PROGRESS_PAUSE_S
-            emit(Progress(what, done, total))
+        progress, now = Progress(what, done, total), time.monotonic()
+        is_due = what != self._last.what or now >= self._next or (total and done >= total)
+        if is_due and progress != self._last:
+            self._last, self._next = progress, now + PROGRESS_PAUSE_S
+            emit(progress)
 
 
 def _make_transport(config: WorkerConfig, engine_id: str) -> Transport:
