@@ -18,7 +18,7 @@ __all__ = ["Admission", "AttentionMetadata", "LinearWeight", "Ops", "fingerprint
 
 
 def get_ops(device: str, num_threads: int | None = None) -> Ops:
-    """The admitted operations for `device` ("cpu").
+    """The admitted operations for `device` ("cpu", "cuda", "cuda:1").
 
     `num_threads` bounds the CPU threads of a kernel; None: one for each core this process may use. The
     CPU's instruction class is the best there is, or the one named in TANDEM_CPU_ISA.
@@ -49,9 +49,13 @@ def _device_ops(device: str, num_threads: int | None) -> Ops:
             from cluster.engine.kernels.cpu.select import make_cpu_ops
 
             return make_cpu_ops(num_threads)
+        case "cuda":
+            from cluster.engine.kernels.cuda_ops import make_cuda_ops
+
+            return make_cuda_ops(device)
         case _:
             raise _unknown(device)
 
 
 def _unknown(device: str) -> ConfigError:
-    return ConfigError(f"device: no kernels for {device!r}, known are 'cpu'")
+    return ConfigError(f"device: no kernels for {device!r}, known are 'cpu' and 'cuda'")

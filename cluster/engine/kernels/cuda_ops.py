@@ -13,7 +13,8 @@ import torch
 from cluster.engine.kernels.ops import AttentionMetadata, LinearWeight
 from cluster.engine.kernels.triton import launch
 from cluster.engine.kernels.triton.plans import LinearPlan
-from cluster.engine.kernels.triton.table import UNMEASURED, load_plan_index
+from cluster.engine.kernels.triton.table import load_plan_index, unmeasured_plan
+from cluster.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +38,18 @@ class CudaLinearWeight:
     def rows(self, indices_T: torch.Tensor) -> torch.Tensor:
         return self.weight_NK.index_select(0, indices_T)
 
+    def rows(self, indices_T: torch.Tensor) -> torch.Tensor:
+        return self.weight_NK.index_select(0, indices_T)
+
 
 class CudaOps:
     """`Ops` for one CUDA device. Sets torch's process-wide cuBLAS switches: no split-K, ever."""
 
-    residual_dtype: torch.dtype
-
-    def __init__(self, device: torch.device, *, residual_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, device: torch.device, *, residual_dtype: torch.dtype = torch.bfloat16) -> None:
         major, minor = torch.cuda.get_device_capability(device)
-        self.name = f"cuda:sm{major}{minor}"
-        self.device = device
-        self.residual_dtype = residual_dtype
+        self.name: str = f"cuda:sm{major}{minor}"
+        self.device: torch.device = device
+        self.residual_dtype: torch.dtype = residual_dtype
         self.plans = load_plan_index(torch.cuda.get_device_name(device))
         self._num_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         torch.backends.cuda.preferred_blas_library("cublaslt")
@@ -92,10 +94,13 @@ class CudaOps:
         if x_TK.shape[0] == 0:
             return
         if plan.kind == "cublaslt":
-            if bias_N is None and not silu_mul and out_TN.dtype == x_TK.dtype:
-                torch.mm(x_TK, weight.weight_NK.t(), out=out_TN)
+            if bias_N is None and not silu_mul:
+                if out_TN.dtype == x_TK.dtype:
+                    torch.mm(x_TK, weight.weight_NK.t(), out=out_TN)
+                else:
+                    torch.mm(x_TK, weight.weight_NK.t(), out_dtype=out_TN.dtype, out=out_TN)
                 return
-            plan = UNMEASURED[-1][1]  # admitted for plain bf16 results only
+            plan = unmeasured_plan(x_TK.shape[0])  # cuBLASLt was admitted for the bare product
         launch.run_linear(
             launch.aligned(x_TK), weight.weight_NK, bias_N, out_TN, plan,
             silu_mul=silu_mul, num_programs=self._num_multiprocessors,
@@ -136,6 +141,20 @@ class CudaOps:
         maximum, logsumexp, _ = launch.run_vocab_stats(logits_TV)
         return maximum, logsumexp
 
+    def softmax(self, logits_TV: torch.Tensor) -> torch.Tensor:
+        _, logsumexp, _ = launch.run_vocab_stats(logits_TV)
+        return torch.exp(logits_TV - logsumexp[:, None])
+
     def argmax(self, logits_TV: torch.Tensor) -> torch.Tensor:
-        """(T,) int64 id of each row's largest logit, ties to the lower id."""
         return launch.run_vocab_stats(logits_TV)[2]
+
+
+def make_cuda_ops(device: str) -> CudaOps:
+    """The operations of "cuda" or "cuda:N". `ConfigError` where there is no such device."""
+    if not torch.cuda.is_available():
+        raise ConfigError(f"device: {device!r} was asked for, and torch {torch.__version__} finds no CUDA device")
+    chosen = torch.device(device)
+    index = torch.cuda.current_device() if chosen.index is None else chosen.index
+    if index >= torch.cuda.device_count():
+        raise ConfigError(f"device: {device!r} was asked for, and there are {torch.cuda.device_count()} CUDA devices")
+    return CudaOps(torch.device("cuda", index))

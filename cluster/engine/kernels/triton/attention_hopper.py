@@ -68,17 +68,43 @@ def _count_tiles(query_start_ptr, num_sequences, max_rows, ROWS_PER_TILE: gl.con
 
 
 @gluon.jit
-def _locate(
-    item, num_items, num_tiles, sequences, tiles, query_start_ptr, context_len_ptr, ROWS_PER_TILE: gl.constexpr,
-    BLOCK_KV: gl.constexpr,
-):  # fmt: skip
-    """Item -> (KV head, sequence, its first row, rows, context, first row of the tile, blocks to read).
+def _num_rounds(num_tiles, NUM_KV_HEADS: gl.constexpr):
+    """How many tiles a program takes at most: one, or pairs of them where there are enough."""
+    programs = gl.num_programs(0)
+    items = num_tiles * NUM_KV_HEADS
+    pairs = (num_tiles + 1) // 2 * NUM_KV_HEADS
+    return gl.where(items <= 2 * programs, (items + programs - 1) // programs, (pairs + programs - 1) // programs * 2)
 
-    Heads follow one another, so that the programs share one head's keys in L2; within a head the last
-    tiles of the last sequence come first.
+
+@gluon.jit
+def _turn(round_index, num_tiles, NUM_KV_HEADS: gl.constexpr):
+    """This program's (KV head, tile index) of a round; the index is -1 where there is none.
+
+    A causal tile's work grows with its index, so index j is paired with index num_tiles - 1 - j: all
+    pairs cost about the same, the longer tile first. Heads follow one another, so that the programs
+    share one head's keys in L2.
     """
-    kv_head = item // num_tiles
-    index = num_tiles - 1 - item % num_tiles
+    programs = gl.num_programs(0)
+    if num_tiles * NUM_KV_HEADS <= 2 * programs:
+        item = round_index * programs + gl.program_id(0)
+        kv_head = item // num_tiles
+        index = gl.where(kv_head < NUM_KV_HEADS, num_tiles - 1 - item % num_tiles, -1)
+    else:
+        half = (num_tiles + 1) // 2
+        pair = round_index // 2 * programs + gl.program_id(0)
+        kv_head = pair // half
+        low = pair % half
+        high = num_tiles - 1 - low
+        is_absent = (kv_head >= NUM_KV_HEADS) | ((round_index % 2 == 1) & (low == high))
+        index = gl.where(is_absent, -1, gl.where(round_index % 2 == 0, high, low))
+    return kv_head, index
+
+
+@gluon.jit
+def _locate(
+    index, sequences, tiles, query_start_ptr, context_len_ptr, ROWS_PER_TILE: gl.constexpr, BLOCK_KV: gl.constexpr
+):
+    """Tile index -> (sequence, its first row, rows, context, first row of the tile, blocks to read)."""
     ends = gl.associative_scan(tiles, 0, _add)
     sequence = gl.sum((ends <= index).to(gl.int32), axis=0)
     tile = index - gl.sum(gl.where(sequences < sequence, tiles, 0), axis=0)
@@ -88,15 +114,7 @@ def _locate(
     first_row = tile * ROWS_PER_TILE
     key_stop = gl.minimum(context - num_rows + first_row + ROWS_PER_TILE, context)
     num_blocks = (key_stop + BLOCK_KV - 1) // BLOCK_KV
-    return kv_head, sequence, row_start, num_rows, context, first_row, num_blocks
-
-
-@gluon.jit
-def _turn(round_index):
-    """The item of this program in a round. Every second round runs backwards, which evens the lengths out."""
-    position = gl.program_id(0)
-    mirrored = gl.num_programs(0) - 1 - position
-    return round_index * gl.num_programs(0) + gl.where(round_index % 2 == 0, position, mirrored)
+    return sequence, row_start, num_rows, context, first_row, num_blocks
 
 
 @gluon.jit
@@ -109,13 +127,12 @@ def _produce(
     """Fill the rings in the order the consumers read; a buffer is reused when both have freed it."""
     sequences, tiles = _count_tiles(query_start_ptr, num_sequences, max_rows, ROWS_PER_TILE, BLOCK_B)
     num_tiles = gl.sum(tiles, axis=0)
-    num_items = num_tiles * NUM_KV_HEADS
     fill = 0
-    for round_index in range((num_items + gl.num_programs(0) - 1) // gl.num_programs(0)):
-        item = _turn(round_index)
-        if item < num_items:
-            kv_head, sequence, row_start, num_rows, context, first_row, num_blocks = _locate(
-                item, num_items, num_tiles, sequences, tiles, query_start_ptr, context_len_ptr, ROWS_PER_TILE, BLOCK_KV
+    for round_index in range(_num_rounds(num_tiles, NUM_KV_HEADS)):
+        kv_head, index = _turn(round_index, num_tiles, NUM_KV_HEADS)
+        if index >= 0:
+            sequence, row_start, num_rows, context, first_row, num_blocks = _locate(
+                index, sequences, tiles, query_start_ptr, context_len_ptr, ROWS_PER_TILE, BLOCK_KV
             )
             table = table_ptr + sequence.to(gl.int64) * stride_table
             for i in range(num_blocks):
@@ -208,13 +225,12 @@ def _consume(
     minus = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
     sequences, tiles = _count_tiles(query_start_ptr, num_sequences, max_rows, ROWS_PER_TILE, BLOCK_B)
     num_tiles = gl.sum(tiles, axis=0)
-    num_items = num_tiles * NUM_KV_HEADS
     base = 0  # blocks read so far: the producer counts the same
-    for round_index in range((num_items + gl.num_programs(0) - 1) // gl.num_programs(0)):
-        item = _turn(round_index)
-        if item < num_items:
-            kv_head, sequence, row_start, num_rows, context, first_row, num_blocks = _locate(
-                item, num_items, num_tiles, sequences, tiles, query_start_ptr, context_len_ptr, ROWS_PER_TILE, BLOCK_KV
+    for round_index in range(_num_rounds(num_tiles, NUM_KV_HEADS)):
+        kv_head, index = _turn(round_index, num_tiles, NUM_KV_HEADS)
+        if index >= 0:
+            sequence, row_start, num_rows, context, first_row, num_blocks = _locate(
+                index, sequences, tiles, query_start_ptr, context_len_ptr, ROWS_PER_TILE, BLOCK_KV
             )
             _load_queries(
                 q_ptr, q_buffer, row_start, num_rows, first_row, kv_head, stride_q, WHICH, GROUP, ROWS_PER_TILE, D

@@ -252,7 +252,10 @@ def _run_prefill_hopper(
     constants = call.constants(128)
     for unused in ("BLOCK_D", "BLOCK_ROWS"):
         del constants[unused]
-    attention_hopper.prefill_hopper_kernel[(min(tiles * kv.shape[2], num_multiprocessors),)](
+    programs = tiles * kv.shape[2]
+    if plan.prefill_persistent:
+        programs = min(programs, num_multiprocessors)
+    attention_hopper.prefill_hopper_kernel[(programs,)](
         call.q_THD, kv_rows, call.out, metadata.query_start, metadata.context_len, metadata.block_table,
         call.num_sequences, max_rows, call.scale_log2, call.q_THD.stride(0), call.out.stride(0),
         metadata.block_table.stride(0), kv.stride(0) // head_size, kv.stride(1) // head_size,

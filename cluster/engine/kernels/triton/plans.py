@@ -34,7 +34,7 @@ class LinearPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     persistent: bool = True  # tma: as many programs as multiprocessors
     flatten: bool = False  # tma: overlap a tile's store with the next tile's loads
     warp_specialize: bool = False
-    store_parts: Literal[1, 2] = 1
+    store_parts: int = 1  # 1 or 2
 
 
 REFERENCE_LINEAR = LinearPlan(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=1)
@@ -51,4 +51,5 @@ class AttentionPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     prefill_block_rows: int = 64
     prefill_num_warps: int = 4
     prefill_num_stages: int = 3
-    prefill_use_tma: bool = False
+    prefill_use_tma: bool = False  # tiled only
+    prefill_persistent: bool = True  # hopper only: one program per multiprocessor, not per tile

@@ -6,6 +6,7 @@ another plan than the whole weight does.
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 from bisect import bisect_left
 from importlib import resources
@@ -75,9 +76,32 @@ UNMEASURED: tuple[tuple[int, LinearPlan], ...] = (
 )
 
 
+def unmeasured_plan(num_rows: int) -> LinearPlan:
+    """A Triton chain that runs for any shape and epilogue."""
+    return next(plan for max_rows, plan in UNMEASURED if num_rows <= max_rows)
+
+
+def library_versions() -> dict[str, str]:
+    """What, besides the device, may change a kernel's bits or speed."""
+    return {name: importlib.metadata.version(name) for name in ("torch", "triton")}
+
+
 def load_plan_index(device_name: str) -> PlanIndex:
-    """The committed plans of this device, or defaults that run on any. Speed differs, bits do not."""
+    """The committed plans of this device, or defaults that run on any. Speed differs, bits do not.
+
+    cuBLASLt was admitted for the versions in the table only: with others our own chains take its place.
+    """
     file = resources.files(__package__) / "tables" / f"{re.sub(r'[^A-Za-z0-9]+', '_', device_name)}.json"
     if not file.is_file():
         return PlanIndex(PlanTable(device=device_name))
-    return PlanIndex(msgspec.json.decode(file.read_bytes(), type=PlanTable))
+    table = msgspec.json.decode(file.read_bytes(), type=PlanTable)
+    if table.versions != library_versions():
+        linear = tuple(_without_library(entry) for entry in table.linear)
+        table = msgspec.structs.replace(table, linear=linear)
+    return PlanIndex(table)
+
+
+def _without_library(entry: LinearEntry) -> LinearEntry:
+    if entry.plan.kind != "cublaslt":
+        return entry
+    return msgspec.structs.replace(entry, plan=unmeasured_plan(entry.max_rows))

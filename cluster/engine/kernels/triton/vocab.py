@@ -19,8 +19,9 @@ def chunk_stats_kernel(
     chunk = tl.program_id(0)
     offs = chunk * CHUNK + tl.arange(0, CHUNK)
     logits = tl.load(logits_ptr + row * stride_row + offs, mask=offs < V, other=float("-inf"))
-    maximum = tl.max(logits, axis=0)
-    first = tl.min(tl.where(logits == maximum, offs, V), axis=0)
+    numbers = tl.where(logits != logits, float("-inf"), logits)  # NaN takes no part in the maximum
+    maximum = tl.max(numbers, axis=0)
+    first = tl.min(tl.where(numbers == maximum, offs, V), axis=0)
     shift = tl.where(maximum == float("-inf"), 0.0, maximum)
     total = tl.sum(tl.exp(logits - shift), axis=0)
     place = row * num_chunks + chunk

@@ -1,0 +1,53 @@
+"""From measurements to the committed plan table: the admitted plan with the best median ratio per cell."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+import msgspec
+
+from benchmarks.gpu.shapes import FUSED_LAYERS, LAYERS
+from cluster.engine.kernels.triton.plans import AttentionPlan, LinearPlan
+from cluster.engine.kernels.triton.table import LinearEntry, PlanTable
+
+
+def best_ratios(measurements: Path) -> dict[tuple[str, int], tuple[float, LinearPlan]]:
+    """(layer, rows) -> (median over rounds of ours / default cuBLAS, plan); later lines of a cell add to it."""
+    best: dict[tuple[str, int], tuple[float, LinearPlan]] = {}
+    for line in measurements.read_text().splitlines():
+        record = json.loads(line)
+        ratio = statistics.median(a / b for a, b in zip(record["ms"], record["base_ms"], strict=True))
+        cell = (record["layer"], record["num_rows"])
+        if cell not in best or ratio < best[cell][0]:
+            best[cell] = (ratio, msgspec.convert(record["plan"], LinearPlan))
+    return best
+
+
+def make_table(measurements: Path, device: str, versions: dict[str, str], attention: AttentionPlan) -> PlanTable:
+    """Entries in the order of layers and rows."""
+    layers = {layer.name: layer for layer in (*LAYERS, *FUSED_LAYERS)}
+    entries = []
+    for (name, num_rows), (_, plan) in sorted(best_ratios(measurements).items()):
+        layer = layers[name]
+        outputs = layer.out_features // 2 if layer.silu_mul else layer.out_features
+        entries.append(
+            LinearEntry(
+                out_features=outputs,
+                in_features=layer.in_features,
+                max_rows=num_rows,
+                silu_mul=layer.silu_mul,
+                plan=plan,
+            )
+        )
+    return PlanTable(device=device, versions=versions, linear=tuple(entries), attention=attention)
+
+
+def write_table(table: PlanTable, path: Path) -> None:
+    """One entry per line, so that a change reads as one."""
+    head = msgspec.structs.replace(table, linear=())
+    text = json.dumps(msgspec.to_builtins(head), indent=1)
+    lines = ",\n  ".join(json.dumps(msgspec.to_builtins(entry)) for entry in table.linear)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text.replace('"linear": []', f'"linear": [\n  {lines}\n ]') + "\n")
