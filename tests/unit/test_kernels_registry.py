@@ -185,8 +185,10 @@ def test_without_library_the_reference_has_the_same_fingerprint(
     monkeypatch.setenv("TANDEM_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(library, "_installed", list)
+    library.open_library.cache_clear()
     with caplog.at_level(logging.WARNING):
         ops = get_ops("cpu")
+    library.open_library.cache_clear()
     assert isinstance(ops, ReferenceOps)
     assert fingerprint(ops) == native
     assert "no C++ compiler" in caplog.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import functools
 import importlib.machinery
 import logging
 import time
@@ -46,10 +47,11 @@ _CPUINFO_FLAGS = {
 }
 
 
+@functools.cache
 def open_library() -> ctypes.CDLL | None:
     """The native library for exactly these sources: the installed one, else one built into the cache.
 
-    None, with a warning that says why, if neither is possible.
+    None, with a warning that says why, if neither is possible. Tried once in a process.
     """
     wanted = build.source_hash()
     for path in _installed():

@@ -103,15 +103,16 @@ struct Attention {
   // Values start .. end of a split as packed column tiles [value tile][group of 32 keys]...; keys from
   // `end` on are zero: their memory may be stale.
   void interleave_values(const Task& t, i64 start, i64 end, i64 key_groups, const Workspace& ws) const {
-    for (i64 pair = 0; pair < key_groups * 16; pair++) {
-      const i64 position = start + 2 * pair;
-      const u16* even = position < end ? value(t, position) : nullptr;
-      const u16* odd = position + 1 < end ? value(t, position + 1) : nullptr;
-      for (i64 tile = 0; tile < value_tiles(); tile++) {
-        const U16 low = even ? as_bits(load(even + tile * 16)) >> 16 : U16{};
-        const U16 high = odd ? as_bits(load(odd + tile * 16)) : U16{};
-        store_u(ws.values + tile * SPLIT * 16 + pair * 32, low | high);
-      }
+    for (i64 first = 0; first < key_groups * 16; first += 8) {  // 8 pairs: 16 keys of one block
+      const u16* values = start + 2 * first < end ? value(t, start + 2 * first) : nullptr;
+      for (i64 tile = 0; tile < value_tiles(); tile++)
+        for (i64 pair = first; pair < first + 8; pair++) {
+          const i64 left = end - (start + 2 * pair);
+          const u16* even = values + 2 * (pair - first) * token_stride + tile * 16;
+          const U16 low = left > 0 ? load_h(even) : U16{};
+          const U16 high = left > 1 ? load_h(even + token_stride) : U16{};
+          store_u(ws.values + tile * SPLIT * 16 + pair * 32, low | high << 16);
+        }
     }
   }
 
@@ -121,10 +122,10 @@ struct Attention {
     const u16* queries = ws.queries + query_tile * groups() * PACKED_GROUP;
     for (i64 tile = 0; tile < key_tiles; tile += 4) {
       const int here = static_cast<int>(key_tiles - tile < 4 ? key_tiles - tile : 4);
-      RowTiles keys = {{}, {16, 16, 16, 16}};
+      RowTiles keys = {{}, {16, 16, 16, 16}, padded == D ? token_stride : padded, GROUP};
       for (int i = 0; i < here; i++)
         keys.tile[i] = padded == D ? key(t, start + (tile + i) * 16) : ws.padded_keys + (tile + i) * 16 * padded;
-      block_rows(scope, here, keys, padded == D ? token_stride : padded, queries, groups(), ws.scores + tile * TILE);
+      block_rows(scope, here, keys, queries, groups(), ws.scores + tile * TILE);
     }
   }
 
@@ -145,27 +146,25 @@ struct Attention {
     }
     I16 sees;
     memcpy(&sees, positions, 64);
+    if (!sees_all)
+      for (i64 k = 0; k < num_keys; k++)
+        store(ws.scores + k * 16, sees >= splat(static_cast<i32>(start + k)) ? load(ws.scores + k * 16) : splat(LOWEST));
+    for (i64 k = num_keys; k < key_groups * GROUP; k++) store(ws.scores + k * 16, splat(LOWEST));
     V16 best = splat(LOWEST);
-    for (i64 k = 0; k < num_keys; k++) {
-      V16 s = load(ws.scores + k * 16) * scale;
-      if (!sees_all) s = sees >= splat(static_cast<i32>(start + k)) ? s : splat(LOWEST);
-      store(ws.scores + k * 16, s);
-      best = larger(s, best);
-    }
+    for (i64 k = 0; k < num_keys; k++) best = larger(load(ws.scores + k * 16), best);
+    best = best * scale;  // rounding keeps the order: this is the maximum of the scaled scores
     const V16 shift = best == splat(LOWEST) ? V16{} : best;
     V16 total = {};
     for (i64 group = 0; group < key_groups; group++) {
       U16 pairs[16];
+#pragma GCC unroll 16
       for (int pair = 0; pair < 16; pair++) {
-        U16 bits[2] = {};
-        for (int odd = 0; odd < 2; odd++) {
-          const i64 k = group * GROUP + 2 * pair + odd;
-          if (k >= num_keys) continue;
-          const V16 weight = exp_nonpositive(load(ws.scores + k * 16) - shift);
-          total = total + weight;
-          bits[odd] = bf16_bits(weight);
-        }
-        pairs[pair] = bits[0] | bits[1] << 16;
+        const float* scores = ws.scores + (group * GROUP + 2 * pair) * 16;
+        const V16 even = exp_nonpositive(load(scores) * scale - shift);
+        const V16 odd = exp_nonpositive(load(scores + 16) * scale - shift);
+        total = total + even;
+        total = total + odd;
+        pairs[pair] = bf16_pair(even, odd);
       }
       transpose(pairs);
       for (int r = 0; r < 16; r++) store_u(ws.weights + r * SPLIT + group * GROUP, pairs[r]);
@@ -175,12 +174,12 @@ struct Attention {
   }
 
   void weigh(typename Dot::Scope& scope, i64 key_groups, const Workspace& ws, float* weighted) const {
-    const RowTiles weights = {{ws.weights}, {16}};
+    const RowTiles weights = {{ws.weights}, {16}, SPLIT, GROUP};
     for (i64 tile = 0; tile < value_tiles(); tile += 4) {
       const int here = static_cast<int>(value_tiles() - tile < 4 ? value_tiles() - tile : 4);
       const u16* columns[4];
       for (int j = 0; j < here; j++) columns[j] = ws.values + (tile + j) * SPLIT * 16;
-      block_columns<1>(scope, here, weights, SPLIT, columns, key_groups, weighted + tile * TILE);
+      block_columns<1>(scope, here, weights, columns, key_groups, weighted + tile * TILE);
     }
   }
 

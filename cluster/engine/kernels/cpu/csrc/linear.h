@@ -26,6 +26,7 @@ struct Linear {
   void* out;  // (M, N), or (M, N/2) with silu_mul
   bool out_is_float;
   bool silu_mul;  // gate tiles first, then as many up tiles; N/2 is a multiple of 16
+  bool rows_are_packed = false;
 
   i64 groups() const { return (K + GROUP - 1) / GROUP; }
   i64 units() const { return silu_mul ? N / 32 : (N + 15) / 16; }  // column tiles of the result
@@ -58,6 +59,15 @@ struct Linear {
     return 2 * units_here;
   }
 
+  // The rows of one to two tiles from `row` on.
+  RowTiles rows_from(i64 row, i64 end) const {
+    const i64 left = end - row;
+    RowTiles a = {{}, {left < 16 ? static_cast<int>(left) : 16, left < 32 ? static_cast<int>(left - 16) : 16}, ldx, GROUP};
+    if (rows_are_packed) a.row_stride = GROUP, a.group_stride = PACKED_GROUP;
+    for (int i = 0; i < 2; i++) a.tile[i] = x + (row + 16 * i) * ldx;  // a packed tile takes as much as 16 rows
+    return a;
+  }
+
   // Rows m0 .. m1, units u0 .. u1 of the result.
   void compute(typename Dot::Scope& scope, i64 m0, i64 m1, i64 u0, i64 u1) const {
     alignas(64) float c[4 * TILE];
@@ -68,37 +78,48 @@ struct Linear {
       const u16* b[4];
       const int tiles = tile_pointers(unit, units_here, b);
       for (i64 row = m0; row < m1;) {
-        const i64 left = m1 - row;
-        RowTiles a = {{x + row * ldx, x + (row + 16) * ldx}, {left < 16 ? static_cast<int>(left) : 16, 0}};
+        const RowTiles a = rows_from(row, m1);
         if constexpr (Dot::ROW_TILES == 2) {
-          if (left > 16) {
-            a.rows[1] = left < 32 ? static_cast<int>(left - 16) : 16;
-            block_columns<2>(scope, tiles, a, ldx, b, groups(), c);
+          if (m1 - row > 16) {
+            block_columns<2>(scope, tiles, a, b, groups(), c);
             finish(c, 16, row, tiles, unit);
             finish(c + tiles * TILE, a.rows[1], row + 16, tiles, unit);
             row += 32;
             continue;
           }
         }
-        block_columns<1>(scope, tiles, a, ldx, b, groups(), c);
+        block_columns<1>(scope, tiles, a, b, groups(), c);
         finish(c, a.rows[0], row, tiles, unit);
         row += 16;
       }
     }
   }
 
+  // Copies x: rows padded to whole groups and, if wanted, each tile's groups in one piece.
+  void copy_rows(int threads, bool pack) {
+    const i64 padded = groups() * GROUP, tiles = (M + 15) / 16;
+    u16* copy = reinterpret_cast<u16*>(thread_scratch().reserve(tiles * 16 * padded * 2));
+    const i64 row_stride = pack ? GROUP : padded, group_stride = pack ? PACKED_GROUP : GROUP;
+    for_each_task<NoScope>(threads, tiles, [&](i64 tile, NoScope&) {
+      for (i64 row = tile * 16; row < M && row < tile * 16 + 16; row++)
+        for (i64 g = 0; g < groups(); g++) {
+          u16* to = copy + tile * 16 * padded + row % 16 * row_stride + g * group_stride;
+          const i64 here = K - g * GROUP < GROUP ? K - g * GROUP : GROUP;
+          if (here < GROUP) memset(to, 0, GROUP * 2);
+          memcpy(to, x + row * ldx + g * GROUP, here * 2);
+        }
+    });
+    x = copy;
+    ldx = padded;
+    rows_are_packed = pack;
+  }
+
   void run(int threads) {
-    const i64 padded = groups() * GROUP;
-    if (padded != K) {  // a group must be readable to its end
-      u16* copy = reinterpret_cast<u16*>(thread_scratch().reserve(M * padded * 2));
-      memset(copy, 0, M * padded * 2);
-      for (i64 m = 0; m < M; m++) memcpy(copy + m * padded, x + m * ldx, K * 2);
-      x = copy;
-      ldx = padded;
-    }
     constexpr i64 FEW_ROWS = 64, ROWS_OF_TASK = 256, UNITS_OF_TASK = 4;
     constexpr i64 WORTH_A_PIECE = 64 * 1024;  // bytes of weight; less than that is done sooner than a helper comes
     const i64 total = units();
+    const bool pack = Dot::LIKES_PACKED_ROWS && M > FEW_ROWS;
+    if (pack || K % GROUP) copy_rows(threads, pack);  // a group must be readable to its end
     if (M <= FEW_ROWS) {
       const i64 parts = pieces(threads, N * K * 2 * ((M + 15) / 16) / WORTH_A_PIECE);
       return for_each_task<Dot::Scope>(threads, parts, [&](i64 part, Dot::Scope& scope) {

@@ -32,7 +32,8 @@ extern "C" __attribute__((visibility("default"))) int tandem_supports(const char
   if (strcmp(name, "fma_avx2") == 0) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (strcmp(name, "fma_avx512") == 0) return has_avx512();
   if (strcmp(name, "avx512_bf16") == 0) return has_avx512() && has_leaf7(1, 0, 5);
-  if (strcmp(name, "amx_bf16") == 0) return has_avx512() && has_leaf7(0, 3, 22) && has_leaf7(0, 3, 24) && amx_is_permitted();
+  if (strcmp(name, "amx_bf16") == 0)
+    return has_avx512() && has_leaf7(1, 0, 5) && has_leaf7(0, 3, 22) && has_leaf7(0, 3, 24) && amx_is_permitted();
 #endif
   return 0;
 }

@@ -39,12 +39,26 @@ inline void store_u(void* p, U16 x) { memcpy(p, &x, 64); }
 
 inline V16 widen(H16 x) { return as_float(__builtin_convertvector(x, U16) << 16); }
 inline V16 load(const u16* p) { H16 x; memcpy(&x, p, 32); return widen(x); }
+inline U16 load_h(const u16* p) { H16 x; memcpy(&x, p, 32); return __builtin_convertvector(x, U16); }
 
 // fp32 bits -> bf16, to nearest even, NaN stays a (quiet) NaN, denormals are kept.
 inline U16 bf16_bits(V16 x) {
   const U16 bits = as_bits(x);
   const U16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   return x == x ? rounded : (bits >> 16) | 0x40u;
+}
+// The same for two values as the low and the high half of a lane. None may be denormal, nor a NaN with
+// bits below the bf16 ones (arithmetic on bf16 values never makes one).
+inline U16 bf16_pair(V16 low, V16 high) {
+#if defined(__AVX512BF16__)
+  typedef u16 H32 __attribute__((vector_size(64)));
+  const H32 halves = (H32)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  return (U16)__builtin_shufflevector(halves, halves, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25,
+                                      10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#else
+  const U16 a = as_bits(low), b = as_bits(high);
+  return (a + 0x7fffu + ((a >> 16) & 1u)) >> 16 | ((b + 0x7fffu + ((b >> 16) & 1u)) & 0xffff0000u);
+#endif
 }
 inline void store(u16* p, V16 x) {
   const H16 y = __builtin_convertvector(bf16_bits(x), H16);
@@ -128,19 +142,22 @@ inline void transpose(U16 (&row)[16]) {
 // exp as in arithmetic.py. `exp_nonpositive` is for arguments that cannot exceed EXP_HIGHEST.
 constexpr float EXP_LOWEST = -87.33f, EXP_HIGHEST = 88.37f;
 inline V16 exp_nonpositive(V16 x) {
-  constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, to nearest even
-  const V16 shifted = x * 0x1.715476p+0f + ROUND;
+  // 1.5 * 2^23: adding it rounds to an integer, to nearest even. + 127: then the sum's low bits are the
+  // biased exponent of the power of two.
+  constexpr float ROUND = 12582912.0f + 127.0f;
+  const V16 shifted = fma(x, splat(0x1.715476p+0f), splat(ROUND));
   const V16 n = shifted - ROUND;
   V16 r = fma(n, splat(-0x1.62e4p-1f), x);
   r = fma(n, splat(-0x1.7f7d1cp-20f), r);
-  V16 q = splat(0x1.6a1080p-10f);
-  q = fma(q, r, splat(0x1.1245c8p-7f));
-  q = fma(q, r, splat(0x1.55593cp-5f));
-  q = fma(q, r, splat(0x1.555482p-3f));
-  q = fma(q, r, splat(0x1.fffffcp-2f));
-  const V16 mantissa = fma(q, r * r, r) + 1.0f;
-  const V16 power = as_float((as_bits(shifted) - float_to_bits(ROUND) + 127u) << 23);
-  return x < splat(EXP_LOWEST) ? V16{} : mantissa * power;
+  V16 p = splat(0x1.6a1080p-10f);
+  p = fma(p, r, splat(0x1.1245c8p-7f));
+  p = fma(p, r, splat(0x1.55593cp-5f));
+  p = fma(p, r, splat(0x1.555482p-3f));
+  p = fma(p, r, splat(0x1.fffffcp-2f));
+  p = fma(p, r, splat(1.0f));
+  p = fma(p, r, splat(1.0f));
+  const V16 power = as_float(as_bits(shifted) << 23);
+  return x < splat(EXP_LOWEST) ? V16{} : p * power;
 }
 inline V16 exp_any(V16 x) {
   return x > splat(EXP_HIGHEST) ? splat(__builtin_inff()) : exp_nonpositive(x);
