@@ -77,6 +77,11 @@ class Admission:
         return len(self._loads) + len(self._draining)
 
     @property
+    def num_waiting(self) -> int:
+        """Requests that are not in the engine yet."""
+        return len(self._loads)
+
+    @property
     def num_refusals(self) -> int:
         return self._peers.num_refusals
 

@@ -15,6 +15,7 @@ from decode.peers import Peer
 from kvconnector.base import Piece, TransferId
 from kvconnector.core.load import LoadState
 from kvconnector.ledger import LedgerRecords, record_bytes
+from kvconnector.mapping import join
 
 # A READ within one machine may be over when it is posted, so this bounds how long the engine waits.
 MAX_READ_BYTES = 8 << 20
@@ -66,7 +67,8 @@ class Landing:
     def pieces(self, row: int, source_block_ids: Sequence[int]) -> list[Piece]:
         """To READ the records of these blocks, in this order."""
         size, base = self._record_bytes, row * self.max_blocks * self._record_bytes
-        return [Piece(block * size, base + index * size, size) for index, block in enumerate(source_block_ids)]
+        records = (Piece(block * size, base + index * size, size) for index, block in enumerate(source_block_ids))
+        return list(join(records))
 
     def records(self, row: int, num_blocks: int) -> LedgerRecords:
         """A copy of what has landed."""

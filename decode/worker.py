@@ -57,6 +57,10 @@ class DecodeDriver(WorkerDriver):
     def num_held(self) -> int:
         return self._admission.num_loads
 
+    @property
+    def num_waiting(self) -> int:
+        return self._admission.num_waiting
+
     def accept(self, request: Request, kv: bytes | None, now: float) -> None:
         if kv is None:
             self.engine.add_request(request)

@@ -21,7 +21,7 @@ TransferId = NewType("TransferId", int)
 class Region(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Registered memory as a peer may address it. `device_id` is -1 for host memory."""
 
-    name: str  # "kv" or "generations"
+    name: str  # "kv" or "ledger"
     address: int
     num_bytes: int
     device_id: int

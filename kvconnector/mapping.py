@@ -11,7 +11,7 @@ one piece per block, and adjacent blocks one piece in all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
 import msgspec
@@ -65,7 +65,7 @@ def plan(
             (layer, head) for layer in source.layers for head in source.kv_heads if (layer, head) in missing
         )
         missing -= wanted
-        plans.append(list(_join(_pieces(source, source_block_ids, shard, block_ids, wanted, start, end))))
+        plans.append(list(join(_pieces(source, source_block_ids, shard, block_ids, wanted, start, end))))
     if missing:
         layer, head = min(missing)
         raise ValueError(f"no source holds layer {layer}, KV head {head}")
@@ -118,10 +118,10 @@ def _template(
         for head in source.kv_heads
         if (layer, head) in cells
     )
-    return tuple(_join(rows))
+    return tuple(join(rows))
 
 
-def _join(pieces: Iterator[Piece]) -> Iterator[Piece]:
+def join(pieces: Iterable[Piece]) -> Iterator[Piece]:
     """Merge consecutive pieces that are adjacent on both sides."""
     held: Piece | None = None
     for piece in pieces:

@@ -15,6 +15,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -40,12 +41,20 @@ _CPU_ENVIRONMENT = {
     # Without a GPU or an RDMA card UCX tries many transports in vain; "sm" is shared memory and CMA.
     "UCX_TLS": "tcp,sm,self",
 }
+_CUDA_ENVIRONMENT = {
+    # Without it two GPUs of one host, or two processes on one, go through host memory and TCP: 0.5 GB/s
+    # instead of 1,321 (one H100, one descriptor, UCX of NIXL 1.5.1).
+    "UCX_CUDA_IPC_ENABLE_GET_ZCOPY": "on",
+}
 
 
 def configure_environment(device: torch.device) -> None:
     """Set UCX's and NIXL's defaults for this process; to be called before the first `NixlTransport`."""
-    has_rdma = os.path.isdir("/sys/class/infiniband")  # noqa: PTH112  # sysfs, no path arithmetic
-    defaults = _ENVIRONMENT | (_CPU_ENVIRONMENT if device.type == "cpu" and not has_rdma else {})
+    defaults = dict(_ENVIRONMENT)
+    if device.type == "cuda":
+        defaults |= _CUDA_ENVIRONMENT
+    elif not Path("/sys/class/infiniband").is_dir():
+        defaults |= _CPU_ENVIRONMENT
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
 

@@ -84,6 +84,11 @@ class WorkerDriver(ABC):
     def num_held(self) -> int:
         """Leases or loads that are not over."""
 
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait outside of the engine."""
+        return 0
+
     @abstractmethod
     def close(self) -> None: ...
 
@@ -149,7 +154,10 @@ class WorkerDriver(ABC):
     # ---- inside
 
     def _collect_news(self) -> News | None:
-        load = msgspec.structs.replace(self.engine.load(), **msgspec.structs.asdict(self.counters))
+        load = self.engine.load()
+        load = msgspec.structs.replace(
+            load, num_waiting=load.num_waiting + self.num_waiting, **msgspec.structs.asdict(self.counters)
+        )
         is_news = self._events or self._inspections or self._questions
         if not is_news and load == self._told and self.num_held == self._told_held:
             return None
@@ -175,7 +183,7 @@ class WorkerDriver(ABC):
             num_owned=blocks.num_owned + blocks.num_loading,
             num_leased=blocks.num_pinned,
             num_draining=blocks.num_draining,
-            num_requests=load.num_running + load.num_waiting,
+            num_requests=load.num_running + load.num_waiting + self.num_waiting,
             num_leases=self.num_held,
             integrity_error=integrity_error,
             num_digest_tokens=num_tokens,

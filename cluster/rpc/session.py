@@ -8,6 +8,7 @@ reads slowly, chunks of the same request are merged, and beyond a bound the sess
 from __future__ import annotations
 
 import asyncio
+import logging
 
 import grpc
 import grpc.aio
@@ -17,6 +18,8 @@ from cluster.rpc import convert, limits
 from cluster.rpc.base import WorkerAdmin, WorkerService
 from cluster.rpc.pb.serving.v1 import worker_pb2
 from cluster.types import FinishReason, PrefillResult, PrefillStarted, RequestError, TokenChunk, TokenLogprob
+
+logger = logging.getLogger(__name__)
 
 _Key = tuple[str, int]
 _Event = PrefillStarted | PrefillResult | TokenChunk
@@ -53,6 +56,8 @@ class Session:
             first = endings.exceptions[0]
             assert isinstance(first, _SessionEnded)
             ended = first
+        except* grpc.aio.BaseError as broken:
+            logger.debug("a session broke: %s", broken.exceptions[0])
         finally:
             for key in tuple(self._running):
                 self._service.cancel(*key)

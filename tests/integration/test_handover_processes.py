@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import AsyncIterable, AsyncIterator
+from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 
@@ -63,13 +64,15 @@ def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def workers(model: Path, key_file: Path) -> AsyncIterator[dict[Role, WorkerProcess]]:
     # blocks of different sizes: the hand-over maps them
-    started = await asyncio.gather(
-        start(Role.PREFILL, model, key_file, engine={"block_size": 32}), start(Role.DECODE, model, key_file)
-    )
-    yield {worker.role: worker for worker in started}
-    codes = [await worker.stop() for worker in started]
-    assert codes == [0, 0]
-    assert [worker.strangers for worker in started] == [[], []]
+    async with AsyncExitStack() as stack:
+        started = {}
+        for role, engine in ((Role.PREFILL, {"block_size": 32}), (Role.DECODE, {})):
+            worker = started[role] = await start(role, model, key_file, engine=engine)
+            stack.push_async_callback(worker.stop, signal.SIGKILL)
+        yield started
+        codes = [await worker.stop() for worker in started.values()]
+        assert codes == [0, 0]
+        assert [worker.strangers for worker in started.values()] == [[], []]
 
 
 @pytest_asyncio.fixture(loop_scope="module")

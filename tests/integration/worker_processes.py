@@ -21,7 +21,7 @@ from cluster.rpc import admin
 from cluster.rpc.client import Connection, connect
 from cluster.types import PrefillResult, Request, Role, SamplingParams, TokenChunk, TokenLogprob
 
-START_TIMEOUT_S = 90.0
+START_TIMEOUT_S = 150.0  # kernels may have to be built and admitted first
 BLOCK_SIZE = 16
 NUM_BLOCKS = 64
 
@@ -81,7 +81,11 @@ async def start(role: Role, model: Path, key_file: Path, **config: Any) -> Worke
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     worker = WorkerProcess(role, process)
-    await worker.read_events()
+    try:
+        await worker.read_events()
+    except BaseException:
+        process.kill()
+        raise
     return worker
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+import grpc
 import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.errors import InvalidRequest, StartupError, WorkerLost
-from cluster.rpc import limits
+from cluster.rpc import convert, limits
 from cluster.rpc.base import EventSink, Inspection
 from cluster.rpc.client import Connection, connect
+from cluster.rpc.pb.serving.v1 import worker_pb2 as pb
 from cluster.rpc.server import WorkerServer
 from cluster.rpc.session import _merge, _Pending
 from cluster.types import (
@@ -282,3 +284,54 @@ def test_pending_is_cut_at_the_frame_limit(monkeypatch: pytest.MonkeyPatch) -> N
     while pending.wake.is_set():
         rest += pending.take()
     assert rest == [make_chunk(0, 1, 2, 3, request_id="b"), make_chunk(0, 1, 2, request_id="c")]
+
+
+async def read_to_the_end(call: AsyncIterable[object]) -> None:
+    async for _ in call:
+        pass
+
+
+async def test_a_router_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it is owed stays bounded, and its requests are cancelled."""
+    monkeypatch.setattr(limits, "HEARTBEAT_S", 0.02)
+    monkeypatch.setattr(limits, "MAX_SILENT_TICKS", 10_000)
+    monkeypatch.setattr(limits, "MAX_PENDING_ENTRIES", 50_000)
+    worker = FakeWorker()
+    async with WorkerServer(worker, worker) as server:
+        address = await server.listen("127.0.0.1", 0)
+        async with grpc.aio.insecure_channel(address) as channel:
+            call = channel.stream_stream(
+                f"/{limits.SERVICE_NAME}/Session",
+                request_serializer=pb.RouterFrame.SerializeToString,
+                response_deserializer=pb.WorkerFrame.FromString,
+            )(None)
+            submit = pb.Submit(request=convert.request_to_pb(make_request()))
+            await call.write(pb.RouterFrame(protocol_version=limits.PROTOCOL_VERSION, submits=[submit]))
+            await until(lambda: bool(worker.sinks))
+            sink, index = worker.sinks["r1", 0], 0
+            while not worker.cancelled and index < 10_000_000:
+                sink(make_chunk(index, *[7] * 10_000))
+                index += 10_000
+                await asyncio.sleep(0)
+            assert worker.cancelled == [("r1", 0)]
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await read_to_the_end(call)
+            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_a_router_of_another_version_is_told() -> None:
+    worker = FakeWorker()
+    async with WorkerServer(worker, worker) as server:
+        address = await server.listen("127.0.0.1", 0)
+        async with grpc.aio.insecure_channel(address) as channel:
+            call = channel.stream_stream(
+                f"/{limits.SERVICE_NAME}/Session",
+                request_serializer=pb.RouterFrame.SerializeToString,
+                response_deserializer=pb.WorkerFrame.FromString,
+            )(None)
+            await call.write(pb.RouterFrame(protocol_version=99))
+            await call.read()  # hello
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call.read()
+            assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+            assert "99" in (caught.value.details() or "")
