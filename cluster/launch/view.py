@@ -38,6 +38,8 @@ class Serving:
         body = {
             "model": self.model_name,
             "messages": [{"role": "user", "content": "What is the capital of France?"}],
+            "temperature": 0,  # a small model rambles otherwise, and without a bound it may do so for long
+            "max_tokens": 64,
         }
         content_type = shlex.quote("Content-Type: application/json")
         return f"curl -s {self.url}/v1/chat/completions -H {content_type} -d {shlex.quote(json.dumps(body))}"

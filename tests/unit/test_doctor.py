@@ -13,8 +13,9 @@ import pytest
 from rich.console import Console
 
 from cluster import doctor
-from cluster.doctor import hand_over, machine
+from cluster.doctor import hand_over, kernels, machine
 from cluster.doctor.finding import Finding, Status, broken, limited, ok
+from cluster.engine.kernels import Admission
 
 
 def report(findings: list[Finding], as_json: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[bool, str]:
@@ -115,6 +116,22 @@ def test_a_transfer_that_hangs_or_crashes_is_a_finding(monkeypatch: pytest.Monke
     finding = hand_over.transfer_check()
     assert finding.status is Status.BROKEN
     assert "Segmentation fault" in finding.detail
+
+
+def test_an_operation_on_its_slow_reference_is_a_limit() -> None:
+    fast, refused = Admission("linear", "native", True, "equal"), Admission("linear", "onednn", False, "7 differ")
+    assert kernels.judge([fast, refused]).detail == "linear native"
+    finding = kernels.judge([fast, Admission("attention", "native", False, "1 differs")])
+    assert finding.status is Status.LIMITED
+    assert "attention" in finding.detail
+    assert kernels.judge([]).status is Status.LIMITED
+
+
+def test_an_unusable_instruction_class_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TANDEM_CPU_ISA", "abacus")
+    (finding,) = kernels.admitted()
+    assert finding.status is Status.BROKEN
+    assert "TANDEM_CPU_ISA" in finding.detail
 
 
 def test_a_slow_transport_is_reported() -> None:
