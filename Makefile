@@ -4,7 +4,7 @@
 #
 # PYTHON=python3.12         another interpreter (3.11 or 3.12)
 # PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"    a torch without CUDA, where pip finds the big one
-# ARGS="--prefill 2"        for `cluster launch`, pytest or the benchmarks
+# ARGS="--prefill 2"        for `cluster launch`, pytest (ARGS="-k launch") or the benchmarks (ARGS=--dry-run)
 
 SHELL := /bin/sh
 VENV := .venv
@@ -30,7 +30,9 @@ check: install-dev
 	$(BIN)/python -m cluster.rpc.generate --check
 
 bench: install-dev
-	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/python -m benchmarks.correctness $(ARGS)
+	$(BIN)/python -m benchmarks.exactness $(ARGS)
+	$(BIN)/python -m benchmarks.cpu_engine $(ARGS)
 
 docs: install
 	$(BIN)/python -m cluster.config_reference > docs/config.md
