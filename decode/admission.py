@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 from cluster.control.messages import PeerAnswer, PeerQuestion
 from cluster.engine.engine import Engine
-from cluster.errors import Cancelled, HandshakeMismatch, LeaseExpired, TicketInvalid, TransferFailed
-from cluster.types import KVHandle, Request
-from decode.load import MAX_READS_AT_ONCE, Landing, Load, batches
+from cluster.errors import Cancelled, HandshakeMismatch, LeaseExpired, TransferFailed
+from cluster.types import Request
+from decode.load import MAX_READS_AT_ONCE, MIN_SOURCE_BLOCK_SIZE, Landing, Load, batches, check_belongs
 from decode.peers import Peers
 from kvconnector import notices, ticket
 from kvconnector.base import TransferState, Transport
@@ -25,7 +25,6 @@ from kvconnector.mapping import Shard, plan
 logger = logging.getLogger(__name__)
 
 MAX_LOADS_READING = 16
-MIN_SOURCE_BLOCK_SIZE = 16
 _Key = tuple[str, int]
 OnFailed = Callable[[Request, str, str], None]  # request, error code, message
 
@@ -94,7 +93,7 @@ class Admission:
         held then."""
         self._engine.check(request)
         handle = ticket.open_ticket(sealed, self._cluster_key)
-        self._check(request, handle)
+        check_belongs(request, handle)
         self._nonces.claim(handle, now)
         state = core.LoadState(handle.lease_s, deadline=now + self._load_timeout_s)
         peer = self._peers.enter(handle.engine_id, handle.endpoint)
@@ -289,13 +288,3 @@ class Admission:
 
     def _notify(self, load: Load, notice: notices.Notice) -> None:
         self._transport.notify(load.peer.engine_id, notices.encode(notice))
-
-    def _check(self, request: Request, handle: KVHandle) -> None:
-        """The handle must be of this attempt and of exactly the tokens before the newest."""
-        if (handle.request_id, handle.attempt) != (request.request_id, request.attempt):
-            raise TicketInvalid("the ticket belongs to another request or attempt")
-        if handle.num_tokens != len(request.token_ids) - 1:
-            counts = f"{handle.num_tokens} tokens, the request has {len(request.token_ids)} with the newest"
-            raise TicketInvalid(f"the ticket covers {counts}")
-        if handle.block_size < MIN_SOURCE_BLOCK_SIZE:
-            raise TicketInvalid(f"the ticket's block_size {handle.block_size} is below {MIN_SOURCE_BLOCK_SIZE}")

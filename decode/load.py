@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from cluster.engine.block_holders import Reservation
+from cluster.errors import TicketInvalid
 from cluster.types import KVHandle, Request
 from decode.peers import Peer
 from kvconnector.base import Piece, TransferId
@@ -21,6 +22,7 @@ from kvconnector.mapping import join
 MAX_READ_BYTES = 8 << 20
 MAX_READ_PIECES = 1024
 MAX_READS_AT_ONCE = 2
+MIN_SOURCE_BLOCK_SIZE = 16  # bounds the number of a prompt's records
 
 
 @dataclass(slots=True, eq=False)
@@ -94,3 +96,15 @@ def _split(pieces: Sequence[Piece]) -> Iterator[Piece]:
         for start in range(0, piece.num_bytes, MAX_READ_BYTES):
             num_bytes = min(MAX_READ_BYTES, piece.num_bytes - start)
             yield Piece(piece.source_offset + start, piece.destination_offset + start, num_bytes)
+
+
+def check_belongs(request: Request, handle: KVHandle) -> None:
+    """Raises `TicketInvalid` unless the handle is of this attempt and of exactly the tokens before the
+    newest."""
+    if (handle.request_id, handle.attempt) != (request.request_id, request.attempt):
+        raise TicketInvalid("the ticket belongs to another request or attempt")
+    if handle.num_tokens != len(request.token_ids) - 1:
+        counts = f"{handle.num_tokens} tokens, the request has {len(request.token_ids)} with the newest"
+        raise TicketInvalid(f"the ticket covers {counts}")
+    if handle.block_size < MIN_SOURCE_BLOCK_SIZE:
+        raise TicketInvalid(f"the ticket's block_size {handle.block_size} is below {MIN_SOURCE_BLOCK_SIZE}")

@@ -27,6 +27,7 @@ import numpy.typing as npt
 import torch
 
 from cluster.engine.kv_cache import KVLayout
+from cluster.errors import StartupError
 
 _UInt64 = npt.NDArray[np.uint64]
 
@@ -43,7 +44,7 @@ class KVDigester:
     ) -> None:
         row_bytes = layout.head_size * layout.element_bytes
         if row_bytes % 8:
-            raise ValueError(f"a row of {row_bytes} bytes is not made of 64-bit words")
+            raise StartupError(f"KV rows of {row_bytes} bytes cannot be digested: they are not made of 64-bit words")
         self._layout = layout
         self._words_NL2HSW = kv_NL2HSD.view(torch.int64)
         self._key_W = _splitmix(np.arange(1, row_bytes // 8 + 1, dtype=np.uint64) * np.uint64(_A)) | np.uint64(1)
