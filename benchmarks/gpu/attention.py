@@ -48,7 +48,11 @@ def paged_inputs(
 
 
 def decode_fraction(
-    batch: int, context: int, plan: AttentionPlan, copy_tb_s: float, inputs: tuple[torch.Tensor, torch.Tensor, AttentionMetadata]
+    batch: int,
+    context: int,
+    plan: AttentionPlan,
+    copy_tb_s: float,
+    inputs: tuple[torch.Tensor, torch.Tensor, AttentionMetadata],
 ) -> tuple[float, float]:
     """(milliseconds, KV bytes read per second over copy bandwidth)."""
     q, kv, metadata = inputs
@@ -62,7 +66,9 @@ def decode_fraction(
     return milliseconds, num_bytes / milliseconds / 1e9 / copy_tb_s
 
 
-def sdpa_ms(batch: int, length: int, num_heads: int = 32, num_kv_heads: int = 8, head_size: int = 128) -> dict[str, float]:
+def sdpa_ms(
+    batch: int, length: int, num_heads: int = 32, num_kv_heads: int = 8, head_size: int = 128
+) -> dict[str, float]:
     """Milliseconds of each SDPA backend that takes the shape, causal, grouped heads."""
     shape = (batch, length, num_heads, head_size)
     q = torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2)

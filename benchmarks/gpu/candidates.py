@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import msgspec
+
 from cluster.engine.kernels.triton.plans import LinearPlan
 
 _SHARED_BYTES = 227 * 1024
@@ -21,39 +23,34 @@ def few_rows(num_rows: int, *, silu_mul: bool) -> Iterator[LinearPlan]:
     block_m = max(16, 1 << (num_rows - 1).bit_length())
     tiles = ((64, 128, 8), (64, 128, 5), (64, 256, 4), (128, 64, 6), (128, 128, 5), (128, 128, 3), (64, 64, 8))
     for block_n, block_k, num_stages in tiles:
-        common = {"block_m": block_m, "block_n": block_n, "block_k": block_k, "swap": True}
-        for stages in {num_stages, max(2, num_stages // 2)}:
-            plan = LinearPlan(kind="chain", num_stages=stages, evict_first=True, **common)
-            if _fits(plan, silu_mul=silu_mul):
-                yield plan
-            plan = LinearPlan(kind="tma", num_stages=stages, persistent=False, **common)
-            if _fits(plan, silu_mul=silu_mul):
-                yield plan
+        for stages in sorted({num_stages, max(2, num_stages // 2)}):
+            chain = LinearPlan(
+                block_m=block_m, block_n=block_n, block_k=block_k, num_stages=stages, swap=True, evict_first=True
+            )
+            tma = msgspec.structs.replace(chain, kind="tma", evict_first=False, persistent=False)
+            yield from (plan for plan in (chain, tma) if _fits(plan, silu_mul=silu_mul))
     for block_n, block_k, num_stages in ((32, 128, 6), (32, 256, 4), (16, 256, 5)):
         if block_m <= 32:
-            yield LinearPlan(
-                block_m=block_m, block_n=block_n, block_k=block_k, num_stages=num_stages, evict_first=True
-            )
+            yield LinearPlan(block_m=block_m, block_n=block_n, block_k=block_k, num_stages=num_stages, evict_first=True)
 
 
 def many_rows(num_rows: int, *, silu_mul: bool) -> Iterator[LinearPlan]:
     """Above 64 rows: arithmetic decides, then the shape of the last wave of tiles."""
     wide = ((128, 256, 64, 3, 8), (128, 128, 64, 4, 8), (128, 128, 64, 4, 4), (64, 256, 64, 4, 4), (64, 128, 64, 5, 4))
-    tall = ((256, 128, 64, 3, 8), (128, 64, 64, 5, 4), (64, 64, 128, 4, 4), (128, 192, 64, 3, 8))
-    for block_m, block_n, block_k, stages, warps in wide + tall:
-        if block_m > max(64, num_rows) or block_n == 192:
+    tall = ((256, 128, 64, 3, 8), (128, 64, 64, 5, 4), (64, 64, 128, 4, 4), (64, 64, 128, 6, 4), (128, 64, 128, 4, 4))
+    narrow = ((128, 32, 128, 5, 4), (64, 32, 128, 8, 4))
+    for block_m, block_n, block_k, stages, warps in wide + tall + (narrow if num_rows <= 128 else ()):
+        if block_m > max(64, num_rows):
             continue
         if silu_mul:
             block_n //= 2
-        common = {"block_m": block_m, "block_n": block_n, "block_k": block_k, "num_warps": warps}
+        chain = LinearPlan(block_m=block_m, block_n=block_n, block_k=block_k, num_warps=warps, num_stages=stages)
         for persistent, group_m, parts in ((True, 8, 1), (False, 8, 1), (True, 16, 2)):
-            plan = LinearPlan(
-                kind="tma", num_stages=stages, persistent=persistent, group_m=group_m, store_parts=parts, **common
-            )
+            plan = msgspec.structs.replace(chain, kind="tma", persistent=persistent, group_m=group_m, store_parts=parts)
             if _fits(plan, silu_mul=silu_mul):
                 yield plan
         if num_rows <= 256:
-            yield LinearPlan(kind="chain", num_stages=stages, **common)
+            yield chain
     if num_rows <= 256:
         for block_n, block_k, stages in ((64, 128, 5), (128, 64, 5), (128, 128, 3)):
             plan = LinearPlan(
@@ -67,8 +64,10 @@ def many_rows(num_rows: int, *, silu_mul: bool) -> Iterator[LinearPlan]:
 def candidates(num_rows: int, *, silu_mul: bool) -> list[LinearPlan]:
     """Every plan to measure for a shape class, each once."""
     found: list[LinearPlan] = [] if silu_mul else [LinearPlan(kind="cublaslt")]
-    source = few_rows if num_rows <= 64 else many_rows
-    for plan in source(num_rows, silu_mul=silu_mul):
-        if plan not in found:
-            found.append(plan)
+    plans: list[LinearPlan] = []
+    if num_rows <= 64:
+        plans += few_rows(num_rows, silu_mul=silu_mul)
+    if num_rows >= 64:
+        plans += many_rows(num_rows, silu_mul=silu_mul)
+    found += dict.fromkeys(plans)
     return found

@@ -54,7 +54,9 @@ def revealing_inputs(num_rows: int, num_columns: int, seed: int) -> torch.Tensor
     values = torch.randn((num_rows, num_columns), generator=generator, device="cuda")
     exponents = torch.randint(-12, 13, (num_rows, num_columns), generator=generator, device="cuda")
     values = torch.ldexp(values, exponents)
-    values[:, 1::2] = torch.where(values[:, 1::2].abs() > 1, -values[:, 0::2][:, : values[:, 1::2].shape[1]], values[:, 1::2])
+    values[:, 1::2] = torch.where(
+        values[:, 1::2].abs() > 1, -values[:, 0::2][:, : values[:, 1::2].shape[1]], values[:, 1::2]
+    )
     return values.to(torch.bfloat16)
 
 
@@ -66,7 +68,9 @@ class LayerBench:
         n, k = layer.out_features, layer.in_features
         copies = max(1, min(12, -(-_COLD_BYTES // (n * k * 2))))
         scale = k**-0.5
-        self.weights = [ops.pack_linear(torch.randn((n, k), device="cuda", dtype=torch.bfloat16) * scale) for _ in range(copies)]
+        self.weights = [
+            ops.pack_linear(torch.randn((n, k), device="cuda", dtype=torch.bfloat16) * scale) for _ in range(copies)
+        ]
         self.x = torch.randn((max_rows, k), device="cuda", dtype=torch.bfloat16)
         self.hard_x = revealing_inputs(max_rows, k, seed=1)
         self.out_features = n // 2 if layer.silu_mul else n
@@ -114,7 +118,7 @@ class LayerBench:
     def _default_call(
         self, x: torch.Tensor, index: int, wide: torch.Tensor, fused: torch.Tensor, *, captured: bool
     ) -> Callable[[], None]:
-        """cuBLAS as torch sets it up, then a SwiGLU kernel where ours is fused. `captured`: switches around the call."""
+        """cuBLAS as torch sets it up, then a SwiGLU kernel where ours is fused."""
 
         def run() -> None:
             if captured:
@@ -173,7 +177,10 @@ def sweep(
             if plans_for is not None:
                 plans = plans_for(layer, num_rows)
             elif num_rows in (2, 4, 8) and 1 in seen and 16 in seen:
-                best = sorted(seen[1], key=lambda m: m.milliseconds)[:3] + sorted(seen[16], key=lambda m: m.milliseconds)[:3]
+                best = (
+                    sorted(seen[1], key=lambda m: m.milliseconds)[:3]
+                    + sorted(seen[16], key=lambda m: m.milliseconds)[:3]
+                )
                 plans = list(dict.fromkeys(m.plan for m in best if m.plan is not None))
             else:
                 plans = candidates(num_rows, silu_mul=layer.silu_mul)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -15,13 +16,13 @@ from benchmarks.gpu.step import DecodeStep, step_ms
 from benchmarks.gpu.timing import copy_bandwidth_tb_s, interleaved_ms
 from benchmarks.results import append_result
 from cluster.engine.kernels.cuda_ops import CudaOps
-from cluster.engine.kernels.triton import launch
+from cluster.engine.kernels.ops import AttentionMetadata
 
 DECODE_CASES = ((32, 4096), (32, 32768), (128, 4096), (128, 32768), (1, 32768))
 PREFILL_CASES = ((16, 2048), (8, 2048), (2, 8192), (1, 32768))
 
 
-def _append(name: str, metric: str, value: float, unit: str, params: dict[str, str | int | float], out: Path) -> None:
+def _append(name: str, metric: str, value: float, unit: str, params: Mapping[str, str | int], out: Path) -> None:
     print(f"{name}.{metric} = {value:.4g} {unit} {params}")
     append_result(name, metric, value, unit, dict(params), device=torch.cuda.get_device_name(), directory=out)
 
@@ -58,16 +59,25 @@ def record_gemm(out: Path) -> None:
         _append(benchmark, "ratio_worst", chosen[worst], "x", {"layer": worst[0], "rows": worst[1]}, out)
 
 
-def _sdpa_calls(batch: int, length: int) -> dict[str, list[object]]:
+def _sdpa_calls(batch: int, length: int) -> dict[str, list[Callable[[], object]]]:
     shape = (batch, length, 32, 128)
     q = torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
     k, v = (torch.randn((batch, length, 8, 128), device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in "kv")
 
-    def call(backend: SDPBackend) -> object:
-        with sdpa_kernel(backend):
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    def call(backend: SDPBackend) -> Callable[[], object]:
+        def run() -> torch.Tensor:
+            with sdpa_kernel(backend):
+                return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-    return {b.name: [lambda b=b: call(b)] for b in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)}
+        return run
+
+    return {b.name: [call(b)] for b in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)}
+
+
+def _attention_call(
+    ops: CudaOps, q: torch.Tensor, kv: torch.Tensor, metadata: AttentionMetadata
+) -> Callable[[], object]:
+    return lambda: ops.attention(q, kv[:, 0], metadata, q.shape[2] ** -0.5)
 
 
 def record_attention(out: Path) -> None:
@@ -84,14 +94,13 @@ def record_attention(out: Path) -> None:
         torch.cuda.empty_cache()
     for batch, length in PREFILL_CASES:
         q, kv, metadata = attention.paged_inputs([length] * batch, [length] * batch, num_layers=1)
-        plan, scale = ops.plans.attention, q.shape[2] ** -0.5
         sdpa = _sdpa_calls(batch, length)
-        ours = [lambda q=q, kv=kv, m=metadata: launch.run_attention(q, kv[:, 0], m, scale, plan, 132)]
-        *theirs, mine = interleaved_ms([*sdpa.values(), ours], min_ms=5)  # type: ignore[list-item]
+        ours = [_attention_call(ops, q, kv, metadata)]
+        *theirs, mine = interleaved_ms([*sdpa.values(), ours], min_ms=5)
         medians = [statistics.median(times) for times in theirs]
         fastest = medians.index(min(medians))
         ratio = statistics.median(a / b for a, b in zip(theirs[fastest], mine, strict=True))
-        params = {"batch": batch, "context": length, "backend": list(sdpa)[fastest]}
+        params: dict[str, str | int] = {"batch": batch, "context": length, "backend": list(sdpa)[fastest]}
         _append("attention", "prefill_ratio_vs_sdpa", ratio, "x", params, out)
         del q, kv, metadata, sdpa, ours
         torch.cuda.empty_cache()

@@ -10,7 +10,9 @@ import msgspec
 
 from benchmarks.gpu.shapes import FUSED_LAYERS, LAYERS
 from cluster.engine.kernels.triton.plans import AttentionPlan, LinearPlan
-from cluster.engine.kernels.triton.table import LinearEntry, PlanTable
+from cluster.engine.kernels.triton.table import LinearEntry, PlanTable, file_stem
+
+__all__ = ["best_ratios", "file_stem", "make_table", "write_table"]
 
 
 def best_ratios(measurements: Path) -> dict[tuple[str, int], tuple[float, LinearPlan]]:

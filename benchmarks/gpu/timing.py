@@ -21,16 +21,7 @@ def graph_ms(calls: Sequence[Callable[[], object]], *, min_ms: float = 4.0, repl
     graph = _capture(calls)
     once = _replay_ms(graph)
     rounds = max(1, min(200, round(min_ms / max(once, 1e-3))))
-    times = []
-    for _ in range(replays):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(rounds):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / (rounds * len(calls)))
-    del graph
+    times = [_timed(_repeat(graph, rounds)) / (rounds * len(calls)) for _ in range(replays)]
     return sorted(times)[len(times) // 2]
 
 
@@ -42,14 +33,17 @@ def _capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     return graph
 
 
+def _repeat(graph: torch.cuda.CUDAGraph, count: int) -> Callable[[], object]:
+    def replay() -> None:
+        for _ in range(count):
+            graph.replay()
+
+    return replay
+
+
 def _replay_ms(graph: torch.cuda.CUDAGraph) -> float:
     graph.replay()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    graph.replay()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
+    return _timed(graph.replay)
 
 
 def interleaved_ms(
@@ -71,7 +65,7 @@ def interleaved_ms(
     times: list[list[float]] = [[] for _ in variants]
     for index in range(rounds + 1):
         for graph, count, calls, found in zip(graphs, counts, variants, times, strict=True):
-            milliseconds = _timed(lambda graph=graph, count=count: [graph.replay() for _ in range(count)])  # type: ignore[misc]
+            milliseconds = _timed(_repeat(graph, count))
             if index:  # the first round warms up
                 found.append(milliseconds / (count * len(calls)))
     return times
@@ -83,7 +77,7 @@ def _timed(call: Callable[[], object]) -> float:
     call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end)
+    return float(start.elapsed_time(end))
 
 
 def copy_bandwidth_tb_s(num_bytes: int = 1 << 32) -> float:

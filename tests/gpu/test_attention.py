@@ -66,7 +66,9 @@ def test_every_tile_has_the_same_bits(head_size: int) -> None:
     assert not any(differing.values()), differing
 
 
-@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_size"), [(8, 8, 64), (10, 2, 128), (9, 3, 64), (32, 2, 128)])
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_size"), [(8, 8, 64), (10, 2, 128), (9, 3, 64), (32, 2, 128)]
+)
 def test_warp_group_kernel_equals_the_tiled_one(num_heads: int, num_kv_heads: int, head_size: int) -> None:
     contexts = [1, 64, 700, 1537, 33, 2500, 512, 1025]
     cache = paged(num_heads, num_kv_heads, head_size, contexts, block=128)

@@ -38,9 +38,6 @@ class CudaLinearWeight:
     def rows(self, indices_T: torch.Tensor) -> torch.Tensor:
         return self.weight_NK.index_select(0, indices_T)
 
-    def rows(self, indices_T: torch.Tensor) -> torch.Tensor:
-        return self.weight_NK.index_select(0, indices_T)
-
 
 class CudaOps:
     """`Ops` for one CUDA device. Sets torch's process-wide cuBLAS switches: no split-K, ever."""
@@ -153,8 +150,8 @@ def make_cuda_ops(device: str) -> CudaOps:
     """The operations of "cuda" or "cuda:N". `ConfigError` where there is no such device."""
     if not torch.cuda.is_available():
         raise ConfigError(f"device: {device!r} was asked for, and torch {torch.__version__} finds no CUDA device")
-    chosen = torch.device(device)
-    index = torch.cuda.current_device() if chosen.index is None else chosen.index
+    number = device.partition(":")[2]
+    index = int(number) if number.isdecimal() else torch.cuda.current_device()
     if index >= torch.cuda.device_count():
         raise ConfigError(f"device: {device!r} was asked for, and there are {torch.cuda.device_count()} CUDA devices")
     return CudaOps(torch.device("cuda", index))

@@ -209,7 +209,8 @@ def split_kernel(
 
 @triton.jit(do_not_specialize=["num_sequences", "max_rows"])
 def fold_kernel(
-    out_ptr, partial_ptr, partial_m_ptr, partial_l_ptr, query_start_ptr, context_len_ptr, num_sequences, max_rows, stride_out,
+    out_ptr, partial_ptr, partial_m_ptr, partial_l_ptr, query_start_ptr, context_len_ptr, num_sequences,
+    max_rows, stride_out,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     SPLIT_KEYS: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip

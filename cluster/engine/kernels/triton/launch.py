@@ -132,7 +132,10 @@ def run_attention(
     num_multiprocessors: int,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """(T, H * D) in q's type or the one given. Sequences of few rows take the split kernels, the others the tiled one: the same bits."""
+    """(T, H * D) in q's type or the one given.
+
+    Sequences of few rows take the split kernels, the others the tiled one: the same bits.
+    """
     num_rows, num_heads, head_size = q_THD.shape
     num_kv_heads = kv_N2GSD.shape[2]
     if num_heads % num_kv_heads:
@@ -147,10 +150,10 @@ def run_attention(
     if metadata.num_rows_max <= split_rows_max:
         _run_split(call, plan, metadata.num_rows_max, num_multiprocessors)
     elif call.num_sequences == 1:
-        _run_prefill(call, plan, 0, num_multiprocessors)
+        _run_prefill(call, plan, 0)
     else:
         _run_split(call, plan, 1, num_multiprocessors)
-        _run_prefill(call, plan, 1, num_multiprocessors)
+        _run_prefill(call, plan, 1)
     return out
 
 
@@ -205,17 +208,17 @@ def _run_split(call: _AttentionCall, plan: AttentionPlan, max_rows: int, num_mul
     for unused in ("BLOCK_ROWS", "BLOCK_KV", "BLOCK_SIZE"):
         del constants[unused]
     attention.fold_kernel[(call.num_sequences, max_rows * num_heads)](
-        call.out, partial, partial_m, partial_l, metadata.query_start, metadata.context_len, call.num_sequences, max_rows,
-        call.out.stride(0), **constants, num_warps=1,
+        call.out, partial, partial_m, partial_l, metadata.query_start, metadata.context_len,
+        call.num_sequences, max_rows, call.out.stride(0), **constants, num_warps=1,
     )  # fmt: skip
 
 
-def _run_prefill(call: _AttentionCall, plan: AttentionPlan, max_rows: int, num_multiprocessors: int) -> None:
+def _run_prefill(call: _AttentionCall, plan: AttentionPlan, max_rows: int) -> None:
     """Serve the sequences with more than `max_rows` rows."""
     metadata, kv = call.metadata, call.kv_N2GSD
     num_rows, _, head_size = call.q_THD.shape
     if plan.prefill_kind == "hopper" and head_size in (64, 128) and kv.shape[3] % block_kv(head_size) == 0:
-        _run_prefill_hopper(call, plan, max_rows, num_multiprocessors)
+        _run_prefill_hopper(call, plan, max_rows)
         return
     block_rows = max(plan.prefill_block_rows, triton.next_power_of_2(call.group))
     tiles = num_rows // (block_rows // call.group) + call.num_sequences
@@ -234,9 +237,7 @@ def _run_prefill(call: _AttentionCall, plan: AttentionPlan, max_rows: int, num_m
     )  # fmt: skip
 
 
-def _run_prefill_hopper(
-    call: _AttentionCall, plan: AttentionPlan, max_rows: int, num_multiprocessors: int
-) -> None:
+def _run_prefill_hopper(call: _AttentionCall, plan: AttentionPlan, max_rows: int) -> None:
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
 
@@ -250,12 +251,9 @@ def _run_prefill_hopper(
     kv_rows = GluonTensorDescriptor(kv, [rows, head_size], [head_size, 1], [keys, head_size], layout)
     tiles = num_rows // (128 // call.group) + call.num_sequences
     constants = call.constants(128)
-    for unused in ("BLOCK_D", "BLOCK_ROWS"):
+    for unused in ("NUM_KV_HEADS", "BLOCK_D", "BLOCK_ROWS"):
         del constants[unused]
-    programs = tiles * kv.shape[2]
-    if plan.prefill_persistent:
-        programs = min(programs, num_multiprocessors)
-    attention_hopper.prefill_hopper_kernel[(programs,)](
+    attention_hopper.prefill_hopper_kernel[(tiles, kv.shape[2])](
         call.q_THD, kv_rows, call.out, metadata.query_start, metadata.context_len, metadata.block_table,
         call.num_sequences, max_rows, call.scale_log2, call.q_THD.stride(0), call.out.stride(0),
         metadata.block_table.stride(0), kv.stride(0) // head_size, kv.stride(1) // head_size,

@@ -6,12 +6,13 @@ another plan than the whole weight does.
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 from bisect import bisect_left
 from importlib import resources
 
 import msgspec
+import torch
+import triton
 
 from cluster.engine.kernels.triton.plans import AttentionPlan, LinearPlan
 
@@ -83,7 +84,12 @@ def unmeasured_plan(num_rows: int) -> LinearPlan:
 
 def library_versions() -> dict[str, str]:
     """What, besides the device, may change a kernel's bits or speed."""
-    return {name: importlib.metadata.version(name) for name in ("torch", "triton")}
+    return {"torch": torch.__version__, "triton": triton.__version__}
+
+
+def file_stem(device_name: str) -> str:
+    """As in "NVIDIA H200" -> "NVIDIA_H200"."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", device_name)
 
 
 def load_plan_index(device_name: str) -> PlanIndex:
@@ -91,7 +97,7 @@ def load_plan_index(device_name: str) -> PlanIndex:
 
     cuBLASLt was admitted for the versions in the table only: with others our own chains take its place.
     """
-    file = resources.files(__package__) / "tables" / f"{re.sub(r'[^A-Za-z0-9]+', '_', device_name)}.json"
+    file = resources.files(__package__) / "tables" / f"{file_stem(device_name)}.json"
     if not file.is_file():
         return PlanIndex(PlanTable(device=device_name))
     table = msgspec.json.decode(file.read_bytes(), type=PlanTable)

@@ -1,0 +1,136 @@
+"""Trying plans: every GEMM candidate of every cell, then the best of them in turns with default cuBLAS."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import msgspec
+import torch
+import triton
+
+from benchmarks.gpu import attention, gemm, tables
+from benchmarks.gpu.candidates import candidates
+from benchmarks.gpu.shapes import FUSED_LAYERS, LAYERS, ROW_COUNTS, Layer
+from benchmarks.gpu.timing import copy_bandwidth_tb_s
+from cluster.engine.kernels.cuda_ops import CudaOps
+from cluster.engine.kernels.triton.plans import AttentionPlan, LinearPlan
+from cluster.engine.kernels.triton.table import library_versions
+
+DECODE_CASES = ((32, 4096), (32, 32768), (128, 4096), (128, 32768), (1, 32768), (1, 4096))
+PREFILL_CASES = ((16, 2048), (8, 2048), (2, 8192), (1, 32768))
+PREFILL_PLANS = [AttentionPlan(prefill_kind="hopper", prefill_num_stages=stages) for stages in (2, 4)] + [
+    AttentionPlan(prefill_block_rows=rows, prefill_num_warps=warps, prefill_num_stages=5, prefill_use_tma=True)
+    for rows, warps in ((64, 4), (128, 8))
+]
+SPLIT_PLANS = [
+    AttentionPlan(split_num_warps=warps, split_num_stages=stages, split_programs_per_multiprocessor=programs)
+    for warps in (2, 4)
+    for stages in (3, 5)
+    for programs in (2, 3, 4)
+]
+FINALISTS = 4
+_CANNOT_RUN = (triton.OutOfResources, triton.CompilationError, RuntimeError)
+
+
+def compile_share(share: int, shares: int) -> None:
+    """Compile every GEMM candidate of this share into Triton's cache on disk."""
+    ops = CudaOps(torch.device("cuda"))
+    every = {(silu, p) for rows in ROW_COUNTS for silu in (False, True) for p in candidates(rows, silu_mul=silu)}
+    weight = ops.pack_linear(torch.zeros((1024, 512), device="cuda", dtype=torch.bfloat16))
+    x = torch.zeros((256, 512), device="cuda", dtype=torch.bfloat16)
+    for silu, plan in sorted(every, key=str)[share::shares]:
+        out = torch.empty((256, 512 if silu else 1024), device="cuda", dtype=torch.bfloat16)
+        try:
+            ops.run_linear(x, weight, None, out, plan, silu_mul=silu)
+        except _CANNOT_RUN as error:
+            print("cannot run", silu, plan, str(error)[:200])
+    torch.cuda.synchronize()
+
+
+def compile_all(shares: int = 12) -> None:
+    """Processes share the work: compiling is one thread each."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "compile-share"]
+    children = [subprocess.Popen([*command, str(share), str(shares)]) for share in range(shares)]
+    for child in children:
+        child.wait(timeout=300)
+
+
+def tune(out: Path, budget_s: float) -> None:
+    """Write `measurements.jsonl` and the device's plan table. Half the budget goes to each stage at most."""
+    compile_all()
+    ops = CudaOps(torch.device("cuda"))
+    start = time.monotonic()
+    finalists: dict[tuple[str, int], list[gemm.Measurement]] = defaultdict(list)
+
+    def keep(measured: gemm.Measurement) -> None:
+        if measured.plan is not None and not measured.error and measured.differing == 0:
+            finalists[measured.layer, measured.num_rows].append(measured)
+
+    gemm.sweep(ops, (*LAYERS, *FUSED_LAYERS), ROW_COUNTS, keep, start + budget_s / 2)
+    measurements = out / "measurements.jsonl"
+    with measurements.open("w") as file:
+        for layer in (*LAYERS, *FUSED_LAYERS):
+            if time.monotonic() > start + budget_s:
+                break
+            for line in _compare_layer(ops, layer, finalists):
+                file.write(json.dumps(line) + "\n")
+    name = torch.cuda.get_device_name()
+    table = tables.make_table(measurements, name, library_versions(), ops.plans.attention)
+    tables.write_table(table, out / f"{tables.file_stem(name)}.json")
+
+
+def _compare_layer(
+    ops: CudaOps, layer: Layer, finalists: dict[tuple[str, int], list[gemm.Measurement]]
+) -> list[dict[str, object]]:
+    bench = gemm.LayerBench(ops, layer, max(ROW_COUNTS))
+    lines: list[dict[str, object]] = []
+    for num_rows in ROW_COUNTS:
+        ranked = sorted(finalists[layer.name, num_rows], key=lambda measured: measured.milliseconds)
+        plans = [measured.plan for measured in ranked[:FINALISTS] if measured.plan is not None]
+        library = LinearPlan(kind="cublaslt")
+        if any(measured.plan == library for measured in ranked[FINALISTS:]):
+            plans.append(library)
+        if not plans:
+            continue
+        base, ours = bench.compare(plans, num_rows)
+        lines += [
+            {
+                "layer": layer.name,
+                "num_rows": num_rows,
+                "plan": msgspec.to_builtins(plan),
+                "ms": times,
+                "base_ms": base,
+            }
+            for plan, times in zip(plans, ours, strict=True)
+        ]
+    return lines
+
+
+def sweep_attention(out: Path, budget_s: float) -> None:
+    """One line per case and plan in `attention-sweep.jsonl`, prefill beside SDPA's backends."""
+    deadline = time.monotonic() + budget_s
+    copy_tb_s = copy_bandwidth_tb_s()
+    with (out / "attention-sweep.jsonl").open("w") as file:
+        for batch, length in PREFILL_CASES:
+            inputs = attention.paged_inputs([length] * batch, [length] * batch, num_layers=1)
+            case: dict[str, object] = {"batch": batch, "context": length, "sdpa_ms": attention.sdpa_ms(batch, length)}
+            for plan in PREFILL_PLANS:
+                if time.monotonic() < deadline:
+                    line = case | {"plan": msgspec.to_builtins(plan), "ms": attention.prefill_ms(plan, inputs)}
+                    file.write(json.dumps(line) + "\n")
+            del inputs
+        for batch, context in DECODE_CASES:
+            layers = 1 if batch * context > 2**21 else 4
+            inputs = attention.paged_inputs([1] * batch, [context] * batch, num_layers=layers)
+            for plan in SPLIT_PLANS:
+                if time.monotonic() < deadline:
+                    ms, fraction = attention.decode_fraction(batch, context, plan, copy_tb_s, inputs)
+                    line = {"batch": batch, "context": context, "plan": msgspec.to_builtins(plan), "ms": ms}
+                    file.write(json.dumps(line | {"bandwidth_fraction": fraction}) + "\n")
+            del inputs
+            torch.cuda.empty_cache()

@@ -1,0 +1,137 @@
+"""The Triton kernels on the CPU, in Triton's interpreter: indexing, masks and formulas, not bits or speed.
+
+The interpreter multiplies tiles with numpy, which is right for fp16 and fp32 operands and not for bf16.
+Bits are proved on a GPU (tests/gpu). Started by `test_triton_interpret.py` in a process of its own:
+Triton decides at its first import whether it interprets.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cluster.engine.kernels.ops import AttentionMetadata
+from cluster.engine.kernels.triton import launch
+from cluster.engine.kernels.triton.plans import AttentionPlan, LinearPlan
+from tests.gpu.support import Paged, relative_error
+
+LINEAR_PLANS = [
+    LinearPlan(block_m=16, block_n=32, block_k=64),
+    LinearPlan(block_m=16, block_n=32, block_k=32, swap=True),
+    LinearPlan(kind="tma", block_m=16, block_n=32, block_k=32),
+    LinearPlan(kind="tma", block_m=16, block_n=32, block_k=32, swap=True, persistent=False, store_parts=2),
+]
+
+
+@pytest.mark.parametrize("plan", LINEAR_PLANS)
+@pytest.mark.parametrize("num_rows", [1, 21])
+def test_linear(plan: LinearPlan, num_rows: int) -> None:
+    torch.manual_seed(0)
+    x, w = torch.randn(num_rows, 72).half(), torch.randn(40, 72).half()
+    bias = torch.randn(40).half()
+    out = torch.full((num_rows, 40), torch.nan)
+    launch.run_linear(x, w, bias, out, plan, num_programs=2)
+    product = x.double() @ w.double().t()
+    assert relative_error(out, product + bias.double()) < 1e-5
+    gated = torch.full((num_rows, 20), torch.nan)
+    launch.run_linear(x, w, None, gated, plan, silu_mul=True, num_programs=2)
+    gate, up = product.chunk(2, dim=1)
+    assert relative_error(gated, gate / (1 + torch.exp(-gate)) * up) < 1e-5
+
+
+def test_a_plan_for_the_copy_engine_falls_back_where_rows_are_not_aligned() -> None:
+    x, w = torch.randn(3, 33).half(), torch.randn(5, 33).half()
+    out = torch.full((3, 5), torch.nan)
+    launch.run_linear(x, w, None, out, LINEAR_PLANS[2])
+    assert relative_error(out, x.double() @ w.double().t()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_size", "block_size"), [(4, 2, 16, 64), (6, 2, 24, 16), (3, 1, 32, 128)]
+)
+def test_attention(num_heads: int, num_kv_heads: int, head_size: int, block_size: int) -> None:
+    """Mixed batches over a cache whose unused slots hold NaN and whose table has wild entries past the end."""
+    contexts = [530, 70, 1]
+    cache = Paged(
+        contexts, num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=head_size, block_size=block_size,
+        dtype=torch.float16, device="cpu",
+    )  # fmt: skip
+    expected = [cache.expected(index) for index in range(3)]
+    for rows, use_tma in (([3, 1, 1], False), ([20, 33, 1], False), ([20, 33, 1], True)):
+        plan = AttentionPlan(prefill_block_rows=32, prefill_use_tma=use_tma)
+        for index, out in enumerate(cache.attend([0, 1, 2], rows, plan=plan)):
+            assert relative_error(out, expected[index][-rows[index] :]) < 2e-3, (rows, index)
+
+
+def test_attention_of_a_prefix_does_not_see_what_follows() -> None:
+    cache = Paged([530], num_heads=2, num_kv_heads=1, head_size=16, dtype=torch.float16, device="cpu")
+    expected = cache.expected(0)
+    for context in (1, 65, 513):
+        assert relative_error(cache.attend([0], [1], [context])[0], expected[context - 1 : context]) < 2e-3
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_rope_and_cache_write(normed: bool) -> None:
+    torch.manual_seed(0)
+    num_rows, num_heads, num_kv_heads, size, block = 9, 3, 1, 24, 16
+    qkv = torch.randn(num_rows, (num_heads + 2 * num_kv_heads) * size)
+    cache = torch.full((4, 2, 2, num_kv_heads, block, size), 7.0, dtype=torch.float16)
+    slots = torch.randperm(4 * block)[:num_rows]
+    slots[2] = -1
+    positions = torch.randint(0, 50, (num_rows,))
+    angles = torch.arange(50)[:, None] * 1e4 ** (-torch.arange(0, size, 2) / size)
+    table = torch.cat([angles.cos(), angles.sin()], dim=1)
+    norm = torch.rand(size) + 0.5 if normed else None
+    empty = torch.zeros(1, dtype=torch.int32)
+    metadata = AttentionMetadata(empty, empty, empty[None], slots, positions, 1, 1)
+    q = launch.run_rope_and_cache(qkv, cache[:, 1], metadata, table, num_heads, norm, norm, 1e-6)
+
+    heads = qkv.double().view(num_rows, -1, size)
+    turned = heads[:, : num_heads + num_kv_heads]
+    if norm is not None:
+        turned = turned * torch.rsqrt(turned.square().mean(-1, keepdim=True) + 1e-6) * norm.double()
+    low, high = turned.chunk(2, dim=-1)
+    cos, sin = table[positions].double()[:, None].chunk(2, dim=-1)
+    turned = torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+    assert relative_error(q, turned[:, :num_heads]) < 1e-3
+    kept = slots >= 0
+    stored = [cache[slots[kept] // block, 1, which, :, slots[kept] % block] for which in (0, 1)]
+    assert relative_error(stored[0], turned[kept, num_heads:]) < 1e-3
+    assert relative_error(stored[1], heads[kept, num_heads + num_kv_heads :]) < 1e-3
+    assert int((cache != 7.0).any(-1).sum()) == 2 * num_kv_heads * int(kept.sum())
+
+
+def test_rms_norm_with_and_without_update() -> None:
+    torch.manual_seed(0)
+    x, update, weight = torch.randn(4, 96), torch.randn(4, 96).half(), torch.randn(96)
+    expected = torch.nn.functional.rms_norm(x.double(), (96,), weight.double(), 1e-5)
+    assert relative_error(launch.run_rms_norm(x, None, weight, 1e-5, torch.float32), expected) < 1e-6
+    total = x + update
+    out = launch.run_rms_norm(x, update, weight, 1e-5, torch.float32)
+    assert torch.equal(x, total)
+    assert relative_error(out, torch.nn.functional.rms_norm(total.double(), (96,), weight.double(), 1e-5)) < 1e-6
+    with pytest.raises(ValueError, match="in place"):
+        launch.run_rms_norm(x[:, ::2], update[:, ::2], weight[::2], 1e-5, torch.float32)
+
+
+def test_vocabulary_statistics() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(4, 9001)
+    logits[1, 77] = logits[1, 5000] = 9.0
+    logits[2, :] = float("-inf")
+    logits[2, 8999] = 1.0
+    logits[3, 3] = float("nan")
+    maximum, logsumexp, ids = launch.run_vocab_stats(logits)
+    assert torch.allclose(logsumexp[:3], logits[:3].logsumexp(-1), rtol=1e-6)
+    assert bool(logsumexp[3].isnan())
+    assert torch.equal(maximum[:3], logits[:3].max(-1).values)
+    assert ids.tolist() == [int(logits[0].argmax()), 77, 8999, int(logits[3].nan_to_num(-100).argmax())]
+
+
+def test_impossible_calls_are_refused() -> None:
+    cache = Paged([20], num_heads=4, num_kv_heads=2, head_size=16, dtype=torch.float16, device="cpu")
+    metadata = cache.metadata([0], [1], [20])
+    with pytest.raises(ValueError, match="do not divide"):
+        launch.run_attention(cache.q[0][:1, :3], cache.layer, metadata, 0.1, AttentionPlan(), 4)
+    with pytest.raises(ValueError, match="scale must be positive"):
+        launch.run_attention(cache.q[0][:1], cache.layer, metadata, 0.0, AttentionPlan(), 4)
