@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import sys
 import uuid
 from collections.abc import Sequence
@@ -41,17 +42,18 @@ REQUEST_TIMEOUT_S = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """What is run."""
+    """What is run: on each deployment every concurrency, cold and warm. The first cell is the reference."""
 
-    topologies: Sequence[str]
-    chunks: Sequence[int]
+    deployments: Sequence[tuple[str, int]]  # (topology, chunk)
     concurrencies: Sequence[int]
     num_prompts: int
     max_tokens: int
 
 
-FULL = Matrix(tuple(TOPOLOGIES), CHUNKS, CONCURRENCIES, num_prompts=64, max_tokens=16)
-QUICK = Matrix(("monolithic", "1P+1D"), (512, 97), (8,), num_prompts=24, max_tokens=8)
+FULL = Matrix(tuple(itertools.product(TOPOLOGIES, CHUNKS)), CONCURRENCIES, num_prompts=64, max_tokens=16)
+QUICK = Matrix((("monolithic", 512), ("1P+1D", 97), ("2P+2D", 64)), (8,), num_prompts=24, max_tokens=8)
+# One process is enough to show that a wrong order shows: alone against eight at a time.
+BROKEN = Matrix((("monolithic", 512),), (1, 8), num_prompts=24, max_tokens=8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +124,10 @@ def run_matrix(model: str, matrix: Matrix, environment: dict[str, str] | None = 
     """One deployment per (topology, chunk), all cells of it, and its block accounting afterwards."""
     reference = Reference(matrix)
     results = Results([], [])
-    for topology in matrix.topologies:
-        for chunk in matrix.chunks:
-            with deployment(model, _settings(topology, chunk), environment=environment) as running:
-                asyncio.run(_run_cells(running, topology, chunk, matrix, reference, results))
-                assert_settled(running)
+    for topology, chunk in matrix.deployments:
+        with deployment(model, _settings(topology, chunk), environment=environment) as running:
+            asyncio.run(_run_cells(running, topology, chunk, matrix, reference, results))
+            assert_settled(running)
     return results
 
 
@@ -164,7 +165,7 @@ def _print_cell(cell: CellResult) -> None:
 
 def main() -> int:
     arguments = _parse_arguments()
-    matrix = QUICK if arguments.quick else FULL
+    matrix = BROKEN if arguments.mutation else QUICK if arguments.quick else FULL
     environment = {"TANDEM_BREAK_KERNEL": arguments.mutation} if arguments.mutation else None
     results = run_matrix(arguments.model, matrix, environment)
     mismatches = sum(bool(cell.differences) for cell in results.cells)
@@ -184,8 +185,7 @@ def _record(model: str, matrix: Matrix, cells: int, mismatches: int, num_compare
     params: dict[str, Parameter] = {
         "model": model,
         "prompts": matrix.num_prompts,
-        "topologies": ",".join(matrix.topologies),
-        "chunks": ",".join(map(str, matrix.chunks)),
+        "deployments": ", ".join(f"{topology} chunk {chunk}" for topology, chunk in matrix.deployments),
         "concurrencies": ",".join(map(str, matrix.concurrencies)),
     }
     append_result("exactness", "cells", cells, "cells", params)
