@@ -92,6 +92,7 @@ def load_worker(
     cluster_key = read_cluster_key(config) if config.transport != "loopback" else secrets.token_bytes(32)
     _check_port_free(config.host, config.port)
     engine_id = f"{parts.role.value}-{secrets.token_hex(8)}"
+    torch.set_num_threads(1)  # the kernels bring their own threads, torch's would only contend with them
     show("admitting kernels", 0, 0)
     ops = get_ops(config.engine.device, config.engine.num_threads)
     numeric_fingerprint = fingerprint(ops)
