@@ -9,7 +9,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Limits of one engine; validated by `cluster.config` before it gets here."""
 
     block_size: int = 32  # tokens per KV block; a multiple of 16
-    kv_cache_bytes: int | None = None  # size of the KV pool; None: see pool_size.py
+    kv_cache_bytes: int | None = None  # size of the KV pool; None: chosen from the memory that is free (pool_size.py)
     max_num_sequences: int = 64  # running at once
     max_batched_tokens: int = 512  # per step: prefill chunk budget, decode tokens included
     max_model_len: int | None = None  # None: the model's own

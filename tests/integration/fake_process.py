@@ -47,10 +47,10 @@ def main(behaviour: str, *rest: str) -> None:
         case "deaf":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             _serve()
-        case "with-child":
+        case "crash-with-child":
             child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
             Path(rest[0]).write_text(str(child.pid))
-            _serve()
+            sys.exit(4)
         case "noisy":
             sys.stdout.write("x" * 200_000 + "\x1b[2Jno event\n")
             sys.stdout.write('{"event":"ready","address":5}\n')

@@ -228,12 +228,11 @@ def test_no_orphan_even_when_the_launcher_is_killed() -> None:
         wait_gone(pid)
 
 
-def test_what_a_process_started_itself_goes_with_it(tmp_path: Path) -> None:
+def test_what_a_dead_process_had_started_goes_with_it(tmp_path: Path) -> None:
     child_pid = tmp_path / "pid"
-    launch = start_launch(f"decode-0=with-child:{child_pid}")
-    read_until(launch, "Try: curl")
-    launch.send_signal(signal.SIGTERM)
+    launch = start_launch(f"decode-0=crash-with-child:{child_pid}")
     launch.communicate(timeout=WAIT_S)
+    assert launch.returncode == 1
     wait_gone(int(child_pid.read_text()))
 
 
