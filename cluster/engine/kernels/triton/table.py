@@ -45,6 +45,10 @@ class PlanIndex:
         for entry in sorted(table.linear, key=lambda entry: entry.max_rows):
             self._by_shape.setdefault((entry.out_features, entry.in_features, entry.silu_mul), []).append(entry)
 
+    def entries(self) -> list[LinearEntry]:
+        """Every plan that may serve, those of unmeasured weights seen so far included."""
+        return [entry for entries in self._by_shape.values() for entry in entries]
+
     def linear(self, out_features: int, in_features: int, num_rows: int, *, silu_mul: bool) -> LinearPlan:
         """Bounds ascend; the largest one serves all rows above it."""
         key = (out_features, in_features, silu_mul)
@@ -61,8 +65,8 @@ class PlanIndex:
             return abs(other[0] / out_features - 1) + abs(other[1] / in_features - 1)
 
         known = [shape for shape in self._by_shape if shape[2] == silu_mul]
-        if known:
-            return self._by_shape[min(known, key=distance)]
+        if known:  # cuBLASLt picks its algorithm by shape, so it is admitted for no other
+            return [_without_library(entry) for entry in self._by_shape[min(known, key=distance)]]
         return [
             LinearEntry(out_features=0, in_features=0, max_rows=rows, silu_mul=silu_mul, plan=plan)
             for rows, plan in UNMEASURED

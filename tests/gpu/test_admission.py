@@ -1,0 +1,84 @@
+"""Whatever plan serves, the bits are the same: over all probes, and for every entry of the device's table."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import pytest
+import torch
+
+from benchmarks.gpu.gemm import revealing_inputs
+from cluster.engine.kernels.cuda_ops import CudaOps
+from cluster.engine.kernels.probes import ALL_PROBES, Magnitudes, draw
+from cluster.engine.kernels.registry import describe_difference
+from cluster.engine.kernels.triton.plans import REFERENCE_LINEAR, AttentionPlan, LinearPlan
+from cluster.engine.kernels.triton.table import LinearEntry, PlanIndex, PlanTable
+from tests.gpu.support import num_differing
+
+SWAPPED = LinearPlan(block_m=32, block_n=64, block_k=128, num_stages=3, swap=True)
+COPY_ENGINE = LinearPlan(kind="tma", block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3)
+PLAIN_ATTENTION = AttentionPlan(prefill_block_rows=16, split_num_stages=1, prefill_num_stages=1)
+
+
+def ops_with(plan: LinearPlan | None, attention: AttentionPlan | None) -> CudaOps:
+    """Operations where one plan serves every GEMM; None: as the table says."""
+    ops = CudaOps(torch.device("cuda"))
+    if plan is not None:
+        entries = [
+            LinearEntry(out_features=1, in_features=1, max_rows=1, silu_mul=silu_mul, plan=plan)
+            for silu_mul in (False, True)
+        ]
+        ops.plans = PlanIndex(PlanTable(device="test", linear=tuple(entries), attention=ops.plans.attention))
+    if attention is not None:
+        ops.plans.attention = attention
+    return ops
+
+
+@pytest.fixture(scope="module")
+def reference() -> CudaOps:
+    return ops_with(REFERENCE_LINEAR, PLAIN_ATTENTION)
+
+
+@pytest.mark.parametrize("plan", [None, SWAPPED, COPY_ENGINE])
+@pytest.mark.parametrize("kind", ["tiled", "hopper"])
+def test_every_probe_equals_the_reference_plans(plan: LinearPlan | None, kind: str, reference: CudaOps) -> None:
+    attention = AttentionPlan(prefill_kind="hopper", split_num_warps=2) if kind == "hopper" else None
+    ops = ops_with(plan, attention)
+    found = {}
+    for probe in ALL_PROBES:
+        for ours, theirs in zip(probe.run(ops), probe.run(reference), strict=True):
+            difference = describe_difference(ours.cpu(), theirs.cpu())
+            if difference is not None:
+                found[probe.name] = difference
+    assert not found
+
+
+def test_library_products_of_the_table_equal_the_chain() -> None:
+    """Each shape and row count where the table lets cuBLASLt serve, fp32 and bf16 results, four kinds of input."""
+    ops = CudaOps(torch.device("cuda"))
+    cells = defaultdict(list)
+    for entry in ops.plans.entries():
+        if entry.plan.kind == "cublaslt":
+            cells[entry.out_features, entry.in_features].append(entry)
+    found = {}
+    for (n, k), entries in cells.items():
+        generator = torch.Generator().manual_seed(n + k)
+        weight = ops.pack_linear(torch.randn((n, k), device="cuda", dtype=torch.bfloat16) * k**-0.5)
+        rows = min(max(entry.max_rows for entry in entries), 2048)
+        inputs = {"revealing": revealing_inputs(rows, k, seed=2)}
+        for magnitudes in (Magnitudes.NORMAL, Magnitudes.DENORMAL, Magnitudes.CANCELLING):
+            drawn = draw(generator, 64, k, magnitudes).bfloat16().cuda()
+            inputs[magnitudes.value] = drawn.repeat(-(-rows // 64), 1)[:rows]
+        for name, x in inputs.items():
+            expected = torch.empty((rows, n), device="cuda")
+            ops.run_linear(x, weight, None, expected, REFERENCE_LINEAR, silu_mul=False)
+            for entry in entries:
+                count = min(entry.max_rows, rows)
+                for dtype in (torch.float32, torch.bfloat16):
+                    out = torch.full((count, n), float("nan"), device="cuda", dtype=dtype)
+                    ops.run_linear(x[:count], weight, None, out, entry.plan, silu_mul=False)
+                    differing = num_differing(out, expected[:count].to(dtype))
+                    if differing:
+                        found[n, k, count, name, dtype] = differing
+        torch.cuda.empty_cache()
+    assert not found
