@@ -104,9 +104,10 @@ struct Linear {
       for (i64 row = tile * 16; row < M && row < tile * 16 + 16; row++)
         for (i64 g = 0; g < groups(); g++) {
           u16* to = copy + tile * 16 * padded + row % 16 * row_stride + g * group_stride;
-          const i64 here = K - g * GROUP < GROUP ? K - g * GROUP : GROUP;
-          if (here < GROUP) memset(to, 0, GROUP * 2);
-          memcpy(to, x + row * ldx + g * GROUP, here * 2);
+          const u16* from = x + row * ldx + g * GROUP;
+          const i64 left = K - g * GROUP;
+          if (left >= GROUP) store_u(to, load_u(from));
+          else memset(to, 0, GROUP * 2), memcpy(to, from, left * 2);
         }
     });
     x = copy;
