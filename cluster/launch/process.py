@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -16,6 +18,7 @@ from cluster.process_events import Failed, ProcessEvent, Ready, parse
 
 MAX_LAST_LINES = 30
 MAX_LINE_BYTES = 16 * 1024
+STDOUT, STDERR = 1, 2
 PIPE_GRACE_S = 2.0  # for output that is still in the pipes when the process has ended
 
 
@@ -38,42 +41,41 @@ class ProcessListener(Protocol):
 
 
 class ManagedProcess:
-    """Made by `start`. The caller awaits `wait`, which also reaps whatever is left of its group."""
+    """Made by `start`. The caller awaits `wait`, which also ends whatever is left of its group."""
 
-    def __init__(self, spec: ProcessSpec, child: asyncio.subprocess.Process, listener: ProcessListener) -> None:
+    def __init__(self, spec: ProcessSpec, listener: ProcessListener) -> None:
         self.spec = spec
         self.ready = asyncio.Event()
-        self.exited = asyncio.Event()
+        self.exited = asyncio.Event()  # and its output has been passed on
         self.failure: Failed | None = None
         self.was_too_slow = False
-        self._child = child
         self._listener = listener
         self._last_lines: deque[str] = deque(maxlen=MAX_LAST_LINES)
+        self._protocol = _ChildProtocol(self._on_line)
+        self._transport: asyncio.SubprocessTransport | None = None
 
     @classmethod
     async def start(cls, spec: ProcessSpec, listener: ProcessListener) -> ManagedProcess:
         """Its own session: Ctrl-C in the terminal reaches the launcher only, which drains in order."""
+        process = cls(spec, listener)
         try:
-            child = await asyncio.create_subprocess_exec(
+            process._transport, _ = await asyncio.get_running_loop().subprocess_exec(
+                lambda: process._protocol,
                 sys.executable,
                 "-P",  # no module is taken from the current directory
                 "-m",
                 "cluster.launch.child",
                 str(os.getpid()),
                 *spec.command,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
                 env={**os.environ, **spec.environment},
                 start_new_session=True,
             )
         except OSError as error:
             raise StartupError(f"{spec.name} cannot be started: {error.strerror or error}") from error
-        return cls(spec, child, listener)
-
-    @property
-    def pid(self) -> int:
-        return self._child.pid
+        return process
 
     @property
     def last_words(self) -> list[str]:
@@ -83,17 +85,25 @@ class ManagedProcess:
         return list(self._last_lines)
 
     async def wait(self) -> int:
-        """Pass on everything it says until it has ended; its exit code, negative for a signal."""
-        readers = [asyncio.create_task(self._read_events()), asyncio.create_task(self._read_logs())]
+        """Until it has ended; its exit code, negative for a signal.
+
+        What it started itself is killed then, and may have held its pipes open: so the end of the
+        process is awaited first, the end of its output after that and not for long.
+        """
+        assert self._transport is not None
         try:
-            exit_code = await self._child.wait()
-            await asyncio.wait(readers, timeout=PIPE_GRACE_S)
+            await self._protocol.process_ended.wait()
+            self.send(signal.SIGKILL)
+            with suppress(TimeoutError):  # a process outside of the group has the pipes: nothing of ours is lost
+                await asyncio.wait_for(self._protocol.pipes_closed.wait(), PIPE_GRACE_S)
+            self._protocol.flush()
+            exit_code = self._transport.get_returncode()
+            assert exit_code is not None
             return exit_code
         finally:
-            self.send(signal.SIGKILL)  # what it may have started itself
-            for reader in readers:
-                reader.cancel()
-            await asyncio.gather(*readers, return_exceptions=True)
+            if not self._protocol.process_ended.is_set():  # the caller gives up
+                self.send(signal.SIGKILL)
+            self._transport.close()
             self.exited.set()
 
     def kill_unless_ready(self) -> None:
@@ -103,33 +113,57 @@ class ManagedProcess:
 
     def send(self, number: signal.Signals) -> None:
         """Send to its whole process group; one that is gone is not an error."""
+        assert self._transport is not None
         try:
-            os.killpg(self._child.pid, number)
+            os.killpg(self._transport.get_pid(), number)
         except (ProcessLookupError, PermissionError):  # PermissionError: only zombies are left (macOS)
             return
 
-    async def _read_events(self) -> None:
-        assert self._child.stdout is not None
-        async for line in _lines(self._child.stdout):
-            event = parse(line)
-            if event is None:
-                self._remember(line)
-                continue
-            match event:
-                case Ready():
-                    self.ready.set()
-                case Failed():
-                    self.failure = event
-            self._listener.on_event(self.spec.name, event)
+    def _on_line(self, pipe: int, line: str) -> None:
+        event = parse(line) if pipe == STDOUT else None
+        if event is None:
+            self._last_lines.append(line)
+            self._listener.on_log(self.spec.name, line)
+            return
+        match event:
+            case Ready():
+                self.ready.set()
+            case Failed():
+                self.failure = event
+        self._listener.on_event(self.spec.name, event)
 
-    async def _read_logs(self) -> None:
-        assert self._child.stderr is not None
-        async for line in _lines(self._child.stderr):
-            self._remember(line)
 
-    def _remember(self, line: str) -> None:
-        self._last_lines.append(line)
-        self._listener.on_log(self.spec.name, line)
+class _ChildProtocol(asyncio.SubprocessProtocol):
+    """Lines of both pipes, and two separate ends: of the process, and of its pipes."""
+
+    def __init__(self, on_line: Callable[[int, str], None]) -> None:
+        self.process_ended = asyncio.Event()
+        self.pipes_closed = asyncio.Event()
+        self._on_line = on_line
+        self._pending = {STDOUT: b"", STDERR: b""}
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        """Lines are cut at `MAX_LINE_BYTES`: a process that prints without newlines fills no memory."""
+        *complete, pending = (self._pending[fd] + data).split(b"\n")
+        if len(pending) >= MAX_LINE_BYTES:
+            complete.append(pending)
+            pending = b""
+        self._pending[fd] = pending
+        for line in complete:
+            for start in range(0, max(len(line), 1), MAX_LINE_BYTES):
+                self._on_line(fd, _text(line[start : start + MAX_LINE_BYTES]))
+
+    def process_exited(self) -> None:
+        self.process_ended.set()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.pipes_closed.set()
+
+    def flush(self) -> None:
+        """The last line of a process that ended without a newline."""
+        for fd, pending in self._pending.items():
+            if pending:
+                self._on_line(fd, _text(pending))
 
 
 def describe_exit(exit_code: int) -> str:
@@ -139,20 +173,6 @@ def describe_exit(exit_code: int) -> str:
         return f"killed by {signal.Signals(-exit_code).name}"
     except ValueError:
         return f"killed by signal {-exit_code}"
-
-
-async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
-    """Decoded lines, cut at `MAX_LINE_BYTES`: a process that prints without newlines fills no memory."""
-    pending = b""
-    while chunk := await stream.read(MAX_LINE_BYTES):
-        *complete, pending = (pending + chunk).split(b"\n")
-        for line in complete:
-            yield _text(line)
-        if len(pending) >= MAX_LINE_BYTES:
-            yield _text(pending)
-            pending = b""
-    if pending:
-        yield _text(pending)
 
 
 def _text(line: bytes) -> str:
