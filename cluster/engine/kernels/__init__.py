@@ -50,7 +50,7 @@ def _device_ops(device: str, num_threads: int | None) -> Ops:
 
             return make_cpu_ops(num_threads)
         case "cuda":
-            from cluster.engine.kernels.cuda_ops import make_cuda_ops
+            from cluster.engine.kernels.cuda_select import make_cuda_ops
 
             return make_cuda_ops(device)
         case _:

@@ -14,7 +14,6 @@ from cluster.engine.kernels.ops import AttentionMetadata, LinearWeight
 from cluster.engine.kernels.triton import launch
 from cluster.engine.kernels.triton.plans import LinearPlan
 from cluster.engine.kernels.triton.table import load_plan_index, unmeasured_plan
-from cluster.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,14 +143,3 @@ class CudaOps:
 
     def argmax(self, logits_TV: torch.Tensor) -> torch.Tensor:
         return launch.run_vocab_stats(logits_TV)[2]
-
-
-def make_cuda_ops(device: str) -> CudaOps:
-    """The operations of "cuda" or "cuda:N". `ConfigError` where there is no such device."""
-    if not torch.cuda.is_available():
-        raise ConfigError(f"device: {device!r} was asked for, and torch {torch.__version__} finds no CUDA device")
-    number = device.partition(":")[2]
-    index = int(number) if number.isdecimal() else torch.cuda.current_device()
-    if index >= torch.cuda.device_count():
-        raise ConfigError(f"device: {device!r} was asked for, and there are {torch.cuda.device_count()} CUDA devices")
-    return CudaOps(torch.device("cuda", index))

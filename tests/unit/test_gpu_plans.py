@@ -1,0 +1,67 @@
+"""Which plan serves which shape: the table of a device, its gaps, and libraries it was not measured with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cluster.engine.kernels import get_ops
+from cluster.errors import ConfigError
+
+pytest.importorskip("triton")
+
+from cluster.engine.kernels.triton import table
+from cluster.engine.kernels.triton.plans import LinearPlan
+from cluster.engine.kernels.triton.table import LinearEntry, PlanIndex, PlanTable, load_plan_index, unmeasured_plan
+
+LIBRARY = LinearPlan(kind="cublaslt")
+
+
+def entry(n: int, k: int, rows: int, plan: LinearPlan, silu_mul: bool = False) -> LinearEntry:
+    return LinearEntry(out_features=n, in_features=k, max_rows=rows, silu_mul=silu_mul, plan=plan)
+
+
+def test_the_smallest_bound_that_holds_the_rows_serves_and_the_largest_all_above() -> None:
+    plans = [LinearPlan(block_n=32 * i) for i in (1, 2, 4)]
+    index = PlanIndex(PlanTable(device="x", linear=tuple(entry(64, 64, 4**i, plans[i]) for i in (2, 0, 1))))
+    found = [index.linear(64, 64, rows, silu_mul=False) for rows in (1, 2, 4, 5, 16, 17, 10**6)]
+    assert found == [plans[i] for i in (0, 1, 1, 2, 2, 2, 2)]
+
+
+def test_an_unmeasured_weight_takes_the_nearest_one_s_plans_but_never_the_library() -> None:
+    own = LinearPlan(block_n=128)
+    linear = (entry(4096, 4096, 16, own), entry(4096, 4096, 512, LIBRARY), entry(100, 100, 16, LIBRARY))
+    index = PlanIndex(PlanTable(device="x", linear=linear))
+    assert index.linear(4096, 4096, 100, silu_mul=False) == LIBRARY
+    assert index.linear(4000, 4096, 1, silu_mul=False) == own
+    assert index.linear(4000, 4096, 100, silu_mul=False).kind == "chain"
+    assert index.linear(90, 100, 1, silu_mul=False).kind == "chain"
+    assert index.linear(4096, 4096, 100, silu_mul=True) == unmeasured_plan(100)
+
+
+def test_the_committed_table_covers_all_row_counts() -> None:
+    index = load_plan_index("NVIDIA H200")
+    shapes = {(e.out_features, e.in_features, e.silu_mul) for e in index.entries()}
+    assert len(shapes) == 12
+    bounds = [e.max_rows for e in index.entries() if (e.out_features, e.in_features) == (6144, 4096)]
+    assert bounds == [2**i for i in range(14)]
+
+
+def test_other_library_versions_bring_our_own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured_with = {"torch": "2.11.0+cu130", "triton": "3.6.0"}
+    monkeypatch.setattr(table, "library_versions", lambda: measured_with)
+    assert any(e.plan.kind == "cublaslt" for e in load_plan_index("NVIDIA H200").entries())
+    monkeypatch.setattr(table, "library_versions", lambda: measured_with | {"torch": "2.99.0"})
+    assert all(e.plan.kind != "cublaslt" for e in load_plan_index("NVIDIA H200").entries())
+
+
+def test_a_device_without_a_table_runs_on_defaults() -> None:
+    index = load_plan_index("Some GPU")
+    assert index.linear(4096, 4096, 8, silu_mul=False).swap
+    assert index.linear(4096, 4096, 10**5, silu_mul=False).kind == "chain"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_asking_for_a_gpu_where_there_is_none_names_the_field() -> None:
+    with pytest.raises(ConfigError, match="device: 'cuda:1' was asked for"):
+        get_ops("cuda:1")
