@@ -90,6 +90,18 @@ def test_results_are_right_while_several_threads_call() -> None:
     assert wrong == []
 
 
+def test_a_call_returns_when_all_of_its_work_is_done() -> None:
+    """More helpers than cores, so that some lose their core in the middle of a piece."""
+    ops = native("fma_avx2", 8)
+    x, weight = _operands(256, 700, 160)
+    packed = ops.pack_linear(weight)
+    expected = native("fma_avx2", 1).linear(x, packed)
+    for _ in range(40):
+        out = ops.linear(x, packed)
+        assert torch.equal(out, expected)
+        out.zero_()  # the allocator hands the same memory out again
+
+
 def test_denormals_of_torch_do_not_reach_the_kernels() -> None:
     probe = linear_probe(3, 20, 40, Magnitudes.DENORMAL)
     ops = native("fma_portable")
