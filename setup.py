@@ -13,7 +13,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
 _spec = importlib.util.spec_from_file_location("kernel_build", ROOT / "cluster/engine/kernels/cpu/build.py")
 assert _spec is not None
 assert _spec.loader is not None

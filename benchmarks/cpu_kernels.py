@@ -1,17 +1,14 @@
 """CPU kernels beside torch's own on the shapes of SmolLM2-135M: `python -m benchmarks.cpu_kernels`.
 
 One run measures both, in turns, on the same data. Weights are rotated through more memory than the L2
-cache holds, as in a forward pass. Prints a table; with `--record FILE` it also appends JSON lines
-(docs/benchmarks.md).
+cache holds, as in a forward pass. Prints a table; with `--record` it also appends the results to
+`benchmarks/results`.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +17,7 @@ import msgspec
 import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 
+from benchmarks.results import append_result
 from cluster.engine.kernels import AttentionMetadata, Ops, get_ops
 from cluster.engine.kernels.cpu.library import cpu_model
 
@@ -45,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=None, help="default: the cores this process may use")
     parser.add_argument("--seconds", type=float, default=0.3, help="per measurement")
-    parser.add_argument("--record", type=Path, default=None, help="append results to this .jsonl file")
+    parser.add_argument("--record", action="store_true", help="append to benchmarks/results")
     arguments = parser.parse_args()
     ops = get_ops("cpu", arguments.threads)
     if arguments.threads:
@@ -58,8 +56,8 @@ def main() -> None:
             f"{measured.name:<22}{measured.rows:>6}{measured.ours_us:>12.1f}{measured.torch_us:>12.1f}{measured.ratio:>8.2f}"
         )
         results.append(measured)
-    if arguments.record is not None:
-        record(results, ops.name, arguments.record)
+    if arguments.record:
+        print(f"appended to {record(results, ops.name)}")
 
 
 def measurements(ops: Ops, seconds: float) -> list[Measured]:
@@ -143,29 +141,23 @@ def in_turns(ours: Callable[[int], object], theirs: Callable[[int], object], sec
     return statistics.quantiles(times[0])[0] * 1e6, statistics.quantiles(times[1])[0] * 1e6
 
 
-def record(results: list[Measured], ops_name: str, path: Path) -> None:
-    """One JSON line for each result, in the format all benchmarks share."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    with path.open("ab") as file:
-        for result in results:
-            line = {
-                "benchmark": "cpu_kernels",
-                "metric": "speed_ratio_vs_torch",
-                "value": round(result.ratio, 3),
-                "unit": "x",
-                "params": {
-                    "kernel": result.name,
-                    "rows": result.rows,
-                    "ours_us": round(result.ours_us, 1),
-                    "torch_us": round(result.torch_us, 1),
-                    "ops": ops_name,
-                },
-                "device": cpu_model(),
-                "versions": {"torch": torch.__version__, "python": platform.python_version()},
-                "commit": commit,
-                "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            }
-            file.write(msgspec.json.encode(line) + b"\n")
+def record(results: list[Measured], ops_name: str) -> Path:
+    """Append all results to today's file under `benchmarks/results`."""
+    for result in results:
+        path = append_result(
+            "cpu_kernels",
+            "speed_ratio_vs_torch",
+            round(result.ratio, 3),
+            "x",
+            {
+                "kernel": result.name,
+                "rows": result.rows,
+                "ours_us": round(result.ours_us, 1),
+                "torch_us": round(result.torch_us, 1),
+                "ops": ops_name,
+            },
+        )
+    return path
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import torch
 
 from benchmarks.gpu.gemm import revealing_inputs
 from cluster.engine.kernels.cuda_ops import CudaOps
-from cluster.engine.kernels.probes import ALL_PROBES, Magnitudes, draw
+from cluster.engine.kernels.probe_lists import ALL_PROBES
+from cluster.engine.kernels.probes import Magnitudes, draw
 from cluster.engine.kernels.registry import describe_difference
 from cluster.engine.kernels.triton.plans import REFERENCE_LINEAR, AttentionPlan, LinearPlan
 from cluster.engine.kernels.triton.table import LinearEntry, PlanIndex, PlanTable

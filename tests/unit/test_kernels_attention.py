@@ -9,14 +9,8 @@ import pytest
 import torch
 
 from cluster.engine.kernels.ops import Ops
-from cluster.engine.kernels.probes import (
-    ATTENTION_PROBES,
-    ROPE_PROBES,
-    CacheShape,
-    Magnitudes,
-    PagedInputs,
-    first_difference,
-)
+from cluster.engine.kernels.probe_lists import ATTENTION_PROBES, ROPE_PROBES
+from cluster.engine.kernels.probes import CacheShape, Magnitudes, PagedInputs, first_difference
 from tests.unit.kernel_variants import ALL_VARIANTS, class_of, expected_outputs, native
 
 FAST_VARIANTS = [variant for variant in ALL_VARIANTS if variant != "fma_portable"]

@@ -18,15 +18,8 @@ from cluster.engine.kernels.cpu.reference import ReferenceOps, ReferenceWeight
 from cluster.engine.kernels.cpu.select import chosen_class
 from cluster.engine.kernels.mutations import MUTANTS, break_kernel
 from cluster.engine.kernels.ops import LinearWeight, Ops
-from cluster.engine.kernels.probes import (
-    ATTENTION_PROBES,
-    LINEAR_PROBES,
-    CacheShape,
-    EqualsReference,
-    Magnitudes,
-    Probe,
-    attention_probe,
-)
+from cluster.engine.kernels.probe_lists import ATTENTION_PROBES, LINEAR_PROBES
+from cluster.engine.kernels.probes import CacheShape, EqualsReference, Magnitudes, Probe, attention_probe
 from cluster.engine.kernels.registry import Candidate, Operation, Registry, describe_difference
 from cluster.errors import ConfigError
 

@@ -8,15 +8,8 @@ import pytest
 import torch
 
 from cluster.engine.kernels.cpu import arithmetic
-from cluster.engine.kernels.probes import (
-    EMBEDDING_PROBES,
-    NORM_PROBES,
-    SOFTMAX_PROBES,
-    Magnitudes,
-    first_difference,
-    norm_probe,
-    softmax_probe,
-)
+from cluster.engine.kernels.probe_lists import EMBEDDING_PROBES, NORM_PROBES, SOFTMAX_PROBES
+from cluster.engine.kernels.probes import Magnitudes, first_difference, norm_probe, softmax_probe
 from tests.unit.kernel_variants import ALL_VARIANTS, class_of, expected_outputs, native
 
 

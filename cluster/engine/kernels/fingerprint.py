@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 
 from cluster.engine.kernels.ops import Ops
-from cluster.engine.kernels.probes import ALL_PROBES
+from cluster.engine.kernels.probe_lists import ALL_PROBES
 from cluster.engine.kernels.registry import bits, one_torch_thread
 
 

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-SOURCE_DIRECTORY = Path(__file__).parent / "csrc"
+SOURCE_DIRECTORY = Path(__file__).resolve().parent / "csrc"
 FLAGS = (
     "-std=c++17",
     "-O3",

@@ -24,17 +24,15 @@ from cluster.engine.kernels.cpu.native import NativeOps
 from cluster.engine.kernels.cpu.onednn import OneDnnOps
 from cluster.engine.kernels.cpu.reference import ReferenceOps
 from cluster.engine.kernels.ops import Ops
-from cluster.engine.kernels.probes import (
+from cluster.engine.kernels.probe_lists import (
     ATTENTION_PROBES,
     EMBEDDING_PROBES,
     LINEAR_PROBES,
     NORM_PROBES,
     ROPE_PROBES,
     SOFTMAX_PROBES,
-    EqualsReference,
-    Probe,
-    linear_rows_case,
 )
+from cluster.engine.kernels.probes import EqualsReference, Probe, linear_rows_case
 from cluster.engine.kernels.registry import Admission, Candidate, Case, Operation, Registry
 from cluster.errors import ConfigError
 

@@ -1,0 +1,59 @@
+"""The probes of admission and fingerprint. Changing one changes every fingerprint."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cluster.engine.kernels.probes import (
+    CacheShape,
+    Magnitudes,
+    attention_probe,
+    embedding_probe,
+    linear_probe,
+    norm_probe,
+    rope_probe,
+    silu_probe,
+    softmax_probe,
+)
+
+LINEAR_PROBES = (
+    linear_probe(1, 48, 64, Magnitudes.NORMAL),
+    linear_probe(3, 50, 100, Magnitudes.WIDE),
+    linear_probe(17, 70, 576, Magnitudes.CANCELLING),
+    linear_probe(33, 33, 33, Magnitudes.DENORMAL),
+    linear_probe(40, 64, 130, Magnitudes.WIDE),
+    linear_probe(290, 40, 96, Magnitudes.WIDE),
+    linear_probe(2, 16, 1536, Magnitudes.CANCELLING),
+    silu_probe(1, 32, 64, Magnitudes.NORMAL),
+    silu_probe(5, 25, 100, Magnitudes.NORMAL),
+    silu_probe(70, 48, 96, Magnitudes.NORMAL),
+)
+_SHAPE = CacheShape(64, 6, 2, 16, ((0, 40), (250, 262), (511, 513), (300, 301), (0, 1)))
+ATTENTION_PROBES = (
+    attention_probe(_SHAPE),
+    attention_probe(replace(_SHAPE, magnitudes=Magnitudes.WIDE, block_size=32)),
+    attention_probe(CacheShape(48, 4, 4, 16, ((500, 530),))),
+    attention_probe(CacheShape(128, 8, 1, 64, ((255, 257), (1024, 1025)))),
+    attention_probe(CacheShape(256, 2, 1, 16, ((250, 270),))),
+    attention_probe(CacheShape(64, 8, 2, 64, ((2045, 2048),), Magnitudes.CANCELLING)),
+    attention_probe(CacheShape(96, 3, 1, 16, ((40, 60),), Magnitudes.DENORMAL)),
+)
+ROPE_PROBES = (
+    rope_probe(replace(_SHAPE, has_norms=True)),
+    rope_probe(CacheShape(80, 3, 1, 16, ((20, 30), (3, 4)), Magnitudes.WIDE)),
+)
+NORM_PROBES = (
+    norm_probe(1, 576, Magnitudes.NORMAL),
+    norm_probe(5, 100, Magnitudes.WIDE),
+    norm_probe(3, 64, Magnitudes.DENORMAL),
+)
+EMBEDDING_PROBES = (embedding_probe(7, 72),)
+SOFTMAX_PROBES = (softmax_probe(3, 1000), softmax_probe(1, 515))
+ALL_PROBES = (
+    *LINEAR_PROBES,
+    *ATTENTION_PROBES,
+    *ROPE_PROBES,
+    *NORM_PROBES,
+    *EMBEDDING_PROBES,
+    *SOFTMAX_PROBES,
+)
