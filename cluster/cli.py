@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from cluster.bench.cli import bench_app
 from cluster.errors import ConfigError, TandemError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ Start with
 
 and talk to it with any OpenAI client.""",
 )
+app.add_typer(bench_app, name="bench")
 
 Target = Annotated[
     str,
