@@ -15,6 +15,7 @@ from cluster.errors import ConfigError
 from kvconnector.ticket import MAX_LEASE_S, MIN_KEY_BYTES
 
 KEY_FILE_VARIABLE = "TANDEM_CLUSTER_KEY_FILE"
+ADVERTISED_HOST_VARIABLE = "TANDEM_ADVERTISED_HOST"  # differs between processes that share one config file
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -25,7 +26,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     model_revision: str = ""  # of a Hugging Face id that was resolved to a path before
     host: str = "127.0.0.1"
     port: int = 0  # 0: a free one is chosen, see the ready event
-    advertised_host: str = ""  # where peers reach this worker; empty: `host`
+    advertised_host: str = ""  # where peers reach this worker; empty: TANDEM_ADVERTISED_HOST, else `host`
     engine: EngineConfig = EngineConfig()
     cluster_key_file: str = ""  # empty: the path in TANDEM_CLUSTER_KEY_FILE
     transport: Literal["nixl", "loopback"] = "nixl"  # loopback: no peers, for a decode worker that computes prompts
@@ -52,6 +53,8 @@ def read_config(text_or_path: str) -> WorkerConfig:
         raise ConfigError(f"{origin}: {error}") from error
     if problems := list(_problems(config)):
         raise ConfigError(f"{origin}: " + "; ".join(problems))
+    if not config.advertised_host:
+        config = msgspec.structs.replace(config, advertised_host=os.environ.get(ADVERTISED_HOST_VARIABLE, ""))
     return config
 
 

@@ -1,0 +1,40 @@
+{{/* The processes' own config files, from values. */}}
+
+{{- define "tandem.routerConfig" -}}
+{{- $values := .Values -}}
+{{- $config := dict
+  "model_name" $values.model.name
+  "model_path" (include "tandem.modelPath" .)
+  "prefill" (include "tandem.addresses" (dict "root" . "role" "prefill") | fromJsonArray)
+  "decode" (include "tandem.addresses" (dict "root" . "role" "decode") | fromJsonArray)
+  "host" "0.0.0.0"
+  "port" (int $values.router.port)
+  "drain_timeout_s" $values.router.drainTimeoutSeconds
+  "log_level" $values.logging.level
+-}}
+{{- merge $config $values.router.config | toPrettyJson -}}
+{{- end -}}
+
+{{- define "tandem.workerConfig" -}}
+{{- $values := .root.Values -}}
+{{- $pool := index $values .role -}}
+{{- $config := dict
+  "model" (include "tandem.modelPath" .root)
+  "model_name" $values.model.name
+  "host" "0.0.0.0"
+  "port" (int $pool.port)
+  "engine" $pool.engine
+  "cluster_key_file" "/var/run/secrets/tandem/cluster-key"
+  "transport" "nixl"
+  "lease_s" $values.connector.lease_s
+  "load_timeout_s" $values.connector.load_timeout_s
+  "on_failure" $values.connector.on_failure
+  "drain_timeout_s" $pool.drainTimeoutSeconds
+  "allow_plaintext_network" $values.security.allowPlaintextNetwork
+  "log_level" $values.logging.level
+-}}
+{{- if gt (include "tandem.numRanks" $pool | int) 1 -}}
+{{- $_ := set $config "parallel" (omit $pool.group "ranksPerPod") -}}
+{{- end -}}
+{{- toPrettyJson $config -}}
+{{- end -}}

@@ -1,0 +1,122 @@
+{{/* Names and labels. */}}
+
+{{- define "tandem.fullname" -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
+{{- else -}}
+{{- $name := default .Chart.Name .Values.nameOverride -}}
+{{- ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name) | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "tandem.selector" -}}
+app.kubernetes.io/name: {{ default .Chart.Name .Values.nameOverride }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{/* (dict "root" $ "role" "prefill") */}}
+{{- define "tandem.roleSelector" -}}
+{{ include "tandem.selector" .root }}
+app.kubernetes.io/component: {{ .role }}
+{{- end -}}
+
+{{- define "tandem.labels" -}}
+{{ include "tandem.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+{{- with .Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{- define "tandem.roleLabels" -}}
+{{ include "tandem.labels" .root }}
+app.kubernetes.io/component: {{ .role }}
+{{- end -}}
+
+{{- define "tandem.roleName" -}}
+{{ include "tandem.fullname" .root }}-{{ .role }}
+{{- end -}}
+
+{{- define "tandem.serviceAccount" -}}
+{{- if .Values.serviceAccount.create -}}
+{{ default (include "tandem.fullname" .) .Values.serviceAccount.name }}
+{{- else -}}
+{{ default "default" .Values.serviceAccount.name }}
+{{- end -}}
+{{- end -}}
+
+{{- define "tandem.image" -}}
+{{- $image := .Values.image -}}
+{{- if $image.digest -}}
+{{ $image.repository }}@{{ $image.digest }}
+{{- else -}}
+{{ $image.repository }}:{{ default .Chart.AppVersion $image.tag }}
+{{- end -}}
+{{- end -}}
+
+{{/* Where the product finds the model: a name it fetches, or a path of a mounted volume. */}}
+{{- define "tandem.modelPath" -}}
+{{- $model := .Values.model -}}
+{{- if eq $model.source "demo" -}}
+demo
+{{- else if eq $model.source "huggingface" -}}
+{{ $model.huggingface.repository }}@{{ $model.huggingface.revision }}
+{{- else if eq $model.source "pvc" -}}
+{{ printf "/model/%s" $model.pvc.path | trimSuffix "/" }}
+{{- else -}}
+{{ printf "/model/%s" $model.image.path | trimSuffix "/" }}
+{{- end -}}
+{{- end -}}
+
+{{- define "tandem.fetchesModel" -}}
+{{- if or (eq .Values.model.source "demo") (eq .Values.model.source "huggingface") -}}true{{- end -}}
+{{- end -}}
+
+{{/* Ranks of one group. Argument: a pool's values. */}}
+{{- define "tandem.numRanks" -}}
+{{ mul .group.tensorParallel .group.pipelineParallel .group.dataParallel }}
+{{- end -}}
+
+{{/* Ranks in one pod: as told, or one for each accelerator, or all of the group. */}}
+{{- define "tandem.ranksPerPod" -}}
+{{- $ranks := include "tandem.numRanks" . | int -}}
+{{- if .group.ranksPerPod -}}
+{{ .group.ranksPerPod }}
+{{- else if and .accelerator.resource (gt (int .accelerator.count) 0) -}}
+{{ min $ranks (int .accelerator.count) }}
+{{- else -}}
+{{ $ranks }}
+{{- end -}}
+{{- end -}}
+
+{{- define "tandem.podsPerGroup" -}}
+{{ div (include "tandem.numRanks" . | int) (include "tandem.ranksPerPod" . | int) }}
+{{- end -}}
+
+{{/* JSON list of the addresses at which the router finds a pool. Pods with names of their own are listed up to the
+largest number there may be: the router connects to addresses that do not answer yet. */}}
+{{- define "tandem.addresses" -}}
+{{- $pool := index .root.Values .role -}}
+{{- $name := include "tandem.roleName" . -}}
+{{- $domain := printf "%s.%s.svc" $name .root.Release.Namespace -}}
+{{- if or .root.Values.disaggregatedSet.enabled (eq $pool.workload "Deployment") -}}
+{{- list (printf "%s:%v" $domain $pool.port) | toJson -}}
+{{- else -}}
+{{- $addresses := list -}}
+{{- range $index := until (include "tandem.maxReplicas" $pool | int) -}}
+{{- $addresses = append $addresses (printf "%s-%d.%s:%v" $name $index $domain $pool.port) -}}
+{{- end -}}
+{{- toJson $addresses -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Argument: a role's values. */}}
+{{- define "tandem.maxReplicas" -}}
+{{- if eq .autoscaling.type "none" -}}
+{{ .replicas }}
+{{- else -}}
+{{ max (int .replicas) (int .autoscaling.max) }}
+{{- end -}}
+{{- end -}}
