@@ -16,7 +16,7 @@ from pathlib import Path
 
 import httpx
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, GgufConfig, PreTrainedModel
 
 from benchmarks.deployment import Deployment, deployment
 from benchmarks.results import append_result
@@ -129,11 +129,19 @@ def _drain(engine: Engine) -> None:
 
 
 def _reference_model(model: str) -> PreTrainedModel:
+    """In bf16 with plain weights, as ours: transformers can also compute on packed GGUF weights, which is
+    slower than either."""
     path = resolve_model(model).path
-    location = {"gguf_file": path.name} if path.is_file() else {}
-    directory = path.parent if path.is_file() else path
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, **location)
-    return loaded.eval()
+    if path.is_dir():
+        return _in_bf16(AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16))
+    unpacked = GgufConfig(gguf_file=path.name, dequantize=True)
+    location = {"gguf_file": path.name, "quantization_config": unpacked}
+    return _in_bf16(AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.bfloat16, **location))
+
+
+def _in_bf16(model: PreTrainedModel) -> PreTrainedModel:
+    assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    return model.eval()
 
 
 @torch.inference_mode()

@@ -13,6 +13,7 @@ from cluster.engine.batch import Batch, SampledToken, ScheduledSequence, StepRes
 from cluster.engine.events import EngineEvent, PromptFinished, PromptProgress, PromptStarted
 from cluster.engine.scheduler import Scheduler
 from cluster.engine.sequence import Sequence, SequenceKey
+from cluster.engine.timings import EngineTimings
 from cluster.errors import NumericalError, TandemError
 from cluster.types import FinishReason, RequestError, TokenChunk
 
@@ -20,8 +21,16 @@ from cluster.types import FinishReason, RequestError, TokenChunk
 class Committer:
     """Applies step results to the sequences and collects the events of the engine's next report."""
 
-    def __init__(self, scheduler: Scheduler, sequences: dict[SequenceKey, Sequence], *, hands_over: bool) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        sequences: dict[SequenceKey, Sequence],
+        timings: EngineTimings,
+        *,
+        hands_over: bool,
+    ) -> None:
         self._scheduler = scheduler
+        self._timings = timings
         self._sequences = sequences  # the engine's; ended ones are removed here
         self._hands_over = hands_over
         self._events: list[EngineEvent] = []
@@ -53,7 +62,8 @@ class Committer:
             )
         )
 
-    def commit(self, batch: Batch, result: StepResult) -> None:
+    def commit(self, batch: Batch, result: StepResult, now: float) -> None:
+        """`now` is when the result was known, on the engine's clock."""
         for index, entry in enumerate(batch.scheduled):
             sequence = entry.sequence
             sequence.num_in_flight -= 1
@@ -69,7 +79,7 @@ class Committer:
             sequence.prompt_logprobs.extend(prompt_logprobs)
             self._advance(entry)
             if sampled is not None:
-                self._append(sequence, sampled)
+                self._append(sequence, sampled, now)
 
     def end(self, sequence: Sequence, reason: FinishReason, error: TandemError | None = None) -> None:
         """End a sequence without a further token."""
@@ -93,10 +103,13 @@ class Committer:
         if self._hands_over:
             self._events.append(PromptProgress(*sequence.key, sequence.num_computed_tokens))
 
-    def _append(self, sequence: Sequence, sampled: SampledToken) -> None:
+    def _append(self, sequence: Sequence, sampled: SampledToken, now: float) -> None:
         sequence.token_ids.append(sampled.token_id)
         self.num_generated_tokens += 1
+        self._timings.on_token(sequence, now)
         chunk = self._make_chunk(sequence, sampled)
+        if self._hands_over or chunk.finish_reason is not None:
+            self._timings.on_end(sequence, now, hands_over=self._hands_over)
         if self._hands_over:
             self._hand_over(sequence, chunk)
             return

@@ -27,6 +27,7 @@ from cluster.engine.pool_size import choose_num_blocks
 from cluster.engine.request_check import check_request
 from cluster.engine.scheduler import Policy, Scheduler
 from cluster.engine.sequence import Sequence, SequenceKey, make_sequence
+from cluster.engine.timings import EngineTimings
 from cluster.errors import DeadlineExceeded, InvalidRequest, StartupError
 from cluster.types import FinishReason, Request, WorkerLoad
 
@@ -80,7 +81,8 @@ class Engine:
         self._launched: deque[LaunchedStep] = deque()
         self._sequences: dict[SequenceKey, Sequence] = {}
         self._deadlines: list[tuple[float, SequenceKey]] = []  # a heap; ended requests drop out when due
-        self._committer = Committer(self.scheduler, self._sequences, hands_over=policy.hands_over)
+        self.timings = EngineTimings()
+        self._committer = Committer(self.scheduler, self._sequences, self.timings, hands_over=policy.hands_over)
 
     # ---- requests
 
@@ -117,6 +119,7 @@ class Engine:
         sequence = self._make_sequence(request, is_loaded=True)
         sequence.table = self.blocks.commit(reservation, sequence.chain)
         sequence.num_computed_tokens = sequence.num_scheduled_tokens = reservation.num_tokens
+        self.timings.on_loaded(sequence, self._clock())
         self.scheduler.add_running(sequence)
 
     def cancel(self, request_id: str, attempt: int) -> None:
@@ -140,12 +143,15 @@ class Engine:
         self._expire()
         batch = self.scheduler.schedule()
         for sequence in self.scheduler.drain_admitted():
+            self.timings.on_admitted(sequence, self._clock())
             self._committer.report_started(sequence)
         if batch is not None:
+            self.timings.on_step(batch)
             self._launched.append(self._runner.launch(batch))
         if self._launched and (batch is None or len(self._launched) > self._steps_ahead):
             launched = self._launched.popleft()
-            self._committer.commit(launched.batch, self._runner.collect(launched))
+            result = self._runner.collect(launched)
+            self._committer.commit(launched.batch, result, self._clock())
         self.is_blocked = batch is None and not self._launched and bool(self._sequences)
         return self._committer.drain()
 
@@ -177,6 +183,7 @@ class Engine:
             eos_token_ids=self._eos_token_ids,
             is_loaded=is_loaded,
         )
+        sequence.queued_at = self._clock()
         self._sequences[sequence.key] = sequence
         if deadline is not None:
             heapq.heappush(self._deadlines, (deadline, sequence.key))

@@ -40,6 +40,9 @@ class Sequence:
     num_cached_tokens: int = 0  # of the prompt, at the first admission
     was_admitted: bool = False
     has_emitted: bool = False
+    queued_at: float = 0.0  # these three on the engine's clock, see `timings.py`
+    admitted_at: float = 0.0
+    first_token_at: float | None = None
     wants_prompt_logprobs: bool = False
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
 

@@ -215,9 +215,11 @@ def test_unknown_devices_and_thread_counts_are_refused() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_can_compute() -> None:
-    """The pool's helpers do not exist in a child; it must notice, not wait for them."""
+    """The pool's helpers do not exist in a child; it must notice, not wait for them. (torch's own OpenMP
+    threads do not survive a fork at all, so torch may have no parallel region here.)"""
     code = """
 import os, sys, torch
+torch.set_num_threads(1)
 from cluster.engine.kernels import get_ops
 ops = get_ops("cpu", 2)
 x, weight = torch.ones(40, 512).bfloat16(), ops.pack_linear(torch.ones(1024, 512).bfloat16())

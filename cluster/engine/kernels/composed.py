@@ -42,8 +42,10 @@ class ComposedOps:
     def embedding(self, token_ids_T: torch.Tensor, table_VK: torch.Tensor) -> torch.Tensor:
         return self.embedding_family.embedding(token_ids_T, table_VK)
 
-    def rms_norm(self, x_TK: torch.Tensor, weight_K: torch.Tensor, eps: float) -> torch.Tensor:
-        return self.norm_family.rms_norm(x_TK, weight_K, eps)
+    def rms_norm(
+        self, x_TK: torch.Tensor, weight_K: torch.Tensor, eps: float, *, out_dtype: torch.dtype = torch.bfloat16
+    ) -> torch.Tensor:
+        return self.norm_family.rms_norm(x_TK, weight_K, eps, out_dtype=out_dtype)
 
     def add_rms_norm(
         self, residual_TK: torch.Tensor, update_TK: torch.Tensor, weight_K: torch.Tensor, eps: float

@@ -105,8 +105,10 @@ class CudaOps:
     def embedding(self, token_ids_T: torch.Tensor, table_VK: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.embedding(token_ids_T, table_VK).to(self.residual_dtype)
 
-    def rms_norm(self, x_TK: torch.Tensor, weight_K: torch.Tensor, eps: float) -> torch.Tensor:
-        return launch.run_rms_norm(x_TK, None, weight_K, eps, torch.bfloat16)
+    def rms_norm(
+        self, x_TK: torch.Tensor, weight_K: torch.Tensor, eps: float, *, out_dtype: torch.dtype = torch.bfloat16
+    ) -> torch.Tensor:
+        return launch.run_rms_norm(x_TK, None, weight_K, eps, out_dtype)
 
     def add_rms_norm(
         self, residual_TK: torch.Tensor, update_TK: torch.Tensor, weight_K: torch.Tensor, eps: float

@@ -99,8 +99,11 @@ class Ops(Protocol):
         """(T, K) rows of the bf16 table in `residual_dtype`."""
         ...
 
-    def rms_norm(self, x_TK: torch.Tensor, weight_K: torch.Tensor, eps: float) -> torch.Tensor:
-        """(T, K) bf16: x / sqrt(mean(x²) + eps) * weight, in fp32 with a fixed order of the sum."""
+    def rms_norm(
+        self, x_TK: torch.Tensor, weight_K: torch.Tensor, eps: float, *, out_dtype: torch.dtype = torch.bfloat16
+    ) -> torch.Tensor:
+        """(T, K): x / sqrt(mean(x²) + eps) * weight, in fp32 with a fixed order of the sum, one rounding to
+        `out_dtype` (float32: none)."""
         ...
 
     def add_rms_norm(

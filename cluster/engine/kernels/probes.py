@@ -254,7 +254,8 @@ def norm_probe(rows: int, width: int, magnitudes: Magnitudes) -> Probe:
         update = draw(generator, rows, width, magnitudes).bfloat16().to(ops.device)
         weight = torch.rand(width, generator=generator).bfloat16().to(ops.device)
         plain = ops.rms_norm(residual, weight, 1e-5)
-        return plain, ops.add_rms_norm(residual, update, weight, 1e-5), residual
+        wide = ops.rms_norm(residual, weight, 1e-5, out_dtype=torch.float32)
+        return plain, wide, ops.add_rms_norm(residual, update, weight, 1e-5), residual
 
     return Probe(f"rms_norm {rows}x{width} {magnitudes.value}", run)
 

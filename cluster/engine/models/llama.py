@@ -96,10 +96,25 @@ class DecoderModel:
             is_last = index + 1 == len(weights.layers)
             norm_K = weights.final_norm_K if is_last else weights.layers[index + 1].input_norm_K
             normed_TK = ops.add_rms_norm(residual_TK, update_TK, norm_K, eps)
-        if logits_indices is not None:
-            normed_TK = normed_TK.index_select(0, logits_indices)
-        logits_RVl = ops.linear(normed_TK, weights.lm_head, out_dtype=torch.float32)
+        if ops.residual_dtype == torch.float32:
+            logits_RVl = self._wide_logits(_rows(residual_TK, logits_indices))
+        else:
+            logits_RVl = ops.linear(_rows(normed_TK, logits_indices), weights.lm_head, out_dtype=torch.float32)
         return self.group.all_gather_columns(logits_RVl, self.plan.vocab_widths)
+
+    def _wide_logits(self, residual_RK: torch.Tensor) -> torch.Tensor:
+        """Logits of an fp32 input, as the sum of two chains over bf16 inputs that add up to it.
+
+        The input's rounding would go straight into every logprob. The weights are read once for both
+        parts, and only rows whose logits are wanted pay, so it costs next to nothing.
+        """
+        norm_K, eps = self.weights.final_norm_K, self.config.rms_norm_eps
+        normed_RK = self.ops.rms_norm(residual_RK, norm_K, eps, out_dtype=torch.float32)
+        high_RK = normed_RK.bfloat16()
+        low_RK = (normed_RK - high_RK.float()).bfloat16()
+        both_2RVl = self.ops.linear(torch.cat((high_RK, low_RK)), self.weights.lm_head, out_dtype=torch.float32)
+        high_RVl, low_RVl = both_2RVl.chunk(2)
+        return high_RVl + low_RVl
 
     def _embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         if self.weights.embedding_VK is None:
@@ -134,3 +149,7 @@ class DecoderModel:
         """(T, K) in the dtype of the residual stream: an update is not rounded before it is added."""
         update_TKl = self.ops.linear(x, weight, out_dtype=self.ops.residual_dtype)
         return self.group.all_gather_columns(update_TKl, self.plan.hidden_widths)
+
+
+def _rows(x_TK: torch.Tensor, indices_R: torch.Tensor | None) -> torch.Tensor:
+    return x_TK if indices_R is None else x_TK.index_select(0, indices_R)

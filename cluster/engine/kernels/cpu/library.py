@@ -25,7 +25,7 @@ _SIGNATURES = {  # one letter per parameter of csrc/exports.h
     "linear": "piipipipiii",
     "silu_mul": "piipi",
     "embedding": "ppiipi",
-    "rms_norm": "pipifiipi",
+    "rms_norm": "pipifiipii",
     "add_rms_norm": "ppipifiipi",
     "rope_and_cache": "ppiiiipppppifiiiiipi",
     "attention": "ppiiiipppiiiiiifpi",

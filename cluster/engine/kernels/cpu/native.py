@@ -129,9 +129,11 @@ class NativeOps:
         self._embedding(token_ids_T.data_ptr(), table_VK.data_ptr(), num_rows, width, out.data_ptr(), self.num_threads)
         return out
 
-    def rms_norm(self, x_TK: torch.Tensor, weight_K: torch.Tensor, eps: float) -> torch.Tensor:
+    def rms_norm(
+        self, x_TK: torch.Tensor, weight_K: torch.Tensor, eps: float, *, out_dtype: torch.dtype = torch.bfloat16
+    ) -> torch.Tensor:
         num_rows, width = x_TK.shape
-        out = torch.empty((num_rows, width), dtype=_BF16)
+        out = torch.empty((num_rows, width), dtype=out_dtype)
         self._rms_norm(
             x_TK.data_ptr(),
             _is_float(x_TK, width),
@@ -141,6 +143,7 @@ class NativeOps:
             num_rows,
             width,
             out.data_ptr(),
+            _is_float(out, width),
             self.num_threads,
         )
         return out

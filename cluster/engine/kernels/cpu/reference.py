@@ -68,8 +68,10 @@ class ReferenceOps:
     def embedding(self, token_ids_T: torch.Tensor, table_VK: torch.Tensor) -> torch.Tensor:
         return table_VK[token_ids_T].float()
 
-    def rms_norm(self, x_TK: torch.Tensor, weight_K: torch.Tensor, eps: float) -> torch.Tensor:
-        return _normalise(x_TK.float(), weight_K, eps).bfloat16()
+    def rms_norm(
+        self, x_TK: torch.Tensor, weight_K: torch.Tensor, eps: float, *, out_dtype: torch.dtype = torch.bfloat16
+    ) -> torch.Tensor:
+        return _normalise(x_TK.float(), weight_K, eps).to(out_dtype)
 
     def add_rms_norm(
         self, residual_TK: torch.Tensor, update_TK: torch.Tensor, weight_K: torch.Tensor, eps: float

@@ -32,8 +32,10 @@ TANDEM_EXPORT(embedding)(const i64* ids, const u16* table, i64 T, i64 K, float* 
 }
 
 TANDEM_EXPORT(rms_norm)(const void* x, i64 x_is_float, const void* weight, i64 weight_is_float, float eps, i64 T, i64 K,
-                        u16* out, i64 threads) {
-  rms_norm({x, x_is_float != 0}, {weight, weight_is_float != 0}, eps, T, K, out, static_cast<int>(threads));
+                        void* out, i64 out_is_float, i64 threads) {
+  const Row row{x, x_is_float != 0}, scale{weight, weight_is_float != 0};
+  if (out_is_float) rms_norm(row, scale, eps, T, K, static_cast<float*>(out), static_cast<int>(threads));
+  else rms_norm(row, scale, eps, T, K, static_cast<u16*>(out), static_cast<int>(threads));
 }
 
 TANDEM_EXPORT(add_rms_norm)(float* residual, const void* update, i64 update_is_float, const void* weight,

@@ -35,7 +35,7 @@ template <class Out> inline void normalise(const Row& x, const Row& weight, i64 
   for (i64 k = 0; k < K; k += LANES) store_upto(out + k, x.get(k, K - k) * inverse * weight.get(k, K - k), K - k);
 }
 
-inline void rms_norm(Row x, Row weight, float eps, i64 T, i64 K, u16* out, int threads) {
+template <class Out> inline void rms_norm(Row x, Row weight, float eps, i64 T, i64 K, Out* out, int threads) {
   for_each_row(threads, T, K, [&](i64 t) { normalise(x.at(t * K), weight, K, eps, out + t * K); });
 }
 
