@@ -8,6 +8,7 @@ Rounds of both alternate, so that a busy machine slows both; the medians' ratio 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import statistics
 import time
@@ -18,14 +19,17 @@ import httpx
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, GgufConfig, PreTrainedModel
 
+from benchmarks.accounting import worker_addresses
 from benchmarks.deployment import Deployment, deployment
 from benchmarks.results import append_result
 from cluster.engine.config import EngineConfig
 from cluster.engine.engine import Engine
 from cluster.engine.kernels import get_ops
+from cluster.engine.kv_cache import KVLayout
 from cluster.engine.models.loader import load_model
 from cluster.engine.parallel.group import SingleRank
 from cluster.model_files.source import resolve_model
+from cluster.rpc.admin import inspect
 from cluster.types import Request, SamplingParams
 from decode.policy import DecodePolicy
 
@@ -33,7 +37,8 @@ PREFILL_TOKENS = 512
 DECODE_PROMPT_TOKENS = 64
 DECODE_TOKENS = 48
 BATCH = 16
-TTFT_REQUESTS = 9
+TTFT_REQUESTS = 15
+SETTLE_S = 0.05  # between rounds: OpenMP's threads spin for some time after torch's last parallel region
 POOL_BYTES = 512 << 20
 VOCABULARY = 40_000  # prompts are drawn from the ids below it: ordinary tokens
 
@@ -80,8 +85,9 @@ def _alternate(rounds: int, first: Callable[[], float], second: Callable[[], flo
     """Medians of both, measured in turn after one round of each that is thrown away."""
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds + 1):
-        times[0].append(first())
-        times[1].append(second())
+        for run, measured in zip((first, second), times, strict=True):
+            time.sleep(SETTLE_S)
+            measured.append(run())
     return statistics.median(times[0][1:]), statistics.median(times[1][1:])
 
 
@@ -175,11 +181,11 @@ def _seconds(run: Callable[[], object]) -> float:
 
 
 def _measure_deployments(model: str, record: _Recorder) -> None:
-    """Time to first token of split and monolithic, both running, requests in turn; memory of the workers."""
-    pools = [f"{pool}.engine.kv_cache_bytes={POOL_BYTES}" for pool in ("prefill", "decode")]
+    """Time to first token of split and monolithic, both running, requests in turn; memory of the workers.
+    Everything is as `cluster launch` sets it up by default."""
     with (
-        deployment(model, ["monolithic=true", pools[1]]) as monolithic,
-        deployment(model, pools) as split,
+        deployment(model, ["monolithic=true"]) as monolithic,
+        deployment(model, []) as split,
         httpx.Client(timeout=60.0) as client,
     ):
         generator = torch.Generator().manual_seed(1)
@@ -187,14 +193,35 @@ def _measure_deployments(model: str, record: _Recorder) -> None:
         for _ in range(TTFT_REQUESTS + 1):
             prompt = torch.randint(100, VOCABULARY, (PREFILL_TOKENS,), generator=generator).tolist()
             for url, measured in times.items():
+                time.sleep(SETTLE_S)
                 measured.append(_time_to_first_token_s(client, url, prompt))
         ttft = {url: statistics.median(measured[1:]) for url, measured in times.items()}
         params = {"tokens": PREFILL_TOKENS, "split_ms": ttft[split.url] * 1e3, "mono_ms": ttft[monolithic.url] * 1e3}
         record("split_ttft_ratio", ttft[split.url] / ttft[monolithic.url], params)
-        weights = _weight_bytes(model)
-        for name, peak in _worker_peaks(split).items():
-            params = {"is_prefill": float(name == "prefill"), "peak_mib": peak / 2**20, "weights_mib": weights / 2**20}
-            record("memory_ratio", peak / (weights + POOL_BYTES), {**params, "pool_mib": POOL_BYTES / 2**20})
+        _record_memory(model, split, record)
+
+
+def _record_memory(model: str, split: Deployment, record: _Recorder) -> None:
+    """Peak resident memory of a worker of each role against what it is there for."""
+    reference = _reference_model(model)
+    weights = sum(2 * parameter.numel() for parameter in reference.parameters())
+    layout = KVLayout(
+        num_layers=reference.config.num_hidden_layers,
+        num_kv_heads=reference.config.num_key_value_heads,
+        head_size=reference.config.head_dim,
+        block_size=EngineConfig().block_size,
+    )
+    peaks = _worker_peaks(split)
+    for name, address in worker_addresses(split).items():
+        role = name.partition("-")[0]
+        pool = asyncio.run(inspect(address)).num_blocks * layout.block_bytes
+        params = {
+            "is_prefill": float(role == "prefill"),
+            "peak_mib": peaks[role] / 2**20,
+            "weights_mib": weights / 2**20,
+            "pool_mib": pool / 2**20,
+        }
+        record("memory_ratio", peaks[role] / (weights + pool), params)
 
 
 def _time_to_first_token_s(client: httpx.Client, url: str, prompt: list[int]) -> float:
@@ -223,11 +250,6 @@ def _worker_peaks(split: Deployment) -> dict[str, int]:
                         peaks[role] = int(line.split()[1]) * 1024
     assert set(peaks) == {"prefill", "decode"}, split.worker_pids()
     return peaks
-
-
-def _weight_bytes(model: str) -> int:
-    """Of the model in bf16, each parameter once."""
-    return int(sum(2 * parameter.numel() for parameter in _reference_model(model).parameters()))
 
 
 def _parse_arguments() -> argparse.Namespace:

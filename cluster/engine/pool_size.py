@@ -10,15 +10,15 @@ from cluster.engine.config import EngineConfig
 from cluster.engine.kv_cache import KVLayout
 from cluster.errors import StartupError
 
-# On a CPU several workers share the memory with everything else: a modest pool, two full contexts,
+# On a CPU several workers share the memory with everything else: a modest pool, four full contexts,
 # within a quarter of what is free. On a GPU the worker has the device to itself.
-CPU_NUM_CONTEXTS = 2
+CPU_NUM_CONTEXTS = 4
 CPU_SHARE_OF_FREE = 0.25
 GPU_SHARE_OF_FREE = 0.90
 
 
 def choose_num_blocks(layout: KVLayout, config: EngineConfig, max_model_len: int) -> int:
-    """Number of blocks of the pool: `config.kv_cache_bytes` if given; otherwise on a CPU two contexts of
+    """Number of blocks of the pool: `config.kv_cache_bytes` if given; otherwise on a CPU four contexts of
     `max_model_len` tokens within 25 % of the available memory, on a GPU 90 % of its free memory.
 
     StartupError if one context does not fit: a request could then never run.
