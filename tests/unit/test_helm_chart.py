@@ -1,0 +1,266 @@
+"""The chart: what its values render to, and which values it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import helm_python
+import jsonschema
+import msgspec
+import pytest
+import yaml
+
+from cluster.control.worker_config import WorkerConfig
+from cluster.engine.config import EngineConfig
+from cluster.errors import ConfigError
+from cluster.router.config import RouterConfig, check_config
+from tests.helm_bad_values import BAD_VALUES
+from tests.helm_chart import (
+    CHART,
+    ROOT,
+    VALUES_FILES,
+    Manifest,
+    changed,
+    check_native,
+    lint_problems,
+    named,
+    of_kind,
+    pod_templates,
+    read_values,
+    render,
+)
+from tests.helm_custom_resources import SCHEMAS
+
+NAMES = [path.name.removesuffix("-values.yaml") for path in VALUES_FILES]
+SINGLE_RANK = ["cpu-demo", "one-gpu"]
+every_file = pytest.mark.parametrize("name", NAMES)
+
+
+@every_file
+def test_lint(name: str) -> None:
+    assert lint_problems(read_values(name)) == []
+
+
+@every_file
+def test_objects_are_valid(name: str) -> None:
+    custom = check_native(render(read_values(name)))
+    for manifest in custom:
+        jsonschema.validate(manifest, SCHEMAS[manifest["apiVersion"], manifest["kind"]])
+
+
+def test_every_kind_of_object_is_rendered_by_some_file() -> None:
+    kinds = {manifest["kind"] for name in NAMES for manifest in render(read_values(name))}
+    assert kinds >= {
+        *("ConfigMap", "Deployment", "Service", "ServiceAccount", "NetworkPolicy", "PodDisruptionBudget"),
+        *("LeaderWorkerSet", "DisaggregatedSet", "HorizontalPodAutoscaler", "ScaledObject"),
+        *("PodMonitor", "InferencePool"),
+    }
+    assert not kinds & {"Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding", "Secret"}
+
+
+@pytest.mark.parametrize(("changes", "reason"), BAD_VALUES, ids=lambda value: value if isinstance(value, str) else "")
+def test_bad_values_are_refused_with_the_reason(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(helm_python.HelmError) as refusal:
+        render(changed(read_values("cpu-demo"), **changes))
+    assert reason in str(refusal.value)
+
+
+def test_defaults_alone_are_refused() -> None:
+    with pytest.raises(helm_python.HelmError, match="is not set"):
+        render({})
+
+
+@every_file
+def test_pods_are_locked_down(name: str) -> None:
+    templates = list(pod_templates(render(read_values(name))))
+    assert [role for role, _ in templates].count("prefill") == 1
+    assert {role for role, _ in templates} == {"router", "prefill", "decode"}
+    for role, template in templates:
+        spec = template["spec"]
+        assert spec["automountServiceAccountToken"] is False
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec)
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert spec["securityContext"]["runAsUser"] > 0
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert not [volume for volume in spec["volumes"] if "hostPath" in volume]
+        [container] = spec["containers"]
+        security = container["securityContext"]
+        assert security["readOnlyRootFilesystem"] is True
+        assert security["allowPrivilegeEscalation"] is False
+        assert security["capabilities"]["drop"] == ["ALL"]
+        assert set(security["capabilities"].get("add", [])) <= {"IPC_LOCK"}
+        assert not security.get("privileged")
+        assert not [entry for entry in container["env"] if "secretKeyRef" in entry.get("valueFrom", {})]
+        assert "memory" in container["resources"]["limits"]
+        mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
+        assert set(mounts) == {volume["name"] for volume in spec["volumes"]}
+        assert ("cluster-key" in mounts) == (role != "router")
+        writable = {name for name, mount in mounts.items() if not mount.get("readOnly")}
+        assert writable <= {"tmp", "cache", "shm"}
+
+
+@every_file
+def test_every_role_has_its_policy_and_budget(name: str) -> None:
+    manifests = render(read_values(name))
+    for role in ("router", "prefill", "decode"):
+        policy = named(manifests, "NetworkPolicy", role)["spec"]
+        assert policy["policyTypes"] == ["Ingress", "Egress"]
+        assert all("from" in rule for rule in policy["ingress"]) == (role != "router")
+        labels = dict(pod_templates(manifests))[role]["metadata"]["labels"]
+        for selector in (policy["podSelector"], named(manifests, "PodDisruptionBudget", role)["spec"]["selector"]):
+            assert selector["matchLabels"].items() <= labels.items()
+
+
+@every_file
+def test_selectors_find_the_pods(name: str) -> None:
+    manifests = render(read_values(name))
+    pods = dict(pod_templates(manifests))
+    for service in of_kind(manifests, "Service"):
+        role = service["metadata"]["labels"]["app.kubernetes.io/component"]
+        assert service["spec"]["selector"].items() <= pods[role]["metadata"]["labels"].items()
+        ports = {port["name"] for port in pods[role]["spec"]["containers"][0]["ports"]}
+        assert {port["targetPort"] for port in service["spec"]["ports"]} <= ports
+
+
+@pytest.mark.parametrize("name", SINGLE_RANK)
+def test_configs_are_those_of_the_processes(name: str) -> None:
+    manifests = render(read_values(name))
+    check_config(_router_config(manifests))
+    for role in ("prefill", "decode"):
+        config = msgspec.json.decode(_config(manifests, role), type=WorkerConfig)
+        assert config.allow_plaintext_network
+        assert config.cluster_key_file == "/var/run/secrets/tandem/cluster-key"
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - set(SINGLE_RANK)))
+def test_a_worker_refuses_the_config_of_a_group_of_ranks(name: str) -> None:
+    manifests = render(read_values(name))
+    check_config(_router_config(manifests))
+    for role in ("prefill", "decode"):
+        with pytest.raises(msgspec.ValidationError, match="unknown field `parallel`"):
+            msgspec.json.decode(_config(manifests, role), type=WorkerConfig)
+
+
+def test_groups_of_ranks_become_groups_of_pods() -> None:
+    [wide] = of_kind(render(read_values("wide-ep")), "DisaggregatedSet")
+    sizes = {role["name"]: role["spec"]["leaderWorkerTemplate"]["size"] for role in wide["spec"]["roles"]}
+    assert sizes == {"prefill": 2, "decode": 4}
+    tensor_parallel = of_kind(render(read_values("2p4d-tp4")), "LeaderWorkerSet")
+    assert [item["spec"]["leaderWorkerTemplate"]["size"] for item in tensor_parallel] == [1, 1]
+
+
+def test_the_router_is_told_every_worker_there_may_be() -> None:
+    manifests = render(changed(read_values("cpu-demo"), decode__workload="StatefulSet", decode__replicas=3))
+    config = _router_config(manifests)
+    assert config.prefill == ("demo-tandem-prefill.serving.svc:9000",)
+    assert config.decode == tuple(f"demo-tandem-decode-{at}.demo-tandem-decode.serving.svc:9000" for at in range(3))
+    assert named(manifests, "StatefulSet", "decode")["spec"]["serviceName"] == "demo-tandem-decode"
+    assert named(manifests, "Service", "decode")["spec"]["clusterIP"] == "None"
+    scaled = _router_config(render(read_values("2p4d-tp4")))
+    assert (len(scaled.prefill), len(scaled.decode)) == (4, 8), "up to autoscaling.max"
+
+
+def test_a_changed_config_restarts_the_pods_of_its_role_only() -> None:
+    def checksums(values: dict[str, Any]) -> dict[str, str]:
+        return {
+            role: template["metadata"]["annotations"]["checksum/config"]
+            for role, template in pod_templates(render(values))
+        }
+
+    values = read_values("cpu-demo")
+    before, after = checksums(values), checksums(changed(values, decode__engine__max_num_sequences=7))
+    assert [role for role in before if before[role] != after[role]] == ["decode"]
+
+
+def test_resources_of_devices_are_equal_in_requests_and_limits() -> None:
+    pods = dict(pod_templates(render(read_values("2p4d-tp4"))))
+    resources = pods["decode"]["spec"]["containers"][0]["resources"]
+    for kind in ("requests", "limits"):
+        assert (resources[kind]["nvidia.com/gpu"], resources[kind]["rdma/hca"]) == (4, 1)
+    assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in pods["decode"]["spec"][
+        "tolerations"
+    ]
+    shared = dict(pod_templates(render(read_values("one-gpu"))))
+    claims = {role: shared[role]["spec"]["resourceClaims"][0]["resourceClaimName"] for role in ("prefill", "decode")}
+    assert set(claims.values()) == {"tandem-gpu"}
+
+
+def test_a_drain_does_not_look_like_death() -> None:
+    values = changed(
+        read_values("cpu-demo"), decode__drainTimeoutSeconds=300, decode__terminationGracePeriodSeconds=400
+    )
+    [container] = dict(pod_templates(render(values)))["decode"]["spec"]["containers"]
+    liveness = container["livenessProbe"]
+    assert liveness["periodSeconds"] * liveness["failureThreshold"] > 300
+
+
+def test_schema_has_every_key_of_the_configs_and_no_other() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    assert set(schema["definitions"]["engine"]["properties"]) == set(EngineConfig.__struct_fields__)
+    ours = {"model_name", "model_path", "prefill", "decode", "host", "port", "drain_timeout_s", "log_level"}
+    tuning = set(schema["properties"]["router"]["properties"]["config"]["properties"])
+    assert tuning <= set(RouterConfig.__struct_fields__) - ours
+
+
+def test_schema_is_closed_and_has_every_default() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    defaults = yaml.safe_load((CHART / "values.yaml").read_text())
+    _compare(defaults, schema, schema["definitions"], "")
+
+
+def _compare(values: Any, schema: Any, definitions: Any, path: str) -> None:
+    schema = definitions[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
+    if schema.get("additionalProperties") is not False or path.endswith("/engine") or path == "/router/config":
+        return
+    assert set(values) == set(schema["properties"]) - {"global"}, path
+    for key, value in values.items():
+        if isinstance(value, dict) and "resources" not in key:
+            _compare(value, schema["properties"][key], definitions, f"{path}/{key}")
+
+
+def test_readme_is_what_the_comments_say() -> None:
+    done = subprocess.run([sys.executable, str(ROOT / "tools" / "helm_readme.py"), "--check"], check=False, timeout=60)
+    assert done.returncode == 0
+
+
+def test_image_starts_what_the_chart_asks_for() -> None:
+    """The chart sets `args` only, so the image's entry point must run them, as the chart's user."""
+    stages = (ROOT / "Dockerfile").read_text().split("\nFROM ")
+    runtime = next(stage for stage in stages if "AS runtime" in stage)
+    assert 'ENTRYPOINT ["tini", "--"]' in runtime
+    defaults = yaml.safe_load((CHART / "values.yaml").read_text())
+    for target in ("cpu", "cuda"):
+        [stage] = [stage for stage in stages if f"AS {target}\n" in stage]
+        assert f"USER {defaults['security']['runAsUser']}:" in stage
+    assert [
+        line
+        for line in (ROOT / "Dockerfile").read_text().splitlines()
+        if "pip install" in line and "-c requirements.lock" not in line
+    ] == []
+
+
+def test_advertised_host_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cluster.control.worker_config import read_config
+
+    path = tmp_path / "config.json"
+    path.write_text('{"model": "demo", "host": "0.0.0.0", "allow_plaintext_network": true}')
+    monkeypatch.setenv("TANDEM_ADVERTISED_HOST", "10.1.2.3")
+    assert read_config(str(path)).advertised_host == "10.1.2.3"
+    path.write_text('{"model": "demo", "advertised_host": "worker.example"}')
+    assert read_config(str(path)).advertised_host == "worker.example"
+    path.write_text('{"model": "demo", "host": "0.0.0.0"}')
+    with pytest.raises(ConfigError, match="allow_plaintext_network"):
+        read_config(str(path))
+
+
+def _config(manifests: list[Manifest], role: str) -> str:
+    text: str = named(manifests, "ConfigMap", role)["data"]["config.json"]
+    return text
+
+
+def _router_config(manifests: list[Manifest]) -> RouterConfig:
+    return msgspec.json.decode(_config(manifests, "router"), type=RouterConfig)
