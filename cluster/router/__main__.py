@@ -14,6 +14,8 @@ import uvloop
 from cluster.errors import TandemError
 from cluster.process_events import Progress, Ready, emit, emit_failure
 from cluster.router.config import RouterConfig, read_config
+from cluster.router.discovery import open_sources
+from cluster.router.membership import Membership
 from cluster.router.server import Stop, bind, run_router
 from cluster.rpc.client import connect
 from cluster.tokenizer import Tokenizer
@@ -47,16 +49,17 @@ async def serve(config: RouterConfig) -> None:
     stop = Stop()
     for number in STOP_SIGNALS:  # before this point a signal simply ends the process
         asyncio.get_running_loop().add_signal_handler(number, stop.request)
-    prefill = [connect(address, Role.PREFILL) for address in config.prefill]
-    decode = [connect(address, Role.DECODE) for address in config.decode]
+    entries = {Role.PREFILL: config.prefill, Role.DECODE: config.decode}
+    sources = {role: open_sources(entries[role]) for role in entries}
     await run_router(
         config,
         codec,
-        prefill=prefill if config.prefill else None,
-        decode=decode,
+        prefill=[] if config.prefill else None,
+        decode=[],
         listener=listener,
         stop=stop,
         on_ready=lambda url: emit(Ready(address=url.removeprefix("http://"), detail=url)),
+        follow_members=lambda pool: Membership(pool, sources, connect).follow(),
     )
 
 

@@ -9,12 +9,13 @@ from typing import Literal
 import msgspec
 
 from cluster.errors import ConfigError
+from cluster.router.discovery import parse_source
 
 MIB = 1 << 20
 
 
 class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One router. Addresses are "host:port" of gRPC endpoints that may not listen yet."""
+    """One router. Its workers' gRPC endpoints may not listen yet; `discovery.py` says how they can be named."""
 
     model_name: str  # what clients put into the field `model`
     model_path: str  # tokenizer and chat template: a path, `demo`, or a Hugging Face id (org/name@revision)
@@ -55,6 +56,12 @@ def check_config(config: RouterConfig) -> None:
 
 
 def _problems(config: RouterConfig) -> Iterator[str]:
+    for field, entries in (("prefill", config.prefill), ("decode", config.decode)):
+        for entry in entries:
+            try:
+                parse_source(entry)
+            except ConfigError as error:
+                yield f"{field}: {error.message}"
     if not config.model_name:
         yield "model_name is empty"
     if not 0 <= config.port <= 65_535:

@@ -2,11 +2,14 @@
 
 A connection reconnects by itself; the pool only asks who is ready. It owns the connections it is given
 and closes them.
+
+    join -> placed while ready -> retire -> no new work, running requests finish -> close_retired
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -66,11 +69,55 @@ class WorkerPool:
         assert all(connection.role is Role.PREFILL for connection in prefill or ())
         self.decode = _named("decode", decode)
         self.prefill = None if prefill is None else _named("prefill", prefill)
+        self._retired: list[Worker] = []
         self._mismatched: dict[tuple[str, str], None] = {}  # in order of age
 
     @property
     def workers(self) -> list[Worker]:
+        """Those that leave but still have requests included."""
+        return [*self._members, *self._retired]
+
+    @property
+    def _members(self) -> list[Worker]:
         return [*(self.prefill or ()), *self.decode]
+
+    def addresses(self, role: Role) -> frozenset[str]:
+        return frozenset(worker.connection.address for worker in self._of(role))
+
+    def join(self, connection: WorkerConnection) -> None:
+        """One more worker, which the pool owns from now on."""
+        taken = {worker.name for worker in self.workers}
+        role = connection.role
+        name = next(name for index in itertools.count() if (name := f"{role.value}-{index}") not in taken)
+        self._of(role).append(Worker(connection, name))
+
+    def retire(self, role: Role, address: str) -> None:
+        """Give it no new requests; it is closed when those it has are done."""
+        workers = self._of(role)
+        self._retired += [worker for worker in workers if worker.connection.address == address]
+        workers[:] = [worker for worker in workers if worker.connection.address != address]
+
+    def take_back(self, role: Role, address: str) -> bool:
+        """Undo `retire` if the worker is still there."""
+        returning = [
+            worker
+            for worker in self._retired
+            if worker.connection.address == address and worker.connection.role is role
+        ]
+        self._retired = [worker for worker in self._retired if worker not in returning]
+        self._of(role).extend(returning)
+        return bool(returning)
+
+    async def close_retired(self) -> None:
+        idle = [worker for worker in self._retired if not worker.num_in_flight]
+        self._retired = [worker for worker in self._retired if worker not in idle]
+        await asyncio.gather(*(worker.connection.close() for worker in idle))
+
+    def _of(self, role: Role) -> list[Worker]:
+        if role is Role.DECODE:
+            return self.decode
+        assert self.prefill is not None, "this router has no prefill pool"
+        return self.prefill
 
     @property
     def is_ready(self) -> bool:
@@ -89,7 +136,7 @@ class WorkerPool:
         """Of the worker with the shortest context among those ready. Raises `Overloaded`."""
         infos = [
             worker.connection.info
-            for worker in self.workers
+            for worker in self._members
             if worker.connection.is_ready and worker.connection.info is not None
         ]
         if not infos or not self.is_ready:

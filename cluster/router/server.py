@@ -12,7 +12,7 @@ import errno
 import logging
 import socket
 from asyncio.events import TimerHandle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 
 import msgspec
 import uvicorn
@@ -162,20 +162,23 @@ async def run_router(
     listener: socket.socket,
     stop: Stop,
     on_ready: Callable[[str], None],
+    follow_members: Callable[[WorkerPool], Coroutine[None, None, None]] | None = None,
 ) -> None:
     """Serve until `stop`, drain for at most `drain_timeout_s`, close listener and connections.
 
     `prefill` None means that decode workers compute prompts themselves. Takes ownership of the
     connections and of `listener` (see `bind`). `on_ready` gets the URL once requests are accepted.
+    `follow_members` runs beside the server until its end and lets workers join and leave the pool.
     """
     endpoints = Endpoints(config, codec, WorkerPool(prefill=prefill, decode=decode))
+    following = asyncio.ensure_future(_never() if follow_members is None else follow_members(endpoints.pool))
     server = _Server(_uvicorn_config(config, endpoints))
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
     stopping = asyncio.ensure_future(stop.requested.wait())
     try:
         await server.is_up.wait()
         on_ready(url_of(listener))
-        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({serving, stopping, following}, return_when=asyncio.FIRST_COMPLETED)
         endpoints.admission.is_draining = True
         server.should_exit = True
         forced = asyncio.ensure_future(stop.forced.wait())
@@ -183,13 +186,19 @@ async def run_router(
         server.force_exit = True
         forced.cancel()
         await serving
+        if following.done():  # it follows for ever, so it has failed
+            following.result()
     finally:
-        stopping.cancel()
-        serving.cancel()
-        await asyncio.gather(serving, stopping, return_exceptions=True)
+        for task in (stopping, serving, following):
+            task.cancel()
+        await asyncio.gather(serving, stopping, following, return_exceptions=True)
         await _end_requests(server, endpoints)
         await endpoints.close()
         listener.close()
+
+
+async def _never() -> None:
+    await asyncio.get_running_loop().create_future()
 
 
 async def _end_requests(server: uvicorn.Server, endpoints: Endpoints) -> None:
