@@ -45,7 +45,6 @@ VOCABULARY = 40_000  # prompts are drawn from the ids below it: ordinary tokens
 
 def main() -> None:
     arguments = _parse_arguments()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
     record = _Recorder(arguments.model, is_dry=arguments.dry_run)
     _measure_engine(arguments.model, arguments.rounds, record)
     _measure_deployments(arguments.model, record)
@@ -86,6 +85,7 @@ def _alternate(rounds: int, first: Callable[[], float], second: Callable[[], flo
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds + 1):
         for run, measured in zip((first, second), times, strict=True):
+            torch.set_num_threads(1)  # as in a worker, whose kernels bring their own threads
             time.sleep(SETTLE_S)
             measured.append(run())
     return statistics.median(times[0][1:]), statistics.median(times[1][1:])
@@ -152,12 +152,14 @@ def _in_bf16(model: PreTrainedModel) -> PreTrainedModel:
 
 @torch.inference_mode()
 def _reference_prefill_s(model: PreTrainedModel) -> float:
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     token_ids = torch.randint(100, VOCABULARY, (1, PREFILL_TOKENS))
     return _seconds(lambda: model(token_ids, use_cache=True, logits_to_keep=1).logits[:, -1].argmax())
 
 
 @torch.inference_mode()
 def _reference_decode_step_s(model: PreTrainedModel) -> float:
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     cache = DynamicCache()
     token = torch.randint(100, VOCABULARY, (1, DECODE_PROMPT_TOKENS))
     token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
