@@ -56,7 +56,11 @@ BAD_VALUES: tuple[tuple[dict[str, Any], str], ...] = (
         "router.terminationGracePeriodSeconds (70) must be more than preStopSeconds + drainTimeoutSeconds + 5 (70)",
     ),
     ({"connector__lease_s": 61}, "prefill.drainTimeoutSeconds (60) must be at least connector.lease_s (61)"),
-    ({"prefill__replicas": 2}, "set prefill.workload to StatefulSet or LeaderWorkerSet"),
+    ({"discovery__type": "static"}, "/discovery/type"),
+    (
+        {"discovery__type": "kubernetes", "serviceAccount__create": False},
+        "serviceAccount.router and serviceAccount.worker are the same account",
+    ),
     (
         {"decode__autoscaling": {"type": "keda", "min": 3, "max": 2}},
         "decode.autoscaling.min (3) is larger than max (2)",
@@ -106,7 +110,6 @@ BAD_VALUES: tuple[tuple[dict[str, Any], str], ...] = (
         "prefill.engine.max_model_len (4096) is larger than decode.engine.max_model_len (2048)",
     ),
     ({"inferencePool": {"enabled": True}}, "inferencePool.endpointPicker is not set"),
-    ({"disaggregatedSet": {"enabled": True}, "decode__replicas": 2}, "its pods have no stable names"),
     (
         {"disaggregatedSet": {"enabled": True}, "decode__autoscaling": {"type": "hpa", "max": 1}},
         "decode.autoscaling.type is hpa, but disaggregatedSet.enabled",

@@ -81,7 +81,7 @@ def pod_templates(manifests: list[Manifest]) -> Iterator[tuple[str, Manifest]]:
     for manifest in manifests:
         spec = manifest.get("spec", {})
         match manifest["kind"]:
-            case "Deployment" | "StatefulSet":
+            case "Deployment":
                 yield manifest["metadata"]["labels"]["app.kubernetes.io/component"], spec["template"]
             case "LeaderWorkerSet":
                 role = manifest["metadata"]["labels"]["app.kubernetes.io/component"]

@@ -61,8 +61,8 @@ class Pod:
         values |= {"host": LOOPBACK, "port": self.port}
         for role in ("prefill", "decode"):
             if role in values:
-                assert values[role] == [f"demo-tandem-{role}.serving.svc:9000"]
-                values[role] = [f"{LOOPBACK}:{ports[role]}"]
+                assert values[role] == [f"dns:demo-tandem-{role}-workers.serving.svc:9000"]
+                values[role] = [f"dns:{LOOPBACK}:{ports[role]}"]
         if "cluster_key_file" in values:
             values["cluster_key_file"] = str(self.path(values["cluster_key_file"]))
         return json.dumps(values)

@@ -59,7 +59,7 @@ def test_every_kind_of_object_is_rendered_by_some_file() -> None:
         *("LeaderWorkerSet", "DisaggregatedSet", "HorizontalPodAutoscaler", "ScaledObject"),
         *("PodMonitor", "InferencePool"),
     }
-    assert not kinds & {"Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding", "Secret"}
+    assert not kinds & {"ClusterRole", "ClusterRoleBinding", "Secret"}
 
 
 @pytest.mark.parametrize(("changes", "reason"), BAD_VALUES, ids=lambda value: value if isinstance(value, str) else "")
@@ -81,7 +81,6 @@ def test_pods_are_locked_down(name: str) -> None:
     assert {role for role, _ in templates} == {"router", "prefill", "decode"}
     for role, template in templates:
         spec = template["spec"]
-        assert spec["automountServiceAccountToken"] is False
         assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec)
         assert spec["securityContext"]["runAsNonRoot"] is True
         assert spec["securityContext"]["runAsUser"] > 0
@@ -121,7 +120,10 @@ def test_selectors_find_the_pods(name: str) -> None:
     pods = dict(pod_templates(manifests))
     for service in of_kind(manifests, "Service"):
         role = service["metadata"]["labels"]["app.kubernetes.io/component"]
-        assert service["spec"]["selector"].items() <= pods[role]["metadata"]["labels"].items()
+        labels = pods[role]["metadata"]["labels"] | {
+            "leaderworkerset.sigs.k8s.io/worker-index": "0"
+        }  # set by its controller
+        assert service["spec"]["selector"].items() <= labels.items()
         ports = {port["name"] for port in pods[role]["spec"]["containers"][0]["ports"]}
         assert {port["targetPort"] for port in service["spec"]["ports"]} <= ports
 
@@ -153,15 +155,39 @@ def test_groups_of_ranks_become_groups_of_pods() -> None:
     assert [item["spec"]["leaderWorkerTemplate"]["size"] for item in tensor_parallel] == [1, 1]
 
 
-def test_the_router_is_told_every_worker_there_may_be() -> None:
-    manifests = render(changed(read_values("cpu-demo"), decode__workload="StatefulSet", decode__replicas=3))
+def test_routers_find_workers_by_the_services_of_the_pools() -> None:
+    manifests = render(changed(read_values("cpu-demo"), decode__replicas=3))
     config = _router_config(manifests)
-    assert config.prefill == ("demo-tandem-prefill.serving.svc:9000",)
-    assert config.decode == tuple(f"demo-tandem-decode-{at}.demo-tandem-decode.serving.svc:9000" for at in range(3))
-    assert named(manifests, "StatefulSet", "decode")["spec"]["serviceName"] == "demo-tandem-decode"
-    assert named(manifests, "Service", "decode")["spec"]["clusterIP"] == "None"
-    scaled = _router_config(render(read_values("2p4d-tp4")))
-    assert (len(scaled.prefill), len(scaled.decode)) == (4, 8), "up to autoscaling.max"
+    assert config.prefill == ("dns:demo-tandem-prefill-workers.serving.svc:9000",)
+    assert config.decode == ("dns:demo-tandem-decode-workers.serving.svc:9000",)
+    for role in ("prefill", "decode"):
+        service = named(manifests, "Service", f"{role}-workers")["spec"]
+        assert service["clusterIP"] == "None"
+        assert not service.get("publishNotReadyAddresses"), "a worker that is not ready must not be found"
+    assert not of_kind(manifests, "Role")
+    assert not [role for role, template in pod_templates(manifests) if template["spec"]["automountServiceAccountToken"]]
+
+
+def test_only_routers_may_read_endpoint_slices_and_nothing_else() -> None:
+    manifests = render(read_values("2p4d-tp4"))
+    assert _router_config(manifests).decode == ("kubernetes:serving/demo-tandem-decode-workers:9000",)
+    [role] = of_kind(manifests, "Role")
+    assert role["rules"] == [
+        {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["get", "list", "watch"]}
+    ]
+    [binding] = of_kind(manifests, "RoleBinding")
+    pods = dict(pod_templates(manifests))
+    accounts = {role: template["spec"]["serviceAccountName"] for role, template in pods.items()}
+    assert [subject["name"] for subject in binding["subjects"]] == [accounts["router"]]
+    assert accounts["router"] not in (accounts["prefill"], accounts["decode"])
+    with_token = [role for role, template in pods.items() if template["spec"]["automountServiceAccountToken"]]
+    assert with_token == ["router"]
+
+
+@pytest.mark.parametrize("name", ["2p4d-tp4", "wide-ep"])
+def test_of_a_group_the_leader_is_the_worker(name: str) -> None:
+    service = named(render(read_values(name)), "Service", "decode-workers")
+    assert service["spec"]["selector"]["leaderworkerset.sigs.k8s.io/worker-index"] == "0"
 
 
 def test_a_changed_config_restarts_the_pods_of_its_role_only() -> None:

@@ -21,6 +21,9 @@
 {{- if and $prefill $decode (gt (int $prefill) (int $decode)) -}}
 {{- fail (printf "prefill.engine.max_model_len (%v) is larger than decode.engine.max_model_len (%v): prompts would be computed that no decode worker can take" $prefill $decode) -}}
 {{- end -}}
+{{- if and (not $values.serviceAccount.create) (eq $values.serviceAccount.router $values.serviceAccount.worker) (eq $values.discovery.type "kubernetes") -}}
+{{- fail "serviceAccount.router and serviceAccount.worker are the same account, and discovery.type is kubernetes: workers would get a right that only routers need" -}}
+{{- end -}}
 {{- if and $values.inferencePool.enabled (not $values.inferencePool.endpointPicker) -}}
 {{- fail "inferencePool.endpointPicker is not set: an InferencePool needs the service of an endpoint picker" -}}
 {{- end -}}
@@ -77,22 +80,10 @@
 {{- if and (eq $role "prefill") (lt (int $pool.drainTimeoutSeconds) (ceil $values.connector.lease_s | int)) -}}
 {{- fail (printf "prefill.drainTimeoutSeconds (%v) must be at least connector.lease_s (%v): leases would be given up while they are read" $pool.drainTimeoutSeconds $values.connector.lease_s) -}}
 {{- end -}}
-{{- include "tandem.checkNames" . -}}
 {{- include "tandem.checkDevices" . -}}
 {{- include "tandem.checkGroup" . -}}
 {{- if and $values.disaggregatedSet.enabled (ne $pool.autoscaling.type "none") -}}
 {{- fail (printf "%s.autoscaling.type is %s, but disaggregatedSet.enabled: the pools of a DisaggregatedSet are scaled together, not by this chart" $role $pool.autoscaling.type) -}}
-{{- end -}}
-{{- end -}}
-
-{{/* The router finds workers by names that it is told at start, and the pods of a Deployment share one. */}}
-{{- define "tandem.checkNames" -}}
-{{- $most := include "tandem.maxReplicas" .pool | int -}}
-{{- if and .values.disaggregatedSet.enabled (gt $most 1) -}}
-{{- fail (printf "%s.replicas is %d, but disaggregatedSet.enabled: its pods have no stable names, so the router would find one of them only" .role $most) -}}
-{{- end -}}
-{{- if and (eq .pool.workload "Deployment") (not .values.disaggregatedSet.enabled) (gt $most 1) -}}
-{{- fail (printf "%s can have %d workers, and the pods of a Deployment have no names of their own for the router; set %s.workload to StatefulSet or LeaderWorkerSet" .role $most .role) -}}
 {{- end -}}
 {{- end -}}
 

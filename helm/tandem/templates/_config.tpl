@@ -5,8 +5,8 @@
 {{- $config := dict
   "model_name" $values.model.name
   "model_path" (include "tandem.modelPath" .)
-  "prefill" (include "tandem.addresses" (dict "root" . "role" "prefill") | fromJsonArray)
-  "decode" (include "tandem.addresses" (dict "root" . "role" "decode") | fromJsonArray)
+  "prefill" (list (include "tandem.source" (dict "root" . "role" "prefill")))
+  "decode" (list (include "tandem.source" (dict "root" . "role" "decode")))
   "host" "0.0.0.0"
   "port" (int $values.router.port)
   "drain_timeout_s" $values.router.drainTimeoutSeconds

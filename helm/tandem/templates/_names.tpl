@@ -39,12 +39,20 @@ app.kubernetes.io/component: {{ .role }}
 {{ include "tandem.fullname" .root }}-{{ .role }}
 {{- end -}}
 
+{{/* Routers and workers have accounts of their own: only a router may have a right. */}}
 {{- define "tandem.serviceAccount" -}}
-{{- if .Values.serviceAccount.create -}}
-{{ default (include "tandem.fullname" .) .Values.serviceAccount.name }}
+{{- $account := .root.Values.serviceAccount -}}
+{{- $isRouter := eq .role "router" -}}
+{{- if $account.create -}}
+{{ include "tandem.fullname" .root }}-{{ ternary "router" "worker" $isRouter }}
 {{- else -}}
-{{ default "default" .Values.serviceAccount.name }}
+{{ ternary $account.router $account.worker $isRouter }}
 {{- end -}}
+{{- end -}}
+
+{{/* A router that follows EndpointSlices needs a token. */}}
+{{- define "tandem.hasToken" -}}
+{{- and (eq .role "router") (eq .root.Values.discovery.type "kubernetes") -}}
 {{- end -}}
 
 {{- define "tandem.image" -}}
@@ -95,28 +103,17 @@ demo
 {{ div (include "tandem.numRanks" . | int) (include "tandem.ranksPerPod" . | int) }}
 {{- end -}}
 
-{{/* JSON list of the addresses at which the router finds a pool. Pods with names of their own are listed up to the
-largest number there may be: the router connects to addresses that do not answer yet. */}}
-{{- define "tandem.addresses" -}}
-{{- $pool := index .root.Values .role -}}
-{{- $name := include "tandem.roleName" . -}}
-{{- $domain := printf "%s.%s.svc" $name .root.Release.Namespace -}}
-{{- if or .root.Values.disaggregatedSet.enabled (eq $pool.workload "Deployment") -}}
-{{- list (printf "%s:%v" $domain $pool.port) | toJson -}}
-{{- else -}}
-{{- $addresses := list -}}
-{{- range $index := until (include "tandem.maxReplicas" $pool | int) -}}
-{{- $addresses = append $addresses (printf "%s-%d.%s:%v" $name $index $domain $pool.port) -}}
-{{- end -}}
-{{- toJson $addresses -}}
-{{- end -}}
+{{/* The service whose endpoints are a pool's workers; a LeaderWorkerSet makes one of its own name itself. */}}
+{{- define "tandem.workersName" -}}
+{{ include "tandem.roleName" . }}-workers
 {{- end -}}
 
-{{/* Argument: a role's values. */}}
-{{- define "tandem.maxReplicas" -}}
-{{- if eq .autoscaling.type "none" -}}
-{{ .replicas }}
+{{/* Where a router looks for the workers of a pool, see docs/launch.md. */}}
+{{- define "tandem.source" -}}
+{{- $port := (index .root.Values .role).port -}}
+{{- if eq .root.Values.discovery.type "kubernetes" -}}
+kubernetes:{{ .root.Release.Namespace }}/{{ include "tandem.workersName" . }}:{{ $port }}
 {{- else -}}
-{{ max (int .replicas) (int .autoscaling.max) }}
+dns:{{ include "tandem.workersName" . }}.{{ .root.Release.Namespace }}.svc:{{ $port }}
 {{- end -}}
 {{- end -}}

@@ -18,8 +18,8 @@ annotations:
 {{- define "tandem.podSpec" -}}
 {{- $values := .root.Values -}}
 {{- $block := index $values .role -}}
-serviceAccountName: {{ include "tandem.serviceAccount" .root }}
-automountServiceAccountToken: false
+serviceAccountName: {{ include "tandem.serviceAccount" . }}
+automountServiceAccountToken: {{ include "tandem.hasToken" . }}
 enableServiceLinks: false
 terminationGracePeriodSeconds: {{ $block.terminationGracePeriodSeconds }}
 securityContext:
