@@ -216,6 +216,15 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     weight_version: str = ""
 
 
+class HistogramReading(msgspec.Struct, frozen=True):
+    """What a histogram has counted since its process started; `counts` are per bucket, not cumulative."""
+
+    name: str
+    bounds: tuple[float, ...]
+    counts: tuple[int, ...]  # one more than bounds: the last is of what exceeds them all
+    sum: float
+
+
 class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True):
     """A gauge reading, sent with step frames; what placement and /metrics are fed with."""
 
@@ -235,3 +244,12 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True):
     kv_transfer_failures: int = 0
     kv_leases_expired: int = 0
     handshake_refusals: int = 0
+    kv_leases_granted: int = 0
+    kv_loads_failed: int = 0  # hand-overs that ended without KV
+    kv_failed_notifications: int = 0
+    stale_reads_rejected: int = 0  # blocks that were reused before they had been read
+    digests_rejected: int = 0  # reads whose content was not what the ledger says
+    external_cache_queries: int = 0  # prompt tokens wanted from prefill workers
+    external_cache_hits: int = 0  # of these, arrived and verified
+    # Read anew a few times per second at most; the same object in between, so it need not be sent again.
+    histograms: tuple[HistogramReading, ...] = ()

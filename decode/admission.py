@@ -7,6 +7,7 @@ engine, the transport and the peers. Engine thread only; nothing here blocks.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 
 from cluster.control.messages import PeerAnswer, PeerQuestion
@@ -14,6 +15,7 @@ from cluster.engine.engine import Engine
 from cluster.errors import Cancelled, HandshakeMismatch, LeaseExpired, TransferFailed
 from cluster.types import Request
 from decode.load import MAX_READS_AT_ONCE, MIN_SOURCE_BLOCK_SIZE, Landing, Load, batches, check_belongs
+from decode.measures import HandoverMeasures
 from decode.peers import Peers
 from kvconnector import notices, ticket
 from kvconnector.base import TransferState, Transport
@@ -67,9 +69,7 @@ class Admission:
             on_refused=self._on_refused,
             on_failed=lambda key, why, now: self._feed_key(key, core.Abort(TransferFailed.code, why), now),
         )
-        self.kv_bytes_pulled = 0
-        self.num_transfers = 0
-        self.num_failures = 0
+        self.measures = HandoverMeasures()
 
     @property
     def num_loads(self) -> int:
@@ -77,8 +77,7 @@ class Admission:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that are not in the engine yet."""
-        return len(self._loads)
+        return len(self._loads)  # requests that are not in the engine yet
 
     @property
     def num_refusals(self) -> int:
@@ -97,7 +96,7 @@ class Admission:
         self._nonces.claim(handle, now)
         state = core.LoadState(handle.lease_s, deadline=now + self._load_timeout_s)
         peer = self._peers.enter(handle.engine_id, handle.endpoint)
-        load = Load(request, handle, peer, state)
+        load = Load(request, handle, peer, state, began_at=now)
         self._loads[load.key] = load
         self._peers.want(peer, load.key, now)
 
@@ -153,7 +152,7 @@ class Admission:
             case core.TellDone():
                 self._notify(load, notices.Done(*load.key, load.handle.nonce))
             case core.Commit():
-                self._commit(load)
+                self._commit(load, now)
             case core.StartDraining():
                 self._start_draining(load, now)
             case core.GiveBack():
@@ -173,6 +172,7 @@ class Admission:
         load.reservation = self._engine.reserve_blocks(load.request, load.handle.num_tokens)
         if load.reservation is not None:
             needs_reads = load.reservation.num_cached_tokens < load.handle.num_tokens
+            self.measures.num_external_queries += load.handle.num_tokens - load.reservation.num_cached_tokens
             self._feed(load, core.Reserved(needs_reads=needs_reads), now)
 
     def _read_data(self, load: Load, now: float) -> None:
@@ -204,14 +204,14 @@ class Admission:
     def _post(self, load: Load, now: float) -> None:
         while load.unposted and len(load.running) < MAX_READS_AT_ONCE:
             region, local_region, pieces = load.unposted.popleft()
+            started_at = time.perf_counter()
             try:
                 transfer = self._transport.read(load.peer.engine_id, region, local_region, pieces)
             except TransferFailed as error:
                 self._on_read_failed(load, error.message, now)
                 return
             load.running.append(transfer)
-            self.num_transfers += 1
-            self.kv_bytes_pulled += sum(piece.num_bytes for piece in pieces)
+            self.measures.on_posted(region, transfer, started_at, pieces)
 
     def _poll_reads(self, load: Load, now: float) -> None:
         for transfer in tuple(load.running):
@@ -219,15 +219,17 @@ class Admission:
                 case TransferState.RUNNING:
                     continue
                 case TransferState.DONE:
+                    self.measures.on_ended(transfer, is_good=True)
                     load.running.remove(transfer)
                     self._feed(load, core.ReadDone(), now)
                 case TransferState.FAILED:
+                    self.measures.on_ended(transfer, is_good=False)
                     load.running.remove(transfer)
                     self._on_read_failed(load, "a READ failed", now)
         self._post(load, now)
 
     def _on_read_failed(self, load: Load, why: str, now: float) -> None:
-        self.num_failures += 1
+        self.measures.num_failed_transfers += 1
         self._peers.on_broken(load.peer, now)
         message = f"prefill worker {load.handle.endpoint}: {why}"
         self._feed(load, core.Abort(TransferFailed.code, message, lost_read=True), now)
@@ -243,13 +245,19 @@ class Admission:
             case Verdict.NOT_FILLED:
                 return core.LedgerNotFilled()
             case Verdict.STALE:
+                self.measures.num_stale_reads += 1
                 return core.Abort(LeaseExpired.code, "the prefill worker has reused the blocks")
         ours = self._digester.tokens(reservation.block_ids, start, handle.num_tokens)
-        return core.LedgerGood() if (ours == records.digests()).all() else core.LedgerWrongDigest()
+        if (ours == records.digests()).all():
+            return core.LedgerGood()
+        self.measures.num_wrong_digests += 1
+        return core.LedgerWrongDigest()
 
-    def _commit(self, load: Load) -> None:
+    def _commit(self, load: Load, now: float) -> None:
         """The engine takes over the reservation."""
         assert load.reservation is not None
+        self.measures.on_loaded(load.handle.num_tokens - load.reservation.num_cached_tokens, now - load.began_at)
+        self._engine.timings.queue.observe(now - load.began_at)
         self._engine.add_loaded_request(load.request, load.reservation)
         load.reservation = None
         self._forget(load)
@@ -280,6 +288,7 @@ class Admission:
 
     def _fail(self, load: Load, code: str, message: str) -> None:
         self._loads.pop(load.key, None)
+        self.measures.num_failed_loads += 1
         logger.warning("request %s attempt %d: no KV (%s): %s", *load.key, code, message)
         self._on_failed(load.request, code, message)
 
@@ -287,4 +296,5 @@ class Admission:
         self._feed_key(key, core.Abort(error.code, error.message), now)
 
     def _notify(self, load: Load, notice: notices.Notice) -> None:
-        self._transport.notify(load.peer.engine_id, notices.encode(notice))
+        has_left = self._transport.notify(load.peer.engine_id, notices.encode(notice))
+        self.measures.num_failed_notifications += not has_left

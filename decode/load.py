@@ -34,6 +34,7 @@ class Load:
     handle: KVHandle
     peer: Peer
     state: LoadState
+    began_at: float
     reservation: Reservation | None = None
     landing_row: int | None = None
     unposted: deque[tuple[str, str, list[Piece]]] = field(default_factory=deque)  # (region, local region, pieces)

@@ -17,7 +17,7 @@ from cluster.engine.engine import Engine
 from cluster.engine.events import EngineEvent
 from cluster.engine.scheduler import Policy
 from cluster.errors import Cancelled, DigestMismatch, LeaseExpired, TransferFailed
-from cluster.types import FinishReason, Request, RequestError, Role, TokenChunk
+from cluster.types import FinishReason, HistogramReading, Request, RequestError, Role, TokenChunk
 from decode.admission import Admission
 from decode.policy import DecodePolicy
 from kvconnector.base import Transport
@@ -79,10 +79,20 @@ class DecodeDriver(WorkerDriver):
 
     def poll(self, now: float) -> None:
         self._admission.poll(now)
-        self.counters.kv_bytes_pulled = self._admission.kv_bytes_pulled
-        self.counters.kv_transfers = self._admission.num_transfers
-        self.counters.kv_transfer_failures = self._admission.num_failures
-        self.counters.handshake_refusals = self._admission.num_refusals
+        counters, measures = self.counters, self._admission.measures
+        counters.handshake_refusals = self._admission.num_refusals
+        counters.kv_transfers = measures.num_transfers
+        counters.kv_bytes_pulled = measures.num_bytes
+        counters.kv_transfer_failures = measures.num_failed_transfers
+        counters.kv_loads_failed = measures.num_failed_loads
+        counters.kv_failed_notifications = measures.num_failed_notifications
+        counters.stale_reads_rejected = measures.num_stale_reads
+        counters.digests_rejected = measures.num_wrong_digests
+        counters.external_cache_queries = measures.num_external_queries
+        counters.external_cache_hits = measures.num_external_hits
+
+    def histograms(self) -> tuple[HistogramReading, ...]:
+        return (*super().histograms(), *self._admission.measures.readings())
 
     def poll_pause_s(self) -> float:
         if self._admission.is_reading:

@@ -77,8 +77,8 @@ class Transport(Protocol):
         """DONE or FAILED is said once; the id is forgotten then and no byte can land any more."""
         ...
 
-    def notify(self, peer: PeerId, message: bytes) -> None:
-        """Small best-effort message (a lost one costs a lease, never correctness)."""
+    def notify(self, peer: PeerId, message: bytes) -> bool:
+        """Small best-effort message (a lost one costs a lease, never correctness). False: it did not leave."""
         ...
 
     def notifications(self) -> list[tuple[PeerId, bytes]]: ...

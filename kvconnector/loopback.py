@@ -81,10 +81,11 @@ class LoopbackTransport:
             destination[piece.destination_offset : destination_end] = source[piece.source_offset : source_end]
         return TransferState.DONE
 
-    def notify(self, peer: PeerId, message: bytes) -> None:
+    def notify(self, peer: PeerId, message: bytes) -> bool:
         target = self._hub.transports.get(peer)
         if target is not None:
             target._notifications.append((PeerId(self._engine_id), message))
+        return target is not None
 
     def notifications(self) -> list[tuple[PeerId, bytes]]:
         arrived = list(self._notifications)

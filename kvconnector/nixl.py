@@ -177,9 +177,8 @@ class NixlTransport:
         self._forget_if_idle(peer)
         return TransferState.DONE if status == "DONE" else TransferState.FAILED
 
-    def notify(self, peer: PeerId, message: bytes) -> None:
-        if peer in self._peers:
-            self._ignoring_errors(lambda: self._agent.send_notif(peer, message))
+    def notify(self, peer: PeerId, message: bytes) -> bool:
+        return peer in self._peers and self._ignoring_errors(lambda: self._agent.send_notif(peer, message))
 
     def notifications(self) -> list[tuple[PeerId, bytes]]:
         arrived: dict[str, list[bytes]] = self._agent.get_new_notifs()
@@ -214,12 +213,14 @@ class NixlTransport:
         except self._errors as error:
             raise TransferFailed(f"could not {action}: {error}") from error
 
-    def _ignoring_errors(self, call: Callable[[], object]) -> None:
-        """For what is best effort, or cannot go wrong in a way that matters any more."""
+    def _ignoring_errors(self, call: Callable[[], object]) -> bool:
+        """For what is best effort, or cannot go wrong in a way that matters any more. False: it did."""
         try:
             call()
         except self._errors as error:
             logger.debug("ignored: %s", error)
+            return False
+        return True
 
 
 def _memory_type(region: Region) -> str:

@@ -146,6 +146,7 @@ class PrefillDriver(WorkerDriver):
             weight_version=self._weight_version,
         )
         sealed = ticket.seal(handle, self._cluster_key)
+        self.counters.kv_leases_granted += 1
         self._lent[event.request_id, event.attempt] = _Lent(handle, sealed, core.LeaseState(self._lease_s))
         self.emit(PrefillStarted(request_id=event.request_id, attempt=event.attempt, kv=sealed))
 

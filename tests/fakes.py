@@ -20,6 +20,7 @@ from cluster.rpc.base import PrefillEvent
 from cluster.tokenizer import IncrementalDetokenizer
 from cluster.types import (
     FinishReason,
+    HistogramReading,
     PrefillResult,
     Request,
     RequestError,
@@ -114,6 +115,8 @@ class FakeWorker:
         self.cancelled: list[Key] = []
         self.counts: Counter[str] = Counter()
         self.is_closed = False
+        self.num_drains = 0
+        self.histograms: tuple[HistogramReading, ...] = ()
         self.holds_decode: asyncio.Event | None = None  # decode waits for it before its first chunk
         self.peers: list[FakeWorker] = []  # of which a decode worker reads
         self.info: WorkerInfo | None = WorkerInfo(
@@ -131,7 +134,13 @@ class FakeWorker:
     @property
     def load(self) -> WorkerLoad | None:
         used = len(self.running) + len(self.leased)
-        return WorkerLoad(num_running=len(self.running), num_waiting=0, num_free_blocks=64 - used, num_blocks=64)
+        return WorkerLoad(
+            num_running=len(self.running),
+            num_waiting=0,
+            num_free_blocks=64 - used,
+            num_blocks=64,
+            histograms=self.histograms,
+        )
 
     @property
     def is_ready(self) -> bool:

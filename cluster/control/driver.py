@@ -23,10 +23,11 @@ from cluster.engine.engine import Engine
 from cluster.engine.events import EngineEvent
 from cluster.errors import TandemError
 from cluster.rpc.base import Inspection
-from cluster.types import FinishReason, Request, RequestError, TokenChunk, WorkerLoad
+from cluster.types import FinishReason, HistogramReading, Request, RequestError, TokenChunk, WorkerLoad
 from kvconnector.digest import KVDigester
 
 IDLE_S = 0.5
+HISTOGRAM_PAUSE_S = 0.5  # between two readings: a frame per step must not carry them
 BLOCKED_S = 0.005  # everything waits for blocks, which a lease or a load may free at any time
 
 
@@ -38,6 +39,13 @@ class TransferCounters(msgspec.Struct):
     kv_transfer_failures: int = 0
     kv_leases_expired: int = 0
     handshake_refusals: int = 0
+    kv_leases_granted: int = 0
+    kv_loads_failed: int = 0
+    kv_failed_notifications: int = 0
+    stale_reads_rejected: int = 0
+    digests_rejected: int = 0
+    external_cache_queries: int = 0
+    external_cache_hits: int = 0
 
 
 class WorkerDriver(ABC):
@@ -52,6 +60,8 @@ class WorkerDriver(ABC):
         self._questions: list[PeerQuestion] = []
         self._told: WorkerLoad | None = None
         self._told_held = 0
+        self._histograms: tuple[HistogramReading, ...] = ()
+        self._next_histograms = 0.0
 
     # ---- what a role adds
 
@@ -89,6 +99,10 @@ class WorkerDriver(ABC):
         """Requests that wait outside of the engine."""
         return 0
 
+    def histograms(self) -> tuple[HistogramReading, ...]:
+        """What is measured in this worker, as it stands."""
+        return self.engine.timings.readings()
+
     @abstractmethod
     def close(self) -> None: ...
 
@@ -119,7 +133,7 @@ class WorkerDriver(ABC):
         if self.engine.has_work():
             for event in self.engine.step():
                 self.on_engine_event(event, now)
-        return self._collect_news()
+        return self._collect_news(now)
 
     def idle_s(self, now: float) -> float:
         if self._events or self._inspections or self._questions:
@@ -153,10 +167,18 @@ class WorkerDriver(ABC):
 
     # ---- inside
 
-    def _collect_news(self) -> News | None:
+    def _collect_news(self, now: float) -> News | None:
+        if now >= self._next_histograms:
+            self._next_histograms = now + HISTOGRAM_PAUSE_S
+            readings = self.histograms()
+            if readings != self._histograms:
+                self._histograms = readings
         load = self.engine.load()
         load = msgspec.structs.replace(
-            load, num_waiting=load.num_waiting + self.num_waiting, **msgspec.structs.asdict(self.counters)
+            load,
+            num_waiting=load.num_waiting + self.num_waiting,
+            histograms=self._histograms,
+            **msgspec.structs.asdict(self.counters),
         )
         is_news = self._events or self._inspections or self._questions
         if not is_news and load == self._told and self.num_held == self._told_held:

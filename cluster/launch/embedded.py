@@ -33,6 +33,7 @@ class EmbeddedConnection:
     def __init__(self, worker: EmbeddableWorker) -> None:
         self.address = "in this process"
         self.role = Role.DECODE
+        self.num_drains = 0  # the process ends with it
         self._worker = worker
         self._is_closed = False
 

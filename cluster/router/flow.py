@@ -128,6 +128,7 @@ class Flow:
                 raise error
             case Recovery.ELSEWHERE:
                 journey.avoid.add(journey.computing_at)
+                self._metrics.num_failovers += 1
             case Recovery.RECOMPUTE:
                 journey.avoid.add(pair.engine_ids[0])  # its KV cannot be had; it may still be the only one
             case Recovery.OTHER_PAIR:

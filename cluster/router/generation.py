@@ -135,7 +135,7 @@ class _Meter:
         self._num_tokens = 0
         self._num_cached_tokens = 0
         self._reason: FinishReason | None = None
-        self._started_at = self._last_at = time.perf_counter()
+        self._started_at = self._first_at = self._last_at = time.perf_counter()
 
     def __enter__(self) -> _Meter:
         self._metrics.num_prompt_tokens += self._num_prompt_tokens
@@ -143,6 +143,8 @@ class _Meter:
 
     def count(self, delta: Delta) -> None:
         now = time.perf_counter()
+        if not self._num_tokens:
+            self._first_at = now
         latency = self._metrics.inter_token_latency if self._num_tokens else self._metrics.time_to_first_token
         latency.observe(now - self._last_at)
         self._last_at = now
@@ -154,6 +156,9 @@ class _Meter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if self._reason is not None:
             self._metrics.end_to_end_latency.observe(time.perf_counter() - self._started_at)
+            if self._num_tokens > 1:
+                span_s = self._last_at - self._first_at
+                self._metrics.time_per_output_token.observe(span_s / (self._num_tokens - 1))
             self._metrics.prompt_lengths.observe(self._num_prompt_tokens)
             self._metrics.generation_lengths.observe(self._num_tokens)
             self._metrics.count_finish(self._reason)

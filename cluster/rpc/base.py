@@ -26,6 +26,7 @@ class WorkerConnection(Protocol):
 
     address: str
     role: Role
+    num_drains: int  # how often a worker has begun to drain, over all processes at this address
 
     @property
     def info(self) -> WorkerInfo | None:

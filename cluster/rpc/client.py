@@ -50,6 +50,7 @@ class Connection:
         self._load: WorkerLoad | None = None
         self._connected = False
         self._draining = False
+        self.num_drains = 0
         self._is_closing = False
         self._last_error = "not connected yet"
         self._silent_ticks = 0
@@ -177,7 +178,8 @@ class Connection:
             if frame.HasField("hello"):
                 self._introduce(convert.info_from_pb(frame.hello))
             if frame.HasField("load"):
-                self._load = convert.load_from_pb(frame.load)
+                self._load = convert.load_from_pb(frame.load, () if self._load is None else self._load.histograms)
+            self.num_drains += frame.draining and not self._draining
             self._draining = frame.draining
             for event in frame.events:
                 self._deliver(event)
@@ -186,6 +188,7 @@ class Connection:
         if info.role is not self.role:
             raise WorkerLost(f"expected a {self.role.value} worker, found a {info.role.value} worker")
         self._info = info
+        self._load = None  # another process's counters
         self._connected = True
 
     def _deliver(self, event: pb.Event) -> None:

@@ -13,6 +13,7 @@ from cluster.rpc.pb.serving.v1 import common_pb2 as pb
 from cluster.rpc.pb.serving.v1 import worker_pb2
 from cluster.types import (
     FinishReason,
+    HistogramReading,
     PrefillResult,
     PrefillStarted,
     Request,
@@ -28,6 +29,8 @@ from cluster.types import (
 MAX_ID_LENGTH = 128
 MAX_TENANT_LENGTH = 256
 MAX_SALT_BYTES = 64
+MAX_HISTOGRAMS = 64
+MAX_HISTOGRAM_BOUNDS = 128
 
 _FINISH_TO_PB = {
     None: pb.FINISH_REASON_UNSPECIFIED,
@@ -39,6 +42,7 @@ _FINISH_TO_PB = {
 _FINISH_FROM_PB = {number: reason for reason, number in _FINISH_TO_PB.items()}
 _ROLE_TO_PB = {Role.PREFILL: pb.ROLE_PREFILL, Role.DECODE: pb.ROLE_DECODE}
 _ROLE_FROM_PB = {number: role for role, number in _ROLE_TO_PB.items()}
+_LOAD_NUMBERS = tuple(name for name in WorkerLoad.__struct_fields__ if name != "histograms")
 
 
 def sampling_to_pb(sampling: SamplingParams) -> pb.SamplingParams:
@@ -251,12 +255,32 @@ def info_from_pb(message: pb.WorkerInfo) -> WorkerInfo:
     )
 
 
-def load_to_pb(load: WorkerLoad) -> pb.WorkerLoad:
-    return pb.WorkerLoad(**{name: getattr(load, name) for name in WorkerLoad.__struct_fields__})
+def load_to_pb(load: WorkerLoad, *, with_histograms: bool = True) -> pb.WorkerLoad:
+    """Without its histograms it says that they are unchanged."""
+    message = pb.WorkerLoad(**{name: getattr(load, name) for name in _LOAD_NUMBERS})
+    if with_histograms:
+        message.histograms.CopyFrom(pb.WorkerHistograms(readings=map(_histogram_to_pb, load.histograms)))
+    return message
 
 
-def load_from_pb(message: pb.WorkerLoad) -> WorkerLoad:
-    return WorkerLoad(**{name: getattr(message, name) for name in WorkerLoad.__struct_fields__})
+def load_from_pb(message: pb.WorkerLoad, earlier: tuple[HistogramReading, ...] = ()) -> WorkerLoad:
+    """`earlier`: the histograms of the session's last load."""
+    histograms = earlier
+    if message.HasField("histograms"):
+        _length("histograms", message.histograms.readings, 0, MAX_HISTOGRAMS)
+        histograms = tuple(map(_histogram_from_pb, message.histograms.readings))
+    return WorkerLoad(histograms=histograms, **{name: getattr(message, name) for name in _LOAD_NUMBERS})
+
+
+def _histogram_to_pb(reading: HistogramReading) -> pb.HistogramReading:
+    return pb.HistogramReading(name=reading.name, bounds=reading.bounds, counts=reading.counts, sum=reading.sum)
+
+
+def _histogram_from_pb(message: pb.HistogramReading) -> HistogramReading:
+    _length("histograms.name", message.name, 1, MAX_ID_LENGTH)
+    _length("histograms.bounds", message.bounds, 0, MAX_HISTOGRAM_BOUNDS)
+    _length("histograms.counts", message.counts, len(message.bounds) + 1, len(message.bounds) + 1)
+    return HistogramReading(message.name, tuple(message.bounds), tuple(message.counts), message.sum)
 
 
 def inspection_to_pb(inspection: Inspection) -> worker_pb2.InspectReply:

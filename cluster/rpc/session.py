@@ -17,7 +17,15 @@ from cluster.errors import InvalidRequest, Overloaded, TandemError
 from cluster.rpc import convert, limits
 from cluster.rpc.base import WorkerAdmin, WorkerService
 from cluster.rpc.pb.serving.v1 import worker_pb2
-from cluster.types import FinishReason, PrefillResult, PrefillStarted, RequestError, TokenChunk, TokenLogprob
+from cluster.types import (
+    FinishReason,
+    HistogramReading,
+    PrefillResult,
+    PrefillStarted,
+    RequestError,
+    TokenChunk,
+    TokenLogprob,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +117,11 @@ class Session:
 
     async def _write_frames(self, context: _Context) -> None:
         frame = worker_pb2.WorkerFrame(hello=convert.info_to_pb(self._service.info()))
+        told: tuple[HistogramReading, ...] = ()
         while True:
-            frame.load.CopyFrom(convert.load_to_pb(self._service.load()))
+            load = self._service.load()
+            frame.load.CopyFrom(convert.load_to_pb(load, with_histograms=load.histograms is not told))
+            told = load.histograms
             frame.draining = self._admin.is_draining
             await context.write(frame)
             await self._pending.wake.wait()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from cluster.histogram import Histogram
 from cluster.types import Role
 from tests.fakes import FakeWorker
 from tests.integration.router_harness import MODEL, http_client, running_router
 
+DOCS = Path(__file__).parents[2] / "docs"
 OF_WORKERS = (
     *("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"),
     *("vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total", "vllm:num_preemptions_total"),
@@ -67,3 +72,52 @@ async def test_health_needs_every_configured_pool(lost: str) -> None:
         worker.is_up = True
         assert (await client.get("/load")).json() == {"server_load": 0, "workers": {"prefill-0": 0, "decode-0": 0}}
         assert (await client.get("/version")).json()["version"]
+
+
+async def test_every_documented_metric_exists_on_a_running_router() -> None:
+    decode, prefill = FakeWorker(Role.DECODE, "d0"), FakeWorker(Role.PREFILL, "p0")
+    async with running_router([decode], [prefill]) as router, http_client(router) as client:
+        text = (await client.get("/metrics")).text
+    documented = re.findall(r"^\| `(\S+)` \| (\w+) \|", (DOCS / "metrics.md").read_text(), re.MULTILINE)
+    assert len(documented) > 50
+    for name, kind in documented:
+        assert f"# TYPE {name} {kind}\n" in text, name
+
+
+async def test_histograms_of_workers_are_shown_under_their_names() -> None:
+    decode, prefill = FakeWorker(Role.DECODE, "d0"), FakeWorker(Role.PREFILL, "p0")
+    histogram = Histogram("vllm:request_queue_time_seconds", (0.1, 1.0))
+    stranger = Histogram("evil metric", (0.1,))
+    for value in (0.05, 0.5, 5.0):
+        histogram.observe(value)
+    decode.histograms = (histogram.reading(), stranger.reading())
+    async with running_router([decode], [prefill]) as router, http_client(router) as client:
+        text = (await client.get("/metrics")).text
+    labels = f'engine="decode-0",le="%s",model_name="{MODEL}"'
+    for bound, count in (("0.1", 1.0), ("1.0", 2.0), ("+Inf", 3.0)):
+        assert f"vllm:request_queue_time_seconds_bucket{{{labels % bound}}} {count}\n" in text
+    assert "evil" not in text
+
+
+async def test_workers_are_counted_by_state() -> None:
+    decode = [FakeWorker(Role.DECODE, f"d{index}") for index in range(3)]
+    prefill = [FakeWorker(Role.PREFILL, "p0")]
+    decode[1].is_up = False
+    async with running_router(decode, prefill) as router, http_client(router) as client:
+        text = (await client.get("/metrics")).text
+        decode[1].is_up = True
+    for role, state, count in (("decode", "ready", 2), ("decode", "unreachable", 1), ("prefill", "ready", 1)):
+        labels = f'engine="router",model_name="{MODEL}",role="{role}",state="{state}"'
+        assert f"tandem_workers{{{labels}}} {count}.0\n" in text
+
+
+async def test_a_lost_worker_is_counted_as_a_failover() -> None:
+    decode = [FakeWorker(Role.DECODE, f"d{index}") for index in range(2)]
+    decode[0].dies_at = 3
+    async with running_router(decode, [FakeWorker(Role.PREFILL, "p0")]) as router, http_client(router) as client:
+        for at in range(16):  # prompts are spread over the workers by their beginning
+            answer = await client.post("/v1/completions", json={"prompt": [at] * 32, "max_tokens": 6})
+            assert answer.status_code == 200
+        text = (await client.get("/metrics")).text
+    assert not decode[0].is_up, "no prompt went there"
+    assert f'tandem_failovers_total{{engine="router",model_name="{MODEL}"}} 1.0\n' in text

@@ -6,6 +6,7 @@ import math
 import struct
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from cluster.rpc.base import Inspection
 from cluster.rpc.pb.serving.v1 import common_pb2 as pb
 from cluster.types import (
     FinishReason,
+    HistogramReading,
     PrefillResult,
     PrefillStarted,
     Request,
@@ -125,8 +127,13 @@ def test_info_load_and_inspection_round_trip() -> None:
         weight_version="w",
     )
     assert convert.info_from_pb(convert.info_to_pb(info)) == info
-    load = WorkerLoad(**{name: at + 1 for at, name in enumerate(WorkerLoad.__struct_fields__)})
+    readings = (HistogramReading("vllm:a", (0.5, 1.0), (1, 2, 3), 4.25), HistogramReading("b", (), (7,), 0.0))
+    numbers = {name: at + 1 for at, name in enumerate(WorkerLoad.__struct_fields__) if name != "histograms"}
+    load = msgspec.structs.replace(msgspec.convert(numbers, WorkerLoad), histograms=readings)
     assert convert.load_from_pb(convert.load_to_pb(load)) == load
+    unchanged = convert.load_to_pb(load, with_histograms=False)
+    assert convert.load_from_pb(unchanged, earlier=readings) == load
+    assert convert.load_from_pb(unchanged).histograms == ()
     inspection = Inspection(num_blocks=9, num_free=8, num_owned=1, kv_digests=(2**64 - 1, 0), num_digest_tokens=32)
     assert convert.inspection_from_pb(convert.inspection_to_pb(inspection)) == inspection
 

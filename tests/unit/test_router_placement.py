@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from cluster.errors import (
@@ -24,7 +25,8 @@ from cluster.types import RequestError, WorkerLoad
 def worker(name: str, num_in_flight: int = 0, **load: int) -> Candidate:
     reported = None
     if load:
-        reported = WorkerLoad(**{"num_running": 0, "num_waiting": 0, "num_free_blocks": 10, "num_blocks": 10, **load})
+        counts = {"num_running": 0, "num_waiting": 0, "num_free_blocks": 10, "num_blocks": 10, **load}
+        reported = msgspec.convert(counts, WorkerLoad)
     return Candidate(address=name, engine_id=f"{name}#1", num_in_flight=num_in_flight, load=reported)
 
 

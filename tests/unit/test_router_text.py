@@ -10,7 +10,6 @@ import pytest
 
 from cluster.router.job import Job, OutputOptions, Prompt, sibling_seed
 from cluster.router.logprobs import NO_PROBABILITY, LogprobFormat
-from cluster.router.metrics import Histogram
 from cluster.router.responses import usage_of
 from cluster.router.sse import ChunkWriter
 from cluster.router.text import ChoiceText, Delta
@@ -147,12 +146,3 @@ def test_siblings_have_distinct_seeds_that_depend_on_the_first() -> None:
     assert [request.token_ids for request in requests] == [(1,), (1,), (2,), (2,)]
     assert [request.sampling.seed for request in requests] == [3, sibling_seed(3, 1)] * 2
     assert len({request.request_id for request in requests}) == 4
-
-
-def test_histogram_counts_a_bound_as_inside_as_prometheus_does() -> None:
-    histogram = Histogram("h", "", (1.0, 2.0))
-    for value in (0.5, 1.0, 1.5, 9.0):
-        histogram.observe(value)
-    samples = {sample.labels.get("le"): sample.value for sample in histogram.family("m").samples}
-    assert (samples["1.0"], samples["2.0"], samples["+Inf"]) == (2, 3, 4)
-    assert samples[None] == 12.0

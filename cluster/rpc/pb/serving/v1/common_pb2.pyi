@@ -180,7 +180,7 @@ class WorkerInfo(_message.Message):
     def __init__(self, engine_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., model_name: _Optional[str] = ..., model_digest: _Optional[str] = ..., numeric_fingerprint: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., weight_version: _Optional[str] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_free_blocks", "num_blocks", "num_leased_blocks", "num_draining_blocks", "prompt_tokens", "generation_tokens", "cached_tokens", "cache_queries", "preemptions", "kv_bytes_pulled", "kv_transfers", "kv_transfer_failures", "kv_leases_expired", "handshake_refusals")
+    __slots__ = ("num_running", "num_waiting", "num_free_blocks", "num_blocks", "num_leased_blocks", "num_draining_blocks", "prompt_tokens", "generation_tokens", "cached_tokens", "cache_queries", "preemptions", "kv_bytes_pulled", "kv_transfers", "kv_transfer_failures", "kv_leases_expired", "handshake_refusals", "kv_leases_granted", "kv_loads_failed", "kv_failed_notifications", "stale_reads_rejected", "digests_rejected", "external_cache_queries", "external_cache_hits", "histograms")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -197,6 +197,14 @@ class WorkerLoad(_message.Message):
     KV_TRANSFER_FAILURES_FIELD_NUMBER: _ClassVar[int]
     KV_LEASES_EXPIRED_FIELD_NUMBER: _ClassVar[int]
     HANDSHAKE_REFUSALS_FIELD_NUMBER: _ClassVar[int]
+    KV_LEASES_GRANTED_FIELD_NUMBER: _ClassVar[int]
+    KV_LOADS_FAILED_FIELD_NUMBER: _ClassVar[int]
+    KV_FAILED_NOTIFICATIONS_FIELD_NUMBER: _ClassVar[int]
+    STALE_READS_REJECTED_FIELD_NUMBER: _ClassVar[int]
+    DIGESTS_REJECTED_FIELD_NUMBER: _ClassVar[int]
+    EXTERNAL_CACHE_QUERIES_FIELD_NUMBER: _ClassVar[int]
+    EXTERNAL_CACHE_HITS_FIELD_NUMBER: _ClassVar[int]
+    HISTOGRAMS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_free_blocks: int
@@ -213,4 +221,30 @@ class WorkerLoad(_message.Message):
     kv_transfer_failures: int
     kv_leases_expired: int
     handshake_refusals: int
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_leased_blocks: _Optional[int] = ..., num_draining_blocks: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., cache_queries: _Optional[int] = ..., preemptions: _Optional[int] = ..., kv_bytes_pulled: _Optional[int] = ..., kv_transfers: _Optional[int] = ..., kv_transfer_failures: _Optional[int] = ..., kv_leases_expired: _Optional[int] = ..., handshake_refusals: _Optional[int] = ...) -> None: ...
+    kv_leases_granted: int
+    kv_loads_failed: int
+    kv_failed_notifications: int
+    stale_reads_rejected: int
+    digests_rejected: int
+    external_cache_queries: int
+    external_cache_hits: int
+    histograms: WorkerHistograms
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_leased_blocks: _Optional[int] = ..., num_draining_blocks: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., cache_queries: _Optional[int] = ..., preemptions: _Optional[int] = ..., kv_bytes_pulled: _Optional[int] = ..., kv_transfers: _Optional[int] = ..., kv_transfer_failures: _Optional[int] = ..., kv_leases_expired: _Optional[int] = ..., handshake_refusals: _Optional[int] = ..., kv_leases_granted: _Optional[int] = ..., kv_loads_failed: _Optional[int] = ..., kv_failed_notifications: _Optional[int] = ..., stale_reads_rejected: _Optional[int] = ..., digests_rejected: _Optional[int] = ..., external_cache_queries: _Optional[int] = ..., external_cache_hits: _Optional[int] = ..., histograms: _Optional[_Union[WorkerHistograms, _Mapping]] = ...) -> None: ...
+
+class HistogramReading(_message.Message):
+    __slots__ = ("name", "bounds", "counts", "sum")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    BOUNDS_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    SUM_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    bounds: _containers.RepeatedScalarFieldContainer[float]
+    counts: _containers.RepeatedScalarFieldContainer[int]
+    sum: float
+    def __init__(self, name: _Optional[str] = ..., bounds: _Optional[_Iterable[float]] = ..., counts: _Optional[_Iterable[int]] = ..., sum: _Optional[float] = ...) -> None: ...
+
+class WorkerHistograms(_message.Message):
+    __slots__ = ("readings",)
+    READINGS_FIELD_NUMBER: _ClassVar[int]
+    readings: _containers.RepeatedCompositeFieldContainer[HistogramReading]
+    def __init__(self, readings: _Optional[_Iterable[_Union[HistogramReading, _Mapping]]] = ...) -> None: ...
