@@ -36,6 +36,7 @@ bench: install-dev
 
 docs: install
 	$(BIN)/python -m cluster.config_reference > docs/config.md
+	$(BIN)/python tools/helm_readme.py
 	$(BIN)/python -m cluster.router.metrics_reference > docs/metrics.md
 
 lock:

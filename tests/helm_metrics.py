@@ -31,7 +31,8 @@ def rule_files(manifests: list[Manifest]) -> list[str]:
     ]
 
 
-def _expressions(manifests: list[Manifest]) -> Iterator[str]:
+def expressions(manifests: list[Manifest]) -> Iterator[str]:
+    """Every PromQL query of the chart."""
     for manifest in of_kind(manifests, "ConfigMap"):
         for name, text in manifest["data"].items():
             if name.endswith(".json") and name != "config.json":
@@ -49,7 +50,7 @@ def all_manifests() -> list[Manifest]:
 
 
 def used_metrics() -> set[str]:
-    names = {name for expression in _expressions(all_manifests()) for name in metrics_of(expression)}
+    names = {name for expression in expressions(all_manifests()) for name in metrics_of(expression)}
     assert len(names) > 15, "the expressions were not found"
     return names
 

@@ -14,21 +14,34 @@ import pytest
 import yaml
 
 from tests.helm_chart import of_kind, read_values, render
-from tests.helm_metrics import all_manifests, metrics_of, recorded_metrics, rule_files
+from tests.helm_metrics import all_manifests, expressions, metrics_of, recorded_metrics, rule_files
 
 
-def test_promtool_accepts_the_rules(tmp_path: Path) -> None:
-    promtool = shutil.which("promtool")
-    if promtool is None:
+@pytest.fixture
+def promtool() -> str:
+    found = shutil.which("promtool")
+    if found is None:
         pytest.skip("promtool is not installed (Debian: prometheus)")
-    [text] = rule_files(all_manifests())
-    path = tmp_path / "rules.yaml"
+    return found
+
+
+def check_rules(promtool: str, text: str, path: Path) -> str:
     path.write_text(text)
-    done = subprocess.run(
-        [promtool, "check", "rules", str(path)], capture_output=True, text=True, check=False, timeout=60
-    )
+    done = subprocess.run([promtool, "check", "rules", path], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "12 rules found" in done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_promtool_accepts_the_rules(promtool: str, tmp_path: Path) -> None:
+    [text] = rule_files(all_manifests())
+    assert "13 rules found" in check_rules(promtool, text, tmp_path / "rules.yaml")
+
+
+def test_promtool_accepts_the_queries_of_dashboards_and_scalers(promtool: str, tmp_path: Path) -> None:
+    queries = sorted(set(expressions(all_manifests())))
+    rules = [{"record": f"query_{index}", "expr": query} for index, query in enumerate(queries)]
+    text = json.dumps({"groups": [{"name": "queries", "rules": rules}]})
+    assert f"{len(queries)} rules found" in check_rules(promtool, text, tmp_path / "queries.json")
 
 
 def test_every_alert_says_what_it_means_for_this_release() -> None:
