@@ -14,6 +14,7 @@ from rich.text import Text
 
 from cluster.bench.cli import bench_app
 from cluster.errors import ConfigError, TandemError
+from cluster.launch.control_cli import drain, scale, status
 
 if TYPE_CHECKING:
     from cluster.config import ClusterConfig
@@ -35,6 +36,9 @@ Start with
 and talk to it with any OpenAI client.""",
 )
 app.add_typer(bench_app, name="bench")
+app.command()(status)
+app.command()(drain)
+app.command()(scale)
 
 Target = Annotated[
     str,

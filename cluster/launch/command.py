@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from cluster.config import ClusterConfig, ModelSettings
+from cluster.launch.control_socket import control_server
 from cluster.launch.cores import usable_cores
 from cluster.launch.local import LocalLauncher
+from cluster.launch.pools import LocalPools
 from cluster.launch.ports import check_port_free, choose_free_port
 from cluster.launch.run_directory import cluster_key_file, run_directory
 from cluster.launch.specs import process_specs
@@ -35,7 +38,13 @@ def launch_local(config: ClusterConfig, console: Console) -> None:
         serving = Serving(url=topology.router.url, model_name=model_name, summary=topology.summary)
         with launch_view(serving, [spec.name for spec in specs], console) as view:
             launcher = LocalLauncher(specs, config.launch, view, lambda: answers_health(topology.router.url))
-            asyncio.run(launcher.run())
+            pools = LocalPools(launcher, config, topology, model, model_name, directory, key_file)
+            asyncio.run(_run_with_control(launcher, pools, directory))
+
+
+async def _run_with_control(launcher: LocalLauncher, pools: LocalPools, directory: Path) -> None:
+    async with control_server(directory, pools.handle):
+        await launcher.run()
 
 
 def check_ports(topology: Topology) -> None:

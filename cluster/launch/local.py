@@ -7,6 +7,8 @@ follow ---one dies---> report, restart after a growing pause ---too often---> dr
     | Ctrl-C, SIGTERM
     v
 drain in stop order: router (its streams end), then workers; a second signal kills at once
+
+While it follows, processes can be added and drained one by one (`add`, `drain`).
 """
 
 from __future__ import annotations
@@ -56,13 +58,16 @@ class LocalLauncher:
         view: LaunchView,
         probe: Callable[[], Awaitable[None]],
     ) -> None:
-        self._specs = tuple(specs)
+        self._specs = {spec.name: spec for spec in specs}
         self._settings = settings
         self._view = view
         self._probe = probe
         self._running: dict[str, ManagedProcess] = {}
-        self._was_ready = {spec.name: asyncio.Event() for spec in self._specs}
-        self._is_serving = False
+        self._was_ready = {spec.name: asyncio.Event() for spec in specs}
+        self._supervisors: dict[str, asyncio.Task[None]] = {}
+        self._leaving: set[str] = set()
+        self._group: asyncio.TaskGroup | None = None
+        self.is_serving = False
         self._failure: StartupError | None = None
         self._stopping = asyncio.Event()
         self._forced = asyncio.Event()
@@ -72,13 +77,15 @@ class LocalLauncher:
         any more then."""
         with self._handling_signals():
             async with asyncio.TaskGroup() as group:
-                supervisors = [group.create_task(self._supervise(spec)) for spec in self._specs]
+                self._group = group
+                for spec in self._specs.values():
+                    self._supervisors[spec.name] = group.create_task(self._supervise(spec))
                 follower = group.create_task(self._follow())
                 await self._stopping.wait()
                 follower.cancel()
                 await self._stop_all()
-                await asyncio.wait(supervisors, timeout=KILL_GRACE_S)
-                for supervisor in supervisors:
+                await asyncio.wait(self._supervisors.values(), timeout=KILL_GRACE_S)
+                for supervisor in self._supervisors.values():
                     supervisor.cancel()
         if self._failure is not None:
             raise self._failure
@@ -91,6 +98,52 @@ class LocalLauncher:
             return
         self._view.on_stop(reason)
         self._stopping.set()
+
+    async def add(self, spec: ProcessSpec) -> None:
+        """Start one more process; returns when it is ready. Raises `StartupError` when it is not to be, and
+        the others go on."""
+        assert self._group is not None
+        assert spec.name not in self._specs
+        self._specs[spec.name] = spec
+        ready = self._was_ready[spec.name] = asyncio.Event()
+        supervisor = self._supervisors[spec.name] = self._group.create_task(self._supervise(spec))
+        became_ready = asyncio.ensure_future(ready.wait())
+        await asyncio.wait({supervisor, became_ready}, return_when=asyncio.FIRST_COMPLETED)
+        became_ready.cancel()
+        if not ready.is_set():
+            self._forget(spec.name)
+            raise StartupError(f"{spec.name} could not start, see the log of the launch")
+
+    async def drain(self, name: str) -> bool:
+        """End one process for good; False if it had to be killed. It has `drain_timeout_s` for its requests."""
+        self._leaving.add(name)
+        process = self._running.get(name)
+        if process is None:  # between two lives
+            self._supervisors[name].cancel()
+        else:
+            await self._stop_stage([process], self._settings.drain_timeout_s + DRAIN_MARGIN_S)
+        await asyncio.wait({self._supervisors[name]}, timeout=KILL_GRACE_S)
+        self._forget(name)
+        return process is None or process.exit_code == 0
+
+    def state_of(self, name: str) -> str:
+        """For people: starting, ready, draining, restarting."""
+        if name in self._leaving:
+            return "draining"
+        process = self._running.get(name)
+        if process is None:
+            return "restarting"
+        return "ready" if process.ready.is_set() else "starting"
+
+    def pid_of(self, name: str) -> int:
+        """0 between two lives."""
+        process = self._running.get(name)
+        return 0 if process is None else process.pid
+
+    def _forget(self, name: str) -> None:
+        for table in (self._specs, self._was_ready, self._supervisors):
+            table.pop(name, None)
+        self._leaving.discard(name)
 
     def on_event(self, name: str, event: ProcessEvent) -> None:
         self._view.on_event(name, event)
@@ -106,7 +159,7 @@ class LocalLauncher:
             self.stop("stopping the other processes")
 
     async def _follow(self) -> None:
-        for event in self._was_ready.values():
+        for event in tuple(self._was_ready.values()):
             await event.wait()
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_S):
@@ -114,7 +167,7 @@ class LocalLauncher:
         except TimeoutError:
             self._fail(f"every process is ready, but the router does not answer within {PROBE_TIMEOUT_S:g} s")
             return
-        self._is_serving = True
+        self.is_serving = True
         self._view.on_serving()
 
     async def _supervise(self, spec: ProcessSpec) -> None:
@@ -125,9 +178,12 @@ class LocalLauncher:
             except StartupError as error:
                 self._fail(error.message)
                 return
-            if self._stopping.is_set():
+            if self._stopping.is_set() or spec.name in self._leaving:
                 return
-            if not self._is_serving:
+            if self.is_serving and not self._was_ready[spec.name].is_set():  # it was added, the others serve
+                self._view.on_log(spec.name, _obituary(f"could not start ({how})", last_words))
+                return
+            if not self.is_serving:
                 self._fail(_obituary(f"{spec.name} could not start ({how})", last_words))
                 return
             deaths.append(time.monotonic())
@@ -160,10 +216,10 @@ class LocalLauncher:
 
     async def _stop_all(self) -> None:
         """In stop order, each stage bounded; what is left after its time is killed."""
-        if not self._is_serving:
+        if not self.is_serving:
             await self._stop_stage(list(self._running.values()), ABORTED_START_GRACE_S)
             return
-        for stop_order in sorted({spec.stop_order for spec in self._specs}):
+        for stop_order in sorted({spec.stop_order for spec in self._specs.values()}):
             stage = [process for process in self._running.values() if process.spec.stop_order == stop_order]
             await self._stop_stage(stage, self._settings.drain_timeout_s + DRAIN_MARGIN_S)
 

@@ -84,6 +84,17 @@ class ManagedProcess:
             return [f"{self.failure.code}: {line}" for line in self.failure.message.splitlines() or [""]]
         return list(self._last_lines)
 
+    @property
+    def pid(self) -> int:
+        assert self._transport is not None
+        return self._transport.get_pid()
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        assert self._transport is not None
+        return self._transport.get_returncode()
+
     async def wait(self) -> int:
         """Until it has ended; its exit code, negative for a signal.
 

@@ -24,7 +24,7 @@ _OWNER = re.compile(rf"{_PREFIX}(\d+)-\w+")
 @contextmanager
 def run_directory() -> Iterator[Path]:
     """Mode 0700, named after this process; what launchers that were killed left behind is removed first."""
-    parent = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
+    parent = _parent()
     try:
         _remove_abandoned(parent)
         directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=parent))
@@ -36,15 +36,34 @@ def run_directory() -> Iterator[Path]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
+def launches() -> list[tuple[int, Path]]:
+    """Process id and directory of every launch of this user that is running."""
+    return [(owner, entry) for owner, entry in _ours(_parent()) if _is_running(owner)]
+
+
+def _parent() -> Path:
+    return Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
+
+
 def _remove_abandoned(parent: Path) -> None:
+    for owner, entry in _ours(parent):
+        if not _is_running(owner):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _ours(parent: Path) -> Iterator[tuple[int, Path]]:
     for entry in parent.glob(f"{_PREFIX}*"):
         owner = _OWNER.fullmatch(entry.name)
-        if owner is None or entry.is_symlink() or entry.stat().st_uid != os.getuid():
-            continue
-        try:
-            os.kill(int(owner[1]), 0)
-        except ProcessLookupError:
-            shutil.rmtree(entry, ignore_errors=True)
+        if owner is not None and not entry.is_symlink() and entry.stat().st_uid == os.getuid():
+            yield int(owner[1]), entry
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def write_private(path: Path, content: bytes) -> Path:

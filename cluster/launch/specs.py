@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
@@ -10,7 +11,7 @@ from cluster.config import ClusterConfig, PoolSettings
 from cluster.control.worker_config import WorkerConfig
 from cluster.launch.monolithic_config import MonolithicConfig
 from cluster.launch.process import ProcessSpec
-from cluster.launch.run_directory import write_config
+from cluster.launch.run_directory import write_config, write_private
 from cluster.launch.topology import Topology, WorkerGroup
 from cluster.model_files.source import ModelSource
 from cluster.router.config import RouterConfig
@@ -36,20 +37,36 @@ def process_specs(
         path = write_config(directory, "monolithic", MonolithicConfig(router=router, worker=worker))
         command = ("cluster.launch.monolithic", "--config", str(path))
         return [ProcessSpec(name="monolithic", command=command, environment=_environment(group))]
+    members = {role: write_members(directory, role, topology.groups) for role in Role}
+    router = msgspec.structs.replace(
+        router, prefill=(f"file:{members[Role.PREFILL]}",), decode=(f"file:{members[Role.DECODE]}",)
+    )
     path = write_config(directory, "router", router)
     command = ("cluster.router", "--config", str(path))
     specs = [ProcessSpec(name="router", command=command, stop_order=ROUTER_STOPS_FIRST)]
-    for group in topology.groups:
-        path = write_config(directory, group.name, worker_config(config, group, model, model_name, key_file))
-        specs.append(
-            ProcessSpec(
-                name=group.name,
-                command=(group.role.value, "--config", str(path)),
-                environment=_environment(group),
-                stop_order=WORKERS_STOP_LAST,
-            )
-        )
+    specs += [worker_spec(config, group, model, model_name, directory, key_file) for group in topology.groups]
     return specs
+
+
+def worker_spec(
+    config: ClusterConfig, group: WorkerGroup, model: ModelSource, model_name: str, directory: Path, key_file: Path
+) -> ProcessSpec:
+    """Write the config of one worker, whose port is chosen, and say how it is started."""
+    path = write_config(directory, group.name, worker_config(config, group, model, model_name, key_file))
+    return ProcessSpec(
+        name=group.name,
+        command=(group.role.value, "--config", str(path)),
+        environment=_environment(group),
+        stop_order=WORKERS_STOP_LAST,
+    )
+
+
+def write_members(directory: Path, role: Role, groups: Iterable[WorkerGroup]) -> Path:
+    """Tell the router which workers of `role` there are; it follows this file."""
+    path = directory / f"{role.value}.members"
+    addresses = [group.address for group in groups if group.role is role]
+    write_private(directory / f"{path.name}.new", msgspec.json.encode(addresses)).replace(path)
+    return path
 
 
 def router_config(config: ClusterConfig, topology: Topology, model: ModelSource, model_name: str) -> RouterConfig:

@@ -8,7 +8,8 @@ has one rank; tensor and pipeline parallel degrees will add ranks here and nowhe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from cluster.config import ClusterConfig, PoolSettings
@@ -108,10 +109,25 @@ def with_ports(topology: Topology, choose_port: Callable[[str], int]) -> Topolog
         router = replace(router, port=choose_port(router.host))
     if topology.is_monolithic:
         return replace(topology, router=router)
-    groups = tuple(
-        replace(group, port=choose_port(group.host)) if group.port == 0 else group for group in topology.groups
-    )
+    groups = tuple(with_port(group, choose_port) for group in topology.groups)
     return replace(topology, router=router, groups=groups)
+
+
+def with_port(group: WorkerGroup, choose_port: Callable[[str], int]) -> WorkerGroup:
+    return replace(group, port=choose_port(group.host)) if group.port == 0 else group
+
+
+def next_group(like: WorkerGroup, present: Sequence[WorkerGroup], first_port: int) -> WorkerGroup:
+    """One more worker beside `present`, with the ranks of `like` and the lowest free number.
+
+    `first_port` 0: its port is to be chosen. Raises `ConfigError` when the numbered ports end.
+    """
+    taken = {group.name for group in present}
+    index = next(index for index in itertools.count() if f"{like.role.value}-{index}" not in taken)
+    port = first_port + index if first_port else 0
+    if port > MAX_PORT:
+        raise ConfigError(f"{like.role.value}-{index} would need port {port}, the highest is {MAX_PORT}")
+    return replace(like, name=f"{like.role.value}-{index}", port=port)
 
 
 def join_address(host: str, port: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import msgspec
@@ -43,7 +44,9 @@ def test_router_and_workers_agree_on_addresses_and_model(tmp_path: Path) -> None
     router = router_config.read_config(Path(specs[0].command[2]))
     workers = [worker_config.read_config(spec.command[2]) for spec in specs[1:]]
     addresses = [f"{worker.host}:{worker.port}" for worker in workers]
-    assert list(router.prefill + router.decode) == addresses
+    [prefill], [decode] = router.prefill, router.decode
+    members = [json.loads(Path(entry.removeprefix("file:")).read_bytes()) for entry in (prefill, decode)]
+    assert members[0] + members[1] == addresses
     assert len({router.port, *(worker.port for worker in workers)}) == 4
     assert {worker.model for worker in workers} == {router.model_path} == {"/models/tiny.gguf"}
     assert {worker.model_name for worker in workers} == {router.model_name} == {"served"}

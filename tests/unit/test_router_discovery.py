@@ -89,6 +89,7 @@ class FakeApiServer:
     """The two requests that are made of a Kubernetes API server, over a real socket."""
 
     def __init__(self) -> None:
+        self.url = ""
         self.slices: list[dict[str, object]] = []
         self.changed = asyncio.Event()
         self.is_broken = False
@@ -137,7 +138,10 @@ def endpoint(address: str, **conditions: bool) -> dict[str, object]:
 
 async def test_endpoint_slices_are_followed(api: FakeApiServer) -> None:
     ports = [{"name": "metrics", "port": 9}, {"name": "grpc", "port": 7001}]
-    first = {"ports": ports, "endpoints": [endpoint("10.0.0.1", ready=True), endpoint("10.0.0.2", ready=False)]}
+    first: dict[str, object] = {
+        "ports": ports,
+        "endpoints": [endpoint("10.0.0.1", ready=True), endpoint("10.0.0.2", ready=False)],
+    }
     api.slices = [first, {"ports": ports, "endpoints": None}]
     async with followed(EndpointSliceSource(api.client, "serving", "prefill", "grpc")) as says:
         await says({"10.0.0.1:7001", "10.0.0.2:7001"})
