@@ -131,7 +131,7 @@ class Stop:
 def bind(host: str, port: int) -> socket.socket:
     """A listening address, taken before anything slow is started. Raises `StartupError` with the way out."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # by which asyncio knows to disable Nagle
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
