@@ -16,7 +16,7 @@ COPY requirements.lock ./
 RUN pip install -c requirements.lock pip setuptools wheel
 
 FROM build AS build-cpu
-RUN pip install -c requirements.lock --index-url https://download.pytorch.org/whl/cpu torch
+RUN pip install -c requirements.lock --extra-index-url https://download.pytorch.org/whl/cpu torch
 COPY . .
 RUN pip install -c requirements.lock --no-build-isolation . \
  && test -n "$(find /opt/tandem -path '*kernels/cpu/_native*.so')"

@@ -108,7 +108,7 @@ demo
 {{ include "tandem.roleName" . }}-workers
 {{- end -}}
 
-{{/* Where a router looks for the workers of a pool, see docs/launch.md. */}}
+{{/* Where a router looks for the workers of a pool, see cluster/router/discovery.py. */}}
 {{- define "tandem.source" -}}
 {{- $port := (index .root.Values .role).port -}}
 {{- if eq .root.Values.discovery.type "kubernetes" -}}
