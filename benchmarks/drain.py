@@ -181,7 +181,8 @@ def main() -> int:
         params: dict[str, Parameter] = {"roles": "2P+2D", "model": options.model, "replaced": outcome.replaced}
         params |= {"drained_under_load": outcome.drained_under_load, "max_tokens": MAX_TOKENS}
         for metric in ("streams", "lost", "wrong", "leaked_blocks"):
-            append_result("drain", metric, getattr(outcome, metric), metric.rpartition("_")[2], params)
+            unit = "blocks" if metric == "leaked_blocks" else "streams"
+            append_result("drain", metric, getattr(outcome, metric), unit, params)
     return 1 if outcome.lost or outcome.wrong or outcome.leaked_blocks else 0
 
 

@@ -1,0 +1,64 @@
+"""`from cluster import LLM`: the bits of a served worker, errors that are named, everything freed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster import LLM, EngineConfig, SamplingParams
+from cluster.errors import InvalidRequest, TandemError
+from cluster.model_files.source import resolve_model
+from cluster.types import Role
+from tests.integration.worker_processes import alone, connected, make_request, start
+
+ENGINE = EngineConfig(block_size=16, num_threads=1, max_batched_tokens=64, kv_cache_bytes=48 << 20, max_model_len=1024)
+LENGTHS = (1, 16, 33, 96)
+
+
+@pytest.fixture(scope="module")
+def demo() -> Path:
+    return resolve_model("demo").path
+
+
+async def test_the_bits_of_a_served_worker(demo: Path, tmp_path: Path) -> None:
+    requests = [make_request(f"r{length}", length, temperature=0.8, seed=7) for length in LENGTHS]
+    key_file = tmp_path / "key"
+    key_file.write_text("k" * 32)
+    worker = await start(Role.DECODE, demo, key_file, engine={"kv_cache_bytes": 48 << 20, "max_model_len": 1024})
+    try:
+        connection = await connected(worker)
+        served = [await alone(connection, request) for request in requests]
+        await connection.close()
+    finally:
+        assert await worker.stop() == 0
+    with LLM(str(demo), engine=ENGINE) as llm:
+        completions = llm.generate([request.token_ids for request in requests], requests[0].sampling)
+        manager = llm._driver.engine.load()
+        assert manager.num_free_blocks == manager.num_blocks
+    assert [list(completion.token_ids) for completion in completions] == [answer.tokens for answer in served]
+    assert [list(completion.logprobs) for completion in completions] == [answer.logprobs for answer in served]
+    assert all(len(completion.token_ids) == 12 for completion in completions)
+
+
+def test_text_errors_and_close(demo: Path) -> None:
+    with LLM(str(demo), engine=ENGINE) as llm:
+        greedy = SamplingParams(max_tokens=6, seed=0, temperature=0.0)
+        [completion] = llm.generate(["The capital of France is"], greedy)
+        assert "Paris" in completion.text
+        with pytest.raises(InvalidRequest, match="temperature"):
+            llm.generate(["x"], SamplingParams(max_tokens=1, seed=0, temperature=-1.0))
+        with pytest.raises(ValueError, match="stop"):
+            llm.generate(["x"], SamplingParams(max_tokens=1, seed=0, stop=("a",)))
+        with pytest.raises(TandemError):
+            llm.generate([[1] * 100_000, [1, 2]], greedy)
+        assert llm.generate(["The capital of France is"], greedy) == [completion], "an error leaves nothing behind"
+    with pytest.raises(ValueError, match="closed"):
+        llm.generate(["x"], greedy)
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    code = "import cluster, sys; assert 'torch' not in sys.modules; cluster.LLM; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
