@@ -85,6 +85,7 @@ class LoggingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """What the processes write to stderr."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"  # the least severe level that is written
+    format: Literal["text", "json"] = "text"  # json: one object per line, with the request it is about
 
 
 class LaunchSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

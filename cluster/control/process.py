@@ -12,7 +12,6 @@ import logging
 import secrets
 import signal
 import socket
-import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -33,6 +32,7 @@ from cluster.engine.models.loader import load_model
 from cluster.engine.parallel.group import SingleRank
 from cluster.engine.scheduler import Policy
 from cluster.errors import StartupError, TandemError
+from cluster.logs import configure_logging
 from cluster.model_files.source import resolve_model
 from cluster.process_events import Progress, Ready, emit, emit_failure
 from cluster.rpc.server import WorkerServer
@@ -162,9 +162,7 @@ def main(parts: RoleParts, arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="a JSON file, or JSON itself")
     try:
         config = read_config(parser.parse_args(arguments).config)
-        logging.basicConfig(
-            level=config.log_level.upper(), stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s"
-        )
+        configure_logging(config.log_level, config.log_format)
         logging.getLogger("grpc").setLevel(logging.ERROR)  # warns of every session that a drain ends
         worker = load_worker(config, parts, _Throttled())
         return asyncio.run(_serve_until_drained(worker))

@@ -37,6 +37,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     drain_timeout_s: float = 30.0  # after SIGTERM, for running requests and leases
     allow_plaintext_network: bool = False  # permit a `host` that other machines reach
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
 
 
 def read_config(text_or_path: str) -> WorkerConfig:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
 import signal
 import socket
 import sys
@@ -22,6 +21,7 @@ from cluster.control.process import LoadedWorker, load_worker, serving
 from cluster.errors import ConfigError, StartupError, TandemError
 from cluster.launch.embedded import EmbeddedConnection
 from cluster.launch.monolithic_config import MonolithicConfig
+from cluster.logs import configure_logging
 from cluster.process_events import Progress, Ready, emit, emit_failure
 from cluster.router.config import RouterConfig
 from cluster.router.server import Stop, bind, run_router
@@ -34,8 +34,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--config", type=Path, required=True, help="JSON form of MonolithicConfig")
     try:
         config = _read_config(parser.parse_args(arguments).config)
-        log_format = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-        logging.basicConfig(level=config.router.log_level.upper(), stream=sys.stderr, format=log_format)
+        configure_logging(config.router.log_level, config.router.log_format)
         listener = bind(config.router.host, config.router.port)  # a taken port is told before anything is loaded
         worker = load_worker(config.worker, DecodeParts(), _show)
         uvloop.run(_serve(config.router, worker, listener))

@@ -82,6 +82,7 @@ def router_config(config: ClusterConfig, topology: Topology, model: ModelSource,
         port=topology.router.port,
         drain_timeout_s=config.launch.drain_timeout_s,
         log_level=config.logging.level,
+        log_format=config.logging.format,
         **tuning,
     )
 
@@ -105,6 +106,7 @@ def worker_config(
         drain_timeout_s=config.launch.drain_timeout_s,
         allow_plaintext_network=config.security.allow_plaintext_network,
         log_level=config.logging.level,
+        log_format=config.logging.format,
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import uvloop
 
 from cluster.errors import TandemError
+from cluster.logs import configure_logging
 from cluster.process_events import Progress, Ready, emit, emit_failure
 from cluster.router.config import RouterConfig, read_config
 from cluster.router.discovery import open_sources
@@ -30,9 +31,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         config = read_config(options.config)
-        logging.basicConfig(
-            level=config.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-        )
+        configure_logging(config.log_level, config.log_format)
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # starts and stops are our own events
         uvloop.run(serve(config))
     except TandemError as error:

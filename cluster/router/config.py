@@ -36,6 +36,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_attempts: int = 4  # of one sequence, the first included
     failover_wait_s: float = 5.0  # how long a broken stream waits for a worker that can go on with it
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
 
 
 def read_config(path: Path) -> RouterConfig:

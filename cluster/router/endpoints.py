@@ -13,6 +13,7 @@ import msgspec
 from starlette.types import Receive, Scope
 
 from cluster.errors import ContextTooLong, InvalidRequest, Overloaded, TandemError, UnknownModel
+from cluster.logs import log_event
 from cluster.router.admission import Admission
 from cluster.router.asgi import Reply, header, race_disconnect, read_body
 from cluster.router.config import RouterConfig
@@ -169,7 +170,7 @@ class Endpoints:
         """Tokenise, run, answer; the client may leave at any point of it."""
         job_id = f"{prefix}-{secrets.token_hex(16)}"
         timeout_s = self.config.request_timeout_s
-        log.info("%s accepted, client's id %s", job_id, reply.request_id)
+        log_event(log, logging.INFO, "request accepted", request=job_id, client_request_id=reply.request_id)
 
         async def work() -> None:
             generation = Generation(
@@ -188,7 +189,7 @@ class Endpoints:
                 receive, reply, work(), timeout_s=timeout_s, write_timeout_s=self.config.write_timeout_s
             )
         except TandemError as error:
-            log.info("%s failed: %s", job_id, error.message)
+            log_event(log, logging.INFO, "request failed", request=job_id, code=error.code, message=error.message)
             raise
 
     async def _prompt(self, prompt: str | tuple[int, ...], request: CompletionRequest, limits: WorkerInfo) -> Prompt:

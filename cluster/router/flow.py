@@ -20,6 +20,7 @@ from contextlib import aclosing
 import msgspec
 
 from cluster.errors import HandshakeMismatch, Overloaded, TandemError, WorkerLost
+from cluster.logs import log_event
 from cluster.router.metrics import RouterMetrics
 from cluster.router.placement import affinity_of
 from cluster.router.pool import WorkerPair, WorkerPool
@@ -108,15 +109,18 @@ class Flow:
         """Prepare the next attempt, or raise `error`."""
         kind = kind_of(error)
         recovery = recovery_for(kind, attempts=journey.num_attempts, max_attempts=self._max_attempts)
-        log.warning(
-            "request %s attempt %d on %s failed after %d tokens (%s, %s): %s",
-            journey.original.request_id,
-            journey.num_attempts - 1,
-            "+".join(worker.name for worker in (pair.prefill, pair.decode) if worker),
-            len(journey.emitted),
-            kind.code,
-            recovery.value,
-            error.message,
+        log_event(
+            log,
+            logging.WARNING,
+            "attempt failed",
+            request=journey.original.request_id,
+            attempt=journey.num_attempts - 1,
+            prefill_worker=pair.prefill.name if pair.prefill else None,
+            decode_worker=pair.decode.name,
+            tokens=len(journey.emitted),
+            code=kind.code,
+            recovery=recovery.value,
+            message=error.message,
         )
         if issubclass(kind, Overloaded) and not self._has_another(journey):
             recovery = Recovery.FAIL

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 
 import msgspec
 
 from cluster.errors import Cancelled, TandemError
+from cluster.logs import log_event
 from cluster.router.asgi import Reply
 from cluster.router.flow import Flow
 from cluster.router.job import Job
@@ -18,6 +20,8 @@ from cluster.router.responses import Answer, Usage, completion, usage_of
 from cluster.router.sse import DONE, ChunkWriter
 from cluster.router.text import ChoiceText, Codec, Delta
 from cluster.types import FinishReason, TokenChunk
+
+log = logging.getLogger(__name__)
 
 Sink = Callable[[int, Delta], Awaitable[None]]
 
@@ -100,7 +104,7 @@ class Generation:
             skip_special_tokens=output.skip_special_tokens,
             include_stop=output.include_stop,
         )
-        with _Meter(self._metrics, len(request.token_ids)) as meter:
+        with _Meter(self._metrics, request.request_id, len(request.token_ids)) as meter:
 
             async def deliver(chunk: TokenChunk) -> bool:
                 delta = text.push(chunk)
@@ -129,8 +133,9 @@ class Generation:
 class _Meter:
     """Times one sequence and counts its end, whichever way it ends."""
 
-    def __init__(self, metrics: RouterMetrics, num_prompt_tokens: int) -> None:
+    def __init__(self, metrics: RouterMetrics, request_id: str, num_prompt_tokens: int) -> None:
         self._metrics = metrics
+        self._request_id = request_id
         self._num_prompt_tokens = num_prompt_tokens
         self._num_tokens = 0
         self._num_cached_tokens = 0
@@ -150,6 +155,7 @@ class _Meter:
         self._last_at = now
         self._num_tokens += len(delta.token_ids)
         self._metrics.num_generation_tokens += len(delta.token_ids)
+        self._num_cached_tokens += delta.num_cached_tokens
         self._metrics.num_cached_tokens += delta.num_cached_tokens
         self._reason = delta.finish_reason
 
@@ -161,10 +167,25 @@ class _Meter:
                 self._metrics.time_per_output_token.observe(span_s / (self._num_tokens - 1))
             self._metrics.prompt_lengths.observe(self._num_prompt_tokens)
             self._metrics.generation_lengths.observe(self._num_tokens)
-            self._metrics.count_finish(self._reason)
+            self._end(self._reason)
             return
         gone = isinstance(error, asyncio.CancelledError | Cancelled)
-        self._metrics.count_finish(FinishReason.CANCELLED if gone else FinishReason.ERROR)
+        self._end(FinishReason.CANCELLED if gone else FinishReason.ERROR)
+
+    def _end(self, reason: FinishReason) -> None:
+        self._metrics.count_finish(reason)
+        log_event(
+            log,
+            logging.INFO,
+            "sequence ended",
+            request=self._request_id,
+            finish_reason=reason.value,
+            prompt_tokens=self._num_prompt_tokens,
+            cached_tokens=self._num_cached_tokens,
+            tokens=self._num_tokens,
+            ttft_s=self._first_at - self._started_at if self._num_tokens else None,
+            e2e_s=time.perf_counter() - self._started_at,
+        )
 
 
 def _without_output(delta: Delta) -> Delta:

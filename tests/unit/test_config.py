@@ -202,6 +202,7 @@ def test_router_settings_are_those_of_the_router() -> None:
         "prefill",
         "drain_timeout_s",
         "log_level",
+        "log_format",
     }
     router = {f.name: f.default for f in msgspec.structs.fields(RouterConfig) if f.name not in given_by_launcher}
     assert {f.name: f.default for f in msgspec.structs.fields(RouterSettings)} == router
