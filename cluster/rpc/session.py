@@ -29,6 +29,8 @@ from cluster.types import (
 
 logger = logging.getLogger(__name__)
 
+LAST_WRITE_S = 1.0  # for a frame that is on its way when a session ends
+
 _Key = tuple[str, int]
 _Event = PrefillStarted | PrefillResult | TokenChunk
 _Context = grpc.aio.ServicerContext[worker_pb2.RouterFrame, worker_pb2.WorkerFrame]
@@ -51,6 +53,7 @@ class Session:
         self._running: set[_Key] = set()
         self._pending = _Pending()
         self._silent_ticks = 0
+        self._write: asyncio.Task[None] | None = None
 
     async def serve(self, context: _Context) -> None:
         """Until the router leaves, falls silent or breaks a rule. Cancels what still runs on the way out."""
@@ -69,6 +72,7 @@ class Session:
         finally:
             for key in tuple(self._running):
                 self._service.cancel(*key)
+        await self._last_write_ends()
         if ended is not None and ended.status is not grpc.StatusCode.OK:
             await context.abort(ended.status, str(ended))
 
@@ -123,9 +127,19 @@ class Session:
             frame.load.CopyFrom(convert.load_to_pb(load, with_histograms=load.histograms is not told))
             told = load.histograms
             frame.draining = self._admin.is_draining
-            await context.write(frame)
+            self._write = asyncio.ensure_future(context.write(frame))
+            await asyncio.shield(self._write)
             await self._pending.wake.wait()
             frame = worker_pb2.WorkerFrame(events=map(_event_to_pb, self._pending.take()))
+
+    async def _last_write_ends(self) -> None:
+        """Cancelling a write does not take it back from gRPC's core, which then refuses the call's status
+        ("too many operations") and leaves the router waiting; so it is never cancelled, but waited for."""
+        if self._write is None:
+            return
+        await asyncio.wait({self._write}, timeout=LAST_WRITE_S)
+        if self._write.done() and not self._write.cancelled() and (broken := self._write.exception()) is not None:
+            logger.debug("the last frame of a session was not written: %s", broken)
 
     async def _tick(self) -> None:
         """A heartbeat when there is nothing else to write; notices a router that is silent or stuck."""
