@@ -24,14 +24,18 @@ def no_progress(done_bytes: int, total_bytes: int) -> None:
     """The progress callback of callers that show none."""
 
 
-def cache_directory() -> Path:
-    """`$TANDEM_CACHE`, else `$XDG_CACHE_HOME/tandem`, else `~/.cache/tandem`. Created if missing."""
+def cache_location() -> Path:
+    """`$TANDEM_CACHE`, else `$XDG_CACHE_HOME/tandem`, else `~/.cache/tandem`; it may not exist."""
     if named := os.environ.get("TANDEM_CACHE"):
-        directory = Path(named).expanduser()
-    elif xdg := os.environ.get("XDG_CACHE_HOME"):
-        directory = Path(xdg).expanduser() / "tandem"
-    else:
-        directory = Path.home() / ".cache" / "tandem"
+        return Path(named).expanduser()
+    if xdg := os.environ.get("XDG_CACHE_HOME"):
+        return Path(xdg).expanduser() / "tandem"
+    return Path.home() / ".cache" / "tandem"
+
+
+def cache_directory() -> Path:
+    """`cache_location()`, created if missing."""
+    directory = cache_location()
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

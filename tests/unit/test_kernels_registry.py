@@ -175,7 +175,7 @@ def test_without_library_the_reference_has_the_same_fingerprint(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     native = fingerprint(get_ops("cpu"))
-    monkeypatch.setenv("TANDEM_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TANDEM_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(library, "_installed", list)
     library.open_library.cache_clear()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,8 @@ from typing import Generic, Protocol, TypeVar
 
 import msgspec
 import torch
+
+from cluster.model_files.cache import cache_location
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class Registry:
 
     def __init__(self, environment: Sequence[str], directory: Path | None = None) -> None:
         key = hashlib.sha256("\0".join(environment).encode()).hexdigest()[:24]
-        self._path = (directory or cache_directory()) / f"admission-{key}.json"
+        self._path = (directory or cache_location()) / f"admission-{key}.json"
         self._verdicts = {(a.operation, a.candidate): a for a in self._load()}
         self._is_changed = False
 
@@ -144,13 +145,6 @@ def _compare(operation: Operation[Implementation], candidate: Candidate[Implemen
         if difference is not None:
             return Admission(operation.name, candidate.name, False, f"{case.name}: {difference}")
     return Admission(operation.name, candidate.name, True, f"{len(operation.cases)} cases equal")
-
-
-def cache_directory() -> Path:
-    """Where this project keeps what it can make again: $TANDEM_CACHE_DIR, else the user's cache."""
-    if chosen := os.environ.get("TANDEM_CACHE_DIR"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tandem"
 
 
 _INTEGER_OF = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cluster.engine.kernels.cpu import build
 from cluster.engine.kernels.cpu.arithmetic import InstructionClass
-from cluster.engine.kernels.registry import cache_directory
+from cluster.model_files.cache import cache_location
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def open_library() -> ctypes.CDLL | None:
     if not wanted:
         logger.warning("The native CPU kernels are not installed, neither built nor as sources.")
         return None
-    cached = cache_directory() / f"cpu-kernels-{wanted}.so"
+    cached = cache_location() / f"cpu-kernels-{wanted}.so"
     try:
         with _one_builder(cached.with_suffix(".lock")):
             if not cached.exists():
