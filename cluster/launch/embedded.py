@@ -7,13 +7,11 @@ from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from cluster.errors import TandemError, WorkerLost
-from cluster.rpc.base import PrefillEvent, WorkerAdmin, WorkerService
+from cluster.rpc.base import PrefillEvent, WorkerAdmin, WorkerService, refused
 from cluster.types import (
-    FinishReason,
     PrefillResult,
     PrefillStarted,
     Request,
-    RequestError,
     Role,
     TokenChunk,
     WorkerInfo,
@@ -64,7 +62,7 @@ class EmbeddedConnection:
         try:
             self._worker.submit(request, kv, inbox.put_nowait)
         except TandemError as refusal:
-            yield _refused(request, refusal)
+            yield refused(request.request_id, request.attempt, refusal)
             return
         try:
             while not has_ended:
@@ -81,15 +79,3 @@ class EmbeddedConnection:
 
     async def close(self) -> None:
         self._is_closed = True
-
-
-def _refused(request: Request, refusal: TandemError) -> TokenChunk:
-    """The terminal event of a request that was never accepted, as a session over the network gives it."""
-    return TokenChunk(
-        request_id=request.request_id,
-        attempt=request.attempt,
-        index=0,
-        token_ids=(),
-        finish_reason=FinishReason.ERROR,
-        error=RequestError(code=refusal.code, message=refusal.message),
-    )

@@ -12,7 +12,18 @@ from typing import Protocol
 
 import msgspec
 
-from cluster.types import PrefillResult, PrefillStarted, Request, Role, TokenChunk, WorkerInfo, WorkerLoad
+from cluster.errors import TandemError
+from cluster.types import (
+    FinishReason,
+    PrefillResult,
+    PrefillStarted,
+    Request,
+    RequestError,
+    Role,
+    TokenChunk,
+    WorkerInfo,
+    WorkerLoad,
+)
 
 PrefillEvent = PrefillStarted | PrefillResult
 
@@ -117,3 +128,15 @@ class WorkerAdmin(Protocol):
         ...
 
     async def inspect(self, token_ids: tuple[int, ...], cache_salt: bytes) -> Inspection: ...
+
+
+def refused(request_id: str, attempt: int, refusal: TandemError) -> TokenChunk:
+    """The terminal event of a request that a worker did not accept."""
+    return TokenChunk(
+        request_id=request_id,
+        attempt=attempt,
+        index=0,
+        token_ids=(),
+        finish_reason=FinishReason.ERROR,
+        error=RequestError(code=refusal.code, message=refusal.message),
+    )

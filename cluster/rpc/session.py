@@ -15,14 +15,13 @@ import grpc.aio
 
 from cluster.errors import InvalidRequest, Overloaded, TandemError
 from cluster.rpc import convert, limits
-from cluster.rpc.base import WorkerAdmin, WorkerService
+from cluster.rpc.base import WorkerAdmin, WorkerService, refused
 from cluster.rpc.pb.serving.v1 import worker_pb2
 from cluster.types import (
     FinishReason,
     HistogramReading,
     PrefillResult,
     PrefillStarted,
-    RequestError,
     TokenChunk,
     TokenLogprob,
 )
@@ -107,7 +106,7 @@ class Session:
                 raise Overloaded(f"a session carries at most {limits.MAX_REQUESTS_PER_SESSION} requests")
             self._service.submit(request, submit.kv if submit.HasField("kv") else None, self._sink)
         except TandemError as refusal:
-            self._pending.add(_refused(key, refusal))
+            self._pending.add(refused(*key, refusal))
         else:
             self._running.add(key)
 
@@ -241,14 +240,3 @@ def _event_to_pb(event: _Event) -> worker_pb2.Event:
             return worker_pb2.Event(prefill_started=convert.started_to_pb(event))
         case PrefillResult():
             return worker_pb2.Event(prefill_result=convert.result_to_pb(event))
-
-
-def _refused(key: _Key, refusal: TandemError) -> TokenChunk:
-    return TokenChunk(
-        request_id=key[0],
-        attempt=key[1],
-        index=0,
-        token_ids=(),
-        finish_reason=FinishReason.ERROR,
-        error=RequestError(code=refusal.code, message=refusal.message),
-    )
