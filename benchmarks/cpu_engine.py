@@ -211,7 +211,7 @@ def _record_memory(model: str, split: Deployment, record: _Recorder) -> None:
         num_layers=reference.config.num_hidden_layers,
         num_kv_heads=reference.config.num_key_value_heads,
         head_size=reference.config.head_dim,
-        block_size=EngineConfig().block_size,
+        block_size=EngineConfig().limits.block_size,
     )
     peaks = _worker_peaks(split)
     for name, address in worker_addresses(split).items():

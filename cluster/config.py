@@ -177,22 +177,25 @@ def _pool_problems(name: str, pool: PoolSettings) -> Iterator[str]:
 
 
 def _engine_problems(path: str, engine: EngineConfig) -> Iterator[str]:
-    yield from _between(f"{path}.block_size", engine.block_size, 16, 256, "it is a number of tokens, such as 32")
-    if engine.block_size % 16:
-        nearest = max(16, round(engine.block_size / 16) * 16)
-        yield f"{path}.block_size: must be a multiple of 16, got {engine.block_size}; the nearest is {nearest}"
+    limits = engine.limits
+    yield from _between(f"{path}.block_size", limits.block_size, 16, 256, "it is a number of tokens, such as 32")
+    if limits.block_size % 16:
+        nearest = max(16, round(limits.block_size / 16) * 16)
+        yield f"{path}.block_size: must be a multiple of 16, got {limits.block_size}; the nearest is {nearest}"
     if engine.kv_cache_bytes is not None:
         hint = "write it with a unit, such as 2GiB, or leave it out to have it chosen from the free memory"
         yield from _between(f"{path}.kv_cache_bytes", engine.kv_cache_bytes, MIB, 1 << 44, hint)
-    yield from _between(f"{path}.max_num_sequences", engine.max_num_sequences, 1, 4096)
-    yield from _between(f"{path}.max_batched_tokens", engine.max_batched_tokens, 16, 1 << 20)
-    if engine.max_batched_tokens < engine.max_num_sequences:
+    yield from _between(f"{path}.max_num_sequences", limits.max_num_sequences, 1, 4096)
+    yield from _between(f"{path}.max_batched_tokens", limits.max_batched_tokens, 16, 1 << 20)
+    if limits.max_batched_tokens < limits.max_num_sequences:
         yield (
-            f"{path}.max_batched_tokens: {engine.max_batched_tokens} is less than max_num_sequences "
-            f"({engine.max_num_sequences}), so not every running sequence could advance in a step; raise it"
+            f"{path}.max_batched_tokens: {limits.max_batched_tokens} is less than max_num_sequences "
+            f"({limits.max_num_sequences}), so not every running sequence could advance in a step; raise it"
         )
     if engine.max_model_len is not None:
         yield from _between(f"{path}.max_model_len", engine.max_model_len, 16, 1 << 24, "leave it out for the model's")
+    if engine.gpu_memory_fraction is not None:
+        yield from _between(f"{path}.gpu_memory_fraction", engine.gpu_memory_fraction, 0.01, 1.0)
     if engine.num_threads is not None:
         yield from _between(f"{path}.num_threads", engine.num_threads, 1, 1024, "leave it out to have it chosen")
     if engine.device.split(":")[0] not in DEVICE_KINDS:

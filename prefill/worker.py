@@ -68,7 +68,7 @@ class PrefillDriver(WorkerDriver):
         self._lease_s = lease_s
         self._weight_version = weight_version
         self._make_nonce = make_nonce
-        self._ledger = Ledger(engine.num_blocks, engine.config.block_size, engine.layout.num_kv_heads, self.digester)
+        self._ledger = Ledger(engine.num_blocks, engine.layout.block_size, engine.layout.num_kv_heads, self.digester)
         engine.blocks.set_allocation_listener(self._ledger.on_allocated)
         transport.register("kv", engine.kv_cache.kv_NL2HSD)
         transport.register("ledger", self._ledger.memory)
@@ -138,7 +138,7 @@ class PrefillDriver(WorkerDriver):
             attempt=event.attempt,
             endpoint=self.endpoint,
             num_tokens=event.num_tokens,
-            block_size=self.engine.config.block_size,
+            block_size=self.engine.layout.block_size,
             block_ids=event.block_ids,
             generations=event.generations,
             lease_s=self._lease_s,

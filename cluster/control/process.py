@@ -118,7 +118,7 @@ def load_worker(
         numeric_fingerprint=numeric_fingerprint,
         max_model_len=engine.max_model_len,
         vocab_size=engine.vocab_size,
-        block_size=config.engine.block_size,
+        block_size=engine.layout.block_size,
         num_blocks=engine.num_blocks,
     )
     driver = parts.make_driver(engine, transport, config, cluster_key, engine_id)

@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import msgspec
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Limits of one engine; validated by `cluster.config` before it gets here."""
 
-    block_size: int = 32  # tokens per KV block; a multiple of 16
+    block_size: int | None = None  # tokens per KV block, a multiple of 16; null: 32 on a CPU, 64 on a GPU
     kv_cache_bytes: int | None = None  # size of the KV pool; None: chosen from the memory that is free (pool_size.py)
-    max_num_sequences: int = 64  # running at once
-    max_batched_tokens: int = 512  # per step: prefill chunk budget, decode tokens included
+    max_num_sequences: int | None = None  # running at once; null: 64 on a CPU, 256 on a GPU
+    max_batched_tokens: int | None = None  # per step, chunks of prompts and decoding; null: 512 on a CPU, 8192 on a GPU
     max_model_len: int | None = None  # None: the model's own
     enable_prefix_caching: bool = True  # keep the KV of finished prompts for later ones that begin alike
     device: str = "cpu"  # `cpu`, `cuda` or `cuda:1`
+    gpu_memory_fraction: float | None = (
+        None  # of the GPU's memory, for weights, KV and steps; null: 0.95, shared evenly
+    )
+    cuda_graphs: bool = True  # replay decode steps as CUDA graphs; false starts faster and runs slower
     num_threads: int | None = None  # CPU threads of the kernels; None: the cores this process may use
+
+    @property
+    def limits(self) -> EngineLimits:
+        """What was asked for, completed by the defaults of the device."""
+        defaults = CPU_LIMITS if self.device == "cpu" else GPU_LIMITS
+        asked = (self.block_size, self.max_num_sequences, self.max_batched_tokens)
+        return EngineLimits(
+            *(default if given is None else given for given, default in zip(asked, defaults, strict=True))
+        )
+
+
+class EngineLimits(NamedTuple):
+    """The sizes that have defaults of their own on each kind of device."""
+
+    block_size: int
+    max_num_sequences: int
+    max_batched_tokens: int
+
+
+CPU_LIMITS = EngineLimits(block_size=32, max_num_sequences=64, max_batched_tokens=512)
+# Attention on a GPU reads keys 64 at a time, from one block if it holds as many.
+GPU_LIMITS = EngineLimits(block_size=64, max_num_sequences=256, max_batched_tokens=8192)

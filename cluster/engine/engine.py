@@ -11,6 +11,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -21,8 +22,8 @@ from cluster.engine.commit import Committer
 from cluster.engine.config import EngineConfig
 from cluster.engine.events import EngineEvent
 from cluster.engine.kernels.ops import Ops
-from cluster.engine.kv_cache import KVCache
-from cluster.engine.model_runner import LaunchedStep, Model, ModelRunner
+from cluster.engine.kv_cache import KVCache, KVLayout
+from cluster.engine.model_runner import LaunchedStep, Model, ModelRunner, Runner
 from cluster.engine.pool_size import choose_num_blocks
 from cluster.engine.request_check import check_request
 from cluster.engine.scheduler import Policy, Scheduler
@@ -31,12 +32,16 @@ from cluster.engine.timings import EngineTimings
 from cluster.errors import DeadlineExceeded, InvalidRequest, StartupError
 from cluster.types import FinishReason, Request, WorkerLoad
 
+if TYPE_CHECKING:
+    from cluster.engine.gpu.runner import GpuModel
+    from cluster.engine.kernels.cuda_ops import CudaOps
+
 
 class Engine:
     """Owns the KV pool, its books (`blocks`) and every sequence from `add_request` to its terminal event.
 
-    `steps_ahead`: how many steps may be launched before their predecessor's tokens are known. 0 on a
-    CPU, which computes in `launch`; 1 hides the scheduling behind a GPU.
+    `steps_ahead`: how many steps may be launched before their predecessor's tokens are known. None: 0 on
+    a CPU, which computes in `launch`; 1 on a GPU, behind which it hides the scheduling.
     """
 
     def __init__(
@@ -46,38 +51,29 @@ class Engine:
         ops: Ops,
         policy: Policy,
         *,
-        steps_ahead: int = 0,
+        steps_ahead: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        device = torch.device(config.device)
         self.config = config
         self.vocab_size = model.config.vocab_size
         self.max_model_len = _max_model_len(model, config)
-        self.layout = model.kv_layout(config.block_size)
-        self.num_blocks = choose_num_blocks(self.layout, config, self.max_model_len)
-        self.kv_cache = KVCache(self.layout, self.num_blocks, device)
+        limits = config.limits
+        self.layout = model.kv_layout(limits.block_size)
+        self.kv_cache, self._runner = _start(model, ops, self.layout, config, self.max_model_len)
+        self.num_blocks = self.kv_cache.num_blocks
         self.blocks = BlockManager(
-            self.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
+            self.num_blocks, limits.block_size, enable_prefix_caching=config.enable_prefix_caching
         )
         self.scheduler = Scheduler(
             self.blocks,
             policy,
-            max_num_sequences=config.max_num_sequences,
-            max_batched_tokens=config.max_batched_tokens,
+            max_num_sequences=limits.max_num_sequences,
+            max_batched_tokens=limits.max_batched_tokens,
         )
         self.is_blocked = False  # the last step found nothing it could run: all waits for blocks
-        self._runner = ModelRunner(
-            model,
-            ops,
-            self.kv_cache,
-            device=device,
-            max_batched_tokens=config.max_batched_tokens,
-            max_num_sequences=config.max_num_sequences,
-            max_blocks_per_sequence=self.blocks.num_blocks_for(self.max_model_len),
-        )
         self._eos_token_ids = model.config.eos_token_ids
         self._clock = clock
-        self._steps_ahead = steps_ahead
+        self._steps_ahead = int(config.device != "cpu") if steps_ahead is None else steps_ahead
         self._launched: deque[LaunchedStep] = deque()
         self._sequences: dict[SequenceKey, Sequence] = {}
         self._deadlines: list[tuple[float, SequenceKey]] = []  # a heap; ended requests drop out when due
@@ -106,7 +102,7 @@ class Engine:
                 f"KV of {num_tokens} tokens for a sequence of {len(request.token_ids)}: the newest is computed here",
                 param="kv",
             )
-        chain = BlockHashChain(array("i", request.token_ids), self.config.block_size, request.cache_salt)
+        chain = BlockHashChain(array("i", request.token_ids), self.layout.block_size, request.cache_salt)
         reservation = self.blocks.reserve(chain, num_tokens, keep_free=len(self.scheduler.running))
         if reservation is not None:
             self.scheduler.count_cache_query(num_tokens, reservation.num_cached_tokens)
@@ -178,7 +174,7 @@ class Engine:
         deadline = None if request.deadline_s is None else self._clock() + request.deadline_s
         sequence = make_sequence(
             request,
-            block_size=self.config.block_size,
+            block_size=self.layout.block_size,
             max_model_len=self.max_model_len,
             eos_token_ids=self._eos_token_ids,
             is_loaded=is_loaded,
@@ -210,3 +206,25 @@ def _max_model_len(model: Model, config: EngineConfig) -> int:
             f"engine.max_model_len is {config.max_model_len}, the model's context is {longest}: lower it"
         )
     return config.max_model_len
+
+
+def _start(
+    model: Model, ops: Ops, layout: KVLayout, config: EngineConfig, max_model_len: int
+) -> tuple[KVCache, Runner[Any]]:
+    """The KV pool and what runs steps over it."""
+    device = torch.device(config.device)
+    if device.type == "cuda":
+        from cluster.engine.gpu.start import start_gpu  # needs Triton
+
+        return start_gpu(cast("GpuModel", model), cast("CudaOps", ops), layout, config, max_model_len)
+    kv_cache = KVCache(layout, choose_num_blocks(layout, config, max_model_len), device)
+    runner = ModelRunner(
+        model,
+        ops,
+        kv_cache,
+        device=device,
+        max_batched_tokens=config.limits.max_batched_tokens,
+        max_num_sequences=config.limits.max_num_sequences,
+        max_blocks_per_sequence=-(-max_model_len // layout.block_size),
+    )
+    return kv_cache, runner

@@ -39,6 +39,7 @@ class KVCache:
     """Owns the pool. Freed with the object; whoever registers its memory must deregister first."""
 
     def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device) -> None:
+        """Raises torch.OutOfMemoryError if it does not fit; zeroed."""
         self.layout = layout
         self.num_blocks = num_blocks
         shape = (num_blocks, layout.num_layers, 2, layout.num_kv_heads, layout.block_size, layout.head_size)

@@ -8,7 +8,7 @@ from the launched step, on the device (`ScheduledSequence.reads_pending_token`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -64,9 +64,31 @@ class PromptRows:
     num_top: list[int]
 
 
+class LaunchedStep(Protocol):
+    """A step on its way; the rest is its runner's business."""
+
+    @property
+    def batch(self) -> Batch: ...
+
+
+Launched = TypeVar("Launched", bound=LaunchedStep)
+
+
+class Runner(Protocol[Launched]):
+    """Runs one engine's steps in the order of their launch."""
+
+    def launch(self, batch: Batch) -> Launched:
+        """Queue a step; what it draws is known after `collect`."""
+        ...
+
+    def collect(self, step: Launched) -> StepResult:
+        """Wait for a launched step and bring its results to the host."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
-class LaunchedStep:
-    """A step on its way. `sampled_row_of` finds a sequence's row in `sampled`, by identity."""
+class ComputedStep:
+    """`sampled_row_of` finds a sequence's row in `sampled`, by identity."""
 
     batch: Batch
     sampled: SampledRows | None
@@ -93,7 +115,7 @@ class ModelRunner:
         self._kv_cache = kv_cache
         self._device = device
         self._sampler = Sampler(ops, device)
-        self._previous: LaunchedStep | None = None
+        self._previous: ComputedStep | None = None
         self._buffers = ForwardBuffers(
             max_batched_tokens=max_batched_tokens,
             max_num_sequences=max_num_sequences,
@@ -102,7 +124,7 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
-    def launch(self, batch: Batch) -> LaunchedStep:
+    def launch(self, batch: Batch) -> ComputedStep:
         """Steps are computed in the order of their launch."""
         forward_input = self._buffers.build(batch).to(self._device)
         self._fill_pending_tokens(batch, forward_input)
@@ -113,7 +135,7 @@ class ModelRunner:
         return self._previous
 
     @torch.inference_mode()
-    def collect(self, step: LaunchedStep) -> StepResult:
+    def collect(self, step: ComputedStep) -> StepResult:
         """Wait for a launched step and bring its results to the host."""
         rows = step.sampled.to_host() if step.sampled is not None else []
         sampled: list[SampledToken | None] = [
@@ -135,7 +157,7 @@ class ModelRunner:
         tokens = self._previous.sampled.token_ids_R[torch.tensor(places, device=self._device)]
         forward_input.token_ids_T[torch.tensor(forward_input.pending_rows, device=self._device)] = tokens
 
-    def _sample(self, batch: Batch, logits_RV: torch.Tensor) -> LaunchedStep:
+    def _sample(self, batch: Batch, logits_RV: torch.Tensor) -> ComputedStep:
         """Rows of `logits_RV`, entry by entry: the prompt rows that are owed, then the sampled row."""
         prompts: list[PromptRows] = []
         sampled_rows: list[int] = []
@@ -156,7 +178,7 @@ class ModelRunner:
             chosen_RV = logits_RV if not prompts else logits_RV[torch.tensor(sampled_rows, device=self._device)]
             sampled = self._sampler.sample(chosen_RV, sampling)
         row_of = {id(entry.sequence): row for row, entry in enumerate(sampling)}
-        return LaunchedStep(batch, sampled, row_of, tuple(prompts))
+        return ComputedStep(batch, sampled, row_of, tuple(prompts))
 
     def _prompt_rows(self, index: int, entry: ScheduledSequence, logits_RV: torch.Tensor) -> PromptRows:
         asked = entry.sequence.request.sampling.prompt_logprobs

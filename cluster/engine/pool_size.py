@@ -4,37 +4,35 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from cluster.engine.config import EngineConfig
 from cluster.engine.kv_cache import KVLayout
 from cluster.errors import StartupError
 
 # On a CPU several workers share the memory with everything else: a modest pool, four full contexts,
-# within a quarter of what is free. On a GPU the worker has the device to itself.
+# within a quarter of what is free. What a GPU has room for is measured (`gpu/memory.py`).
 CPU_NUM_CONTEXTS = 4
 CPU_SHARE_OF_FREE = 0.25
-GPU_SHARE_OF_FREE = 0.90
 
 
 def choose_num_blocks(layout: KVLayout, config: EngineConfig, max_model_len: int) -> int:
-    """Number of blocks of the pool: `config.kv_cache_bytes` if given; otherwise on a CPU four contexts of
-    `max_model_len` tokens within 25 % of the available memory, on a GPU 90 % of its free memory.
+    """Number of blocks of a pool in host memory: `config.kv_cache_bytes` if given; otherwise four contexts of
+    `max_model_len` tokens within 25 % of the available memory. Raises as `blocks_of` does."""
+    blocks_per_context = -(-max_model_len // layout.block_size)
+    if config.kv_cache_bytes is not None:
+        return blocks_of(layout, config.kv_cache_bytes, "kv_cache_bytes", max_model_len)
+    available = available_memory_bytes()
+    share = int(available * CPU_SHARE_OF_FREE)
+    num_bytes = min(share, CPU_NUM_CONTEXTS * blocks_per_context * layout.block_bytes)
+    source = f"{CPU_SHARE_OF_FREE:.0%} of {available / 2**30:.2f} GiB available memory"
+    return blocks_of(layout, num_bytes, source, max_model_len)
+
+
+def blocks_of(layout: KVLayout, num_bytes: int, source: str, max_model_len: int) -> int:
+    """How many blocks fit into `num_bytes`; `source` says where that number comes from.
 
     StartupError if one context does not fit: a request could then never run.
     """
-    device = torch.device(config.device)
     blocks_per_context = -(-max_model_len // layout.block_size)
-    if config.kv_cache_bytes is not None:
-        num_bytes, source = config.kv_cache_bytes, "kv_cache_bytes"
-    elif device.type == "cpu":
-        available = available_memory_bytes()
-        share = int(available * CPU_SHARE_OF_FREE)
-        num_bytes = min(share, CPU_NUM_CONTEXTS * blocks_per_context * layout.block_bytes)
-        source = f"{CPU_SHARE_OF_FREE:.0%} of {available / 2**30:.2f} GiB available memory"
-    else:
-        free, _total = torch.cuda.mem_get_info(device)
-        num_bytes, source = int(free * GPU_SHARE_OF_FREE), f"{GPU_SHARE_OF_FREE:.0%} of {free / 2**30:.2f} GiB free"
     num_blocks = num_bytes // layout.block_bytes
     if num_blocks < blocks_per_context:
         raise StartupError(

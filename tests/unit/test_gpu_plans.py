@@ -10,7 +10,6 @@ from cluster.errors import ConfigError
 
 pytest.importorskip("triton")
 
-from cluster.engine.kernels.triton import table
 from cluster.engine.kernels.triton.plans import LinearPlan
 from cluster.engine.kernels.triton.table import LinearEntry, PlanIndex, PlanTable, load_plan_index, unmeasured_plan
 
@@ -28,14 +27,14 @@ def test_the_smallest_bound_that_holds_the_rows_serves_and_the_largest_all_above
     assert found == [plans[i] for i in (0, 1, 1, 2, 2, 2, 2)]
 
 
-def test_an_unmeasured_weight_takes_the_nearest_one_s_plans_but_never_the_library() -> None:
+def test_an_unmeasured_weight_takes_the_nearest_one_s_plans() -> None:
+    """The library's too: it is compared before it serves a product, see test_library_admission in tests/gpu."""
     own = LinearPlan(block_n=128)
-    linear = (entry(4096, 4096, 16, own), entry(4096, 4096, 512, LIBRARY), entry(100, 100, 16, LIBRARY))
+    linear = (entry(4096, 4096, 16, own), entry(4096, 4096, 512, LIBRARY), entry(100, 100, 16, own))
     index = PlanIndex(PlanTable(device="x", linear=linear))
     assert index.linear(4096, 4096, 100, silu_mul=False) == LIBRARY
     assert index.linear(4000, 4096, 1, silu_mul=False) == own
-    assert index.linear(4000, 4096, 100, silu_mul=False).kind == "chain"
-    assert index.linear(90, 100, 1, silu_mul=False).kind == "chain"
+    assert index.linear(4000, 4096, 100, silu_mul=False) == LIBRARY
     assert index.linear(4096, 4096, 100, silu_mul=True) == unmeasured_plan(100)
 
 
@@ -47,12 +46,8 @@ def test_the_committed_table_covers_all_row_counts() -> None:
     assert bounds == [2**i for i in range(14)]
 
 
-def test_other_library_versions_bring_our_own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured_with = {"torch": "2.11.0+cu130", "triton": "3.6.0"}
-    monkeypatch.setattr(table, "library_versions", lambda: measured_with)
-    assert any(e.plan.kind == "cublaslt" for e in load_plan_index("NVIDIA H200").entries())
-    monkeypatch.setattr(table, "library_versions", lambda: measured_with | {"torch": "2.99.0"})
-    assert all(e.plan.kind != "cublaslt" for e in load_plan_index("NVIDIA H200").entries())
+def test_a_device_with_the_same_multiprocessors_shares_the_table() -> None:
+    assert load_plan_index("NVIDIA H100 80GB HBM3").entries() == load_plan_index("NVIDIA H200").entries()
 
 
 def test_a_device_without_a_table_runs_on_defaults() -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from cluster.engine.kernels.library_admission import LibraryAdmission, library_linear
 from cluster.engine.kernels.ops import AttentionMetadata, LinearWeight
 from cluster.engine.kernels.triton import launch
 from cluster.engine.kernels.triton.plans import LinearPlan
@@ -39,14 +40,19 @@ class CudaLinearWeight:
 
 
 class CudaOps:
-    """`Ops` for one CUDA device. Sets torch's process-wide cuBLAS switches: no split-K, ever."""
+    """`Ops` for one CUDA device. Sets torch's process-wide cuBLAS switches: no split-K, ever.
 
-    def __init__(self, device: torch.device, *, residual_dtype: torch.dtype = torch.bfloat16) -> None:
+    `pdl`: kernels are set up while their predecessors still run (`triton/overlap.py`).
+    """
+
+    def __init__(self, device: torch.device, *, residual_dtype: torch.dtype = torch.bfloat16, pdl: bool = True) -> None:
         major, minor = torch.cuda.get_device_capability(device)
         self.name: str = f"cuda:sm{major}{minor}"
         self.device: torch.device = device
         self.residual_dtype: torch.dtype = residual_dtype
         self.plans = load_plan_index(torch.cuda.get_device_name(device))
+        self.pdl = pdl
+        self.library = LibraryAdmission()
         self._num_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         torch.backends.cuda.preferred_blas_library("cublaslt")
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (False, False)
@@ -90,16 +96,13 @@ class CudaOps:
         if x_TK.shape[0] == 0:
             return
         if plan.kind == "cublaslt":
-            if bias_N is None and not silu_mul:
-                if out_TN.dtype == x_TK.dtype:
-                    torch.mm(x_TK, weight.weight_NK.t(), out=out_TN)
-                else:
-                    torch.mm(x_TK, weight.weight_NK.t(), out_dtype=out_TN.dtype, out=out_TN)
+            if bias_N is None and not silu_mul and self.library.admits(weight.weight_NK, x_TK.shape[0], out_TN.dtype):
+                library_linear(x_TK, weight.weight_NK, out_TN)
                 return
-            plan = unmeasured_plan(x_TK.shape[0])  # cuBLASLt was admitted for the bare product
+            plan = unmeasured_plan(x_TK.shape[0])
         launch.run_linear(
             launch.aligned(x_TK), weight.weight_NK, bias_N, out_TN, plan,
-            silu_mul=silu_mul, num_programs=self._num_multiprocessors,
+            silu_mul=silu_mul, num_programs=self._num_multiprocessors, pdl=self.pdl,
         )  # fmt: skip
 
     def embedding(self, token_ids_T: torch.Tensor, table_VK: torch.Tensor) -> torch.Tensor:
@@ -108,12 +111,12 @@ class CudaOps:
     def rms_norm(
         self, x_TK: torch.Tensor, weight_K: torch.Tensor, eps: float, *, out_dtype: torch.dtype = torch.bfloat16
     ) -> torch.Tensor:
-        return launch.run_rms_norm(x_TK, None, weight_K, eps, out_dtype)
+        return launch.run_rms_norm(x_TK, None, weight_K, eps, out_dtype, pdl=self.pdl)
 
     def add_rms_norm(
         self, residual_TK: torch.Tensor, update_TK: torch.Tensor, weight_K: torch.Tensor, eps: float
     ) -> torch.Tensor:
-        return launch.run_rms_norm(residual_TK, update_TK, weight_K, eps, torch.bfloat16)
+        return launch.run_rms_norm(residual_TK, update_TK, weight_K, eps, torch.bfloat16, pdl=self.pdl)
 
     def rope_and_cache(
         self,
@@ -127,21 +130,27 @@ class CudaOps:
         norm_eps: float = 0.0,
     ) -> torch.Tensor:
         return launch.run_rope_and_cache(
-            qkv_TC, kv_N2GSD, metadata, cos_sin_PD, num_heads, q_norm_D, k_norm_D, norm_eps
+            qkv_TC, kv_N2GSD, metadata, cos_sin_PD, num_heads, q_norm_D, k_norm_D, norm_eps, pdl=self.pdl
         )
 
     def attention(
         self, q_THD: torch.Tensor, kv_N2GSD: torch.Tensor, metadata: AttentionMetadata, scale: float
     ) -> torch.Tensor:
-        return launch.run_attention(q_THD, kv_N2GSD, metadata, scale, self.plans.attention, self._num_multiprocessors)
+        return launch.run_attention(
+            q_THD, kv_N2GSD, metadata, scale, self.plans.attention, self._num_multiprocessors, pdl=self.pdl
+        )
 
     def log_softmax_stats(self, logits_TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        maximum, logsumexp, _ = launch.run_vocab_stats(logits_TV)
+        maximum, logsumexp, _ = self.vocab_stats(logits_TV)
         return maximum, logsumexp
 
+    def vocab_stats(self, logits_TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(max, logsumexp, argmax) of `log_softmax_stats` and `argmax`, from one pass over the logits."""
+        return launch.run_vocab_stats(logits_TV, pdl=self.pdl)
+
     def softmax(self, logits_TV: torch.Tensor) -> torch.Tensor:
-        _, logsumexp, _ = launch.run_vocab_stats(logits_TV)
+        _, logsumexp, _ = self.vocab_stats(logits_TV)
         return torch.exp(logits_TV - logsumexp[:, None])
 
     def argmax(self, logits_TV: torch.Tensor) -> torch.Tensor:
-        return launch.run_vocab_stats(logits_TV)[2]
+        return self.vocab_stats(logits_TV)[2]

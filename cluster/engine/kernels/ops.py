@@ -54,6 +54,7 @@ class AttentionMetadata:
     positions: torch.Tensor  # (T,) int64 absolute positions
     num_rows_max: int  # longest query of the batch
     context_len_max: int
+    num_keys_max: int | None = None  # bound of the sum of context_len, which sizes scratch; None: only the above
 
 
 class Ops(Protocol):

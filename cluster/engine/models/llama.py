@@ -14,6 +14,7 @@ captured as a CUDA graph.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,6 +87,10 @@ class DecoderModel:
 
         `logits_indices` (R,) int64 selects the rows whose logits are wanted; None: all rows.
         """
+        return self.logits(self.hidden(token_ids_T, metadata, kv_cache), logits_indices)
+
+    def hidden(self, token_ids_T: torch.Tensor, metadata: AttentionMetadata, kv_cache: KVCache) -> torch.Tensor:
+        """All layers: K and V of every row are stored; (T, K), which only `logits` knows how to read."""
         weights, ops, eps = self.weights, self.ops, self.config.rms_norm_eps
         residual_TK = self._embed(token_ids_T)
         normed_TK = ops.rms_norm(residual_TK, weights.layers[0].input_norm_K, eps)
@@ -96,11 +101,30 @@ class DecoderModel:
             is_last = index + 1 == len(weights.layers)
             norm_K = weights.final_norm_K if is_last else weights.layers[index + 1].input_norm_K
             normed_TK = ops.add_rms_norm(residual_TK, update_TK, norm_K, eps)
-        if ops.residual_dtype == torch.float32:
-            logits_RVl = self._wide_logits(_rows(residual_TK, logits_indices))
+        return residual_TK if ops.residual_dtype == torch.float32 else normed_TK
+
+    def logits(self, hidden_TK: torch.Tensor, indices_R: torch.Tensor | None = None) -> torch.Tensor:
+        """(R, V) fp32 logits of some rows of what `hidden` returned; None: of all."""
+        hidden_RK = _rows(hidden_TK, indices_R)
+        if self.ops.residual_dtype == torch.float32:
+            logits_RVl = self._wide_logits(hidden_RK)
         else:
-            logits_RVl = ops.linear(_rows(normed_TK, logits_indices), weights.lm_head, out_dtype=torch.float32)
+            logits_RVl = self.ops.linear(hidden_RK, self.weights.lm_head, out_dtype=torch.float32)
         return self.group.all_gather_columns(logits_RVl, self.plan.vocab_widths)
+
+    def warm_up(self, row_counts: Sequence[int], logits_counts: Sequence[int]) -> None:
+        """Multiply each kind of weight with each number of rows that steps will have, on inputs of no meaning,
+        so that kernels are compared and compiled before the first request."""
+        layer, ops = self.weights.layers[0], self.ops
+        for count in row_counts:
+            for weight, dtype in ((layer.qkv, torch.float32), (layer.output, None), (layer.down, None)):
+                x = torch.zeros((count, weight.in_features), dtype=torch.bfloat16, device=ops.device)
+                ops.linear(x, weight, out_dtype=dtype or ops.residual_dtype)
+            ops.linear_silu_mul(
+                torch.zeros((count, self.config.hidden_size), dtype=torch.bfloat16, device=ops.device), layer.gate_up
+            )
+        for count in logits_counts:
+            self.logits(torch.zeros((count, self.config.hidden_size), dtype=ops.residual_dtype, device=ops.device))
 
     def _wide_logits(self, residual_RK: torch.Tensor) -> torch.Tensor:
         """Logits of an fp32 input, as the sum of two chains over bf16 inputs that add up to it.

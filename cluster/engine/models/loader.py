@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from cluster.engine.gpu.memory import check_weights_fit
 from cluster.engine.kernels.ops import LinearWeight, Ops
 from cluster.engine.models.config import ModelConfig
 from cluster.engine.models.config_gguf import config_from_gguf
@@ -77,6 +78,8 @@ def load_model(
     try:
         with ThreadPoolExecutor(max_workers=1) as pool:  # hashing leaves the interpreter to the loader
             identity = pool.submit(identify)
+            if device.type == "cuda":
+                check_weights_fit(device, config.weight_bytes // group.size)
             loader = _RankLoader(config, weights, ops, group, device, progress)
             model = DecoderModel(config, loader.load(num_positions), ops, group)
             return LoadedModel(model, config, identity.result())

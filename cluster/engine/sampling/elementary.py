@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import torch
 
-_SQRT_HALF_MANTISSA = 0x3504F3  # sqrt(2) has this mantissa: above it the exponent is rounded up
-_LN2_HIGH = 0.693359375  # ln 2 = high + low; high has few bits, so n * high is exact
-_LN2_LOW = -2.12194440e-4
-_LOG_COEFFICIENTS = (
+SQRT_HALF_MANTISSA = 0x3504F3  # sqrt(2) has this mantissa: above it the exponent is rounded up
+LN2_HIGH = 0.693359375  # ln 2 = high + low; high has few bits, so n * high is exact
+LN2_LOW = -2.12194440e-4
+LOG_COEFFICIENTS = (
     7.0376836292e-2,
     -1.1514610310e-1,
     1.1676998740e-1,
@@ -38,24 +38,24 @@ def log(x: torch.Tensor) -> torch.Tensor:
     """Natural logarithm of positive normal fp32 numbers, elementwise."""
     bits = x.view(torch.int32)
     mantissa = bits & 0x7FFFFF
-    is_upper = (mantissa > _SQRT_HALF_MANTISSA).to(torch.int32)
+    is_upper = (mantissa > SQRT_HALF_MANTISSA).to(torch.int32)
     exponent = ((bits >> 23) - 127 + is_upper).to(torch.float32)
     # The significand moved into [sqrt(1/2), sqrt(2)), minus 1.
     f = (mantissa | ((127 - is_upper) << 23)).view(torch.float32) - 1.0
     square = f * f
-    y = _horner(f, _LOG_COEFFICIENTS)
+    y = _horner(f, LOG_COEFFICIENTS)
     y.mul_(f).mul_(square)
-    y.add_(exponent * _LN2_LOW)
+    y.add_(exponent * LN2_LOW)
     y.sub_(square.mul_(0.5))
     y.add_(f)
-    return y.add_(exponent.mul_(_LN2_HIGH))
+    return y.add_(exponent.mul_(LN2_HIGH))
 
 
 def exp_of_nonpositive(x: torch.Tensor) -> torch.Tensor:
     """exp of fp32 numbers <= 0, elementwise; everything below -87 counts as -87 (1.6e-38)."""
     clamped = x.clamp(min=-87.0)
     power = torch.floor((clamped * 1.44269504088896341).add_(0.5))
-    reduced = clamped.sub_(power * _LN2_HIGH).sub_(power * _LN2_LOW)
+    reduced = clamped.sub_(power * LN2_HIGH).sub_(power * LN2_LOW)
     y = _horner(reduced, _EXP_COEFFICIENTS)
     y.mul_(reduced).mul_(reduced).add_(reduced).add_(1.0)
     scale = (power.to(torch.int32).add_(127) << 23).view(torch.float32)

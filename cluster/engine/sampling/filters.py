@@ -19,7 +19,7 @@ import torch
 from cluster.engine.sampling import elementary
 from cluster.types import SamplingParams
 
-_MASS_SCALE = 2.0**40
+MASS_SCALE = 2.0**40
 _LARGEST_FACTOR = 1e30  # keeps 0 * factor a number for any temperature above 0
 
 
@@ -60,7 +60,7 @@ def candidates(scaled_V: torch.Tensor, sampling: SamplingParams) -> torch.Tensor
 
 def _top_p_value(scaled_C: torch.Tensor, top_p: float) -> torch.Tensor:
     """The smallest value that top-p keeps."""
-    mass_C = elementary.exp_of_nonpositive(scaled_C).mul_(_MASS_SCALE).to(torch.int64)
+    mass_C = elementary.exp_of_nonpositive(scaled_C).mul_(MASS_SCALE).to(torch.int64)
     sorted_C, order_C = scaled_C.sort(descending=True)
     mass_through_C = mass_C[order_C].cumsum(0)
     wanted = top_p_mass(int(mass_through_C[-1]), top_p)

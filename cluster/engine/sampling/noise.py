@@ -19,7 +19,7 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
 _NUM_ROUNDS = 10
-_LARGEST_BELOW_ONE = 1.0 - 2.0**-24
+LARGEST_BELOW_ONE = 1.0 - 2.0**-24
 
 Draw = tuple[int, int]  # (seed, absolute position of the token to be drawn)
 
@@ -43,7 +43,7 @@ def gumbel(bits: torch.Tensor) -> torch.Tensor:
     Large noise, which decides who wins, comes from small w, where fp32 resolves best. ln(1 - w) is taken
     as ln(u) * w / (1 - u) with u = fl(1 - w), exact to a few ulp for tiny w (W. Kahan).
     """
-    w = bits.to(torch.float32).add_(0.5).mul_(2.0**-32).clamp_(max=_LARGEST_BELOW_ONE)
+    w = bits.to(torch.float32).add_(0.5).mul_(2.0**-32).clamp_(max=LARGEST_BELOW_ONE)
     u = 1.0 - w
     rest = 1.0 - u  # 0 where w is too small to change 1: there -ln(1 - w) is w itself
     exponential = torch.where(rest == 0.0, w, elementary.log(u).neg_().mul_(w).div_(rest))

@@ -24,6 +24,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from cluster.engine.kernels.triton.overlap import begin
+
 
 @triton.jit
 def pair_sums(x):
@@ -142,17 +144,19 @@ def count_splits(
 
 @triton.jit(do_not_specialize=["num_sequences", "max_rows"])
 def split_kernel(
-    q_ptr, kv_ptr, partial_ptr, partial_m_ptr, partial_l_ptr, query_start_ptr, context_len_ptr, table_ptr,
-    num_sequences, max_rows, scale_log2, stride_q, stride_table, stride_block, stride_kv, stride_head,
+    q_ptr, kv_ptr, out_ptr, partial_ptr, partial_m_ptr, partial_l_ptr, query_start_ptr, context_len_ptr, table_ptr,
+    num_sequences, max_rows, scale_log2, stride_q, stride_out, stride_table, stride_block, stride_kv, stride_head,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KV: tl.constexpr, SPLIT_KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_B: tl.constexpr,
+    BLOCK_B: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Few rows, many keys: one (sequence, split, KV head) at a time, partial results to scratch.
 
     The list of work is implied by the lengths on the device, so the grid is fixed and the kernel can
-    be captured. Partials of item i lie at i: (max_rows · GROUP, D) values, m, and (.., 8) l.
+    be captured. Partials of item i lie at i: (max_rows · GROUP, D) values, m, and (.., 8) l. A sequence
+    of one split is folded here and goes to the result: `fold_kernel` leaves it alone.
     """
+    begin(PDL)
     splits = count_splits(query_start_ptr, context_len_ptr, num_sequences, max_rows, SPLIT_KEYS, BLOCK_B)
     ends = tl.cumsum(splits, axis=0)
     num_items = tl.sum(splits, axis=0) * NUM_KV_HEADS
@@ -180,8 +184,8 @@ def split_kernel(
         acc = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
         head_ptr = kv_ptr + kv_head * stride_head
         sequence_table = table_ptr + sequence.to(tl.int64) * stride_table
-        begin = split * SPLIT_KEYS
-        for start in tl.range(begin, tl.minimum(begin + SPLIT_KEYS, context), BLOCK_KV):
+        first_key = split * SPLIT_KEYS
+        for start in tl.range(first_key, tl.minimum(first_key + SPLIT_KEYS, context), BLOCK_KV):
             k, v, key_pos = load_block(
                 head_ptr,
                 sequence_table,
@@ -198,13 +202,21 @@ def split_kernel(
             m, alpha, p = probabilities(tl.dot(q, k), q_pos, key_pos, m, scale_log2, True)
             l, acc = accumulate(p, v, alpha, l, acc)
 
-        scratch_row = item * (max_rows * GROUP) + tile_row.to(tl.int64)
-        tl.store(
-            partial_ptr + scratch_row[:, None] * D + offs_d[None, :], acc, mask=valid[:, None] & (offs_d < D)[None, :]
-        )
-        tl.store(partial_m_ptr + scratch_row, m, mask=valid)
-        lanes = tl.arange(0, 8)
-        tl.store(partial_l_ptr + scratch_row[:, None] * 8 + lanes[None, :], l, mask=valid[:, None])
+        keep = valid[:, None] & (offs_d < D)[None, :]
+        if context <= SPLIT_KEYS:
+            M = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+            M, L, O = fold(M, tl.zeros_like(l), tl.zeros_like(acc), m, l, acc)
+            y = tl.math.div_rn(O, tl.broadcast_to(total(L)[:, None], O.shape)) + 0.0
+            target = (
+                out_ptr + (row_start + row).to(tl.int64)[:, None] * stride_out + head[:, None] * D + offs_d[None, :]
+            )
+            tl.store(target, y.to(out_ptr.dtype.element_ty), mask=keep)
+        else:
+            scratch_row = item * (max_rows * GROUP) + tile_row.to(tl.int64)
+            tl.store(partial_ptr + scratch_row[:, None] * D + offs_d[None, :], acc, mask=keep)
+            tl.store(partial_m_ptr + scratch_row, m, mask=valid)
+            lanes = tl.arange(0, 8)
+            tl.store(partial_l_ptr + scratch_row[:, None] * 8 + lanes[None, :], l, mask=valid[:, None])
 
 
 @triton.jit(do_not_specialize=["num_sequences", "max_rows"])
@@ -212,18 +224,19 @@ def fold_kernel(
     out_ptr, partial_ptr, partial_m_ptr, partial_l_ptr, query_start_ptr, context_len_ptr, num_sequences,
     max_rows, stride_out,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    SPLIT_KEYS: tl.constexpr, BLOCK_B: tl.constexpr,
+    SPLIT_KEYS: tl.constexpr, BLOCK_B: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Left fold over the splits of one (row, query head), ascending."""
+    """Left fold over the splits of one (row, query head), ascending, where there are several."""
+    begin(PDL)
     sequence = tl.program_id(0)
     row = tl.program_id(1) // (NUM_KV_HEADS * GROUP)
     head = tl.program_id(1) % (NUM_KV_HEADS * GROUP)
     row_start = tl.load(query_start_ptr + sequence)
     num_rows = tl.load(query_start_ptr + sequence + 1) - row_start
-    if (num_rows <= max_rows) & (row < num_rows):
+    num_splits = tl.cdiv(tl.load(context_len_ptr + sequence), SPLIT_KEYS)
+    if (num_rows <= max_rows) & (row < num_rows) & (num_splits > 1):
         splits = count_splits(query_start_ptr, context_len_ptr, num_sequences, max_rows, SPLIT_KEYS, BLOCK_B)
         before = tl.sum(tl.where(tl.arange(0, BLOCK_B) < sequence, splits, 0), axis=0)
-        num_splits = tl.cdiv(tl.load(context_len_ptr + sequence), SPLIT_KEYS)
         offs_d = tl.arange(0, BLOCK_D)
         tile_row = row * GROUP + head % GROUP
         M = tl.full((1,), float("-inf"), tl.float32)

@@ -24,6 +24,11 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
     return x if x.is_contiguous() and x.data_ptr() % 16 == 0 else x.contiguous().clone()
 
 
+def _overlap(pdl: bool) -> dict[str, bool]:
+    """Launch options of a kernel that begins with `overlap.begin`."""
+    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
+
+
 def _tma_takes(x: torch.Tensor) -> bool:
     """The bulk copy engine wants rows that start at multiples of 16 bytes."""
     return x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
@@ -38,6 +43,7 @@ def run_linear(
     *,
     silu_mul: bool = False,
     num_programs: int = 1,
+    pdl: bool = False,
 ) -> None:
     """out = x Wᵀ (+ bias), or silu(gate) * up with W = [gate; up] of 2N rows. Rows of all operands are dense."""
     num_rows, in_features = x_MK.shape
@@ -56,7 +62,7 @@ def run_linear(
             GROUP_M=plan.group_m, SWAP=plan.swap, STORE_PARTS=parts, FLATTEN=plan.flatten,
             WARP_SPECIALIZE=plan.warp_specialize, HAS_BIAS=bias_N is not None, SILU_MUL=silu_mul,
             OUT_DTYPE=getattr(triton.language, str(out_MN.dtype).removeprefix("torch.")),
-            num_warps=plan.num_warps, num_stages=plan.num_stages,
+            num_warps=plan.num_warps, num_stages=plan.num_stages, **_overlap(pdl),
         )  # fmt: skip
         return
     linear.chain_kernel[(tiles,)](
@@ -65,11 +71,18 @@ def run_linear(
         BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, BLOCK_K=plan.block_k, GROUP_M=plan.group_m,
         SWAP=plan.swap, EVEN_K=in_features % plan.block_k == 0, EVICT_FIRST=plan.evict_first,
         HAS_BIAS=bias_N is not None, SILU_MUL=silu_mul, num_warps=plan.num_warps, num_stages=plan.num_stages,
+        **_overlap(pdl),
     )  # fmt: skip
 
 
 def run_rms_norm(
-    x_TK: torch.Tensor, update_TK: torch.Tensor | None, weight_K: torch.Tensor, eps: float, out_dtype: torch.dtype
+    x_TK: torch.Tensor,
+    update_TK: torch.Tensor | None,
+    weight_K: torch.Tensor,
+    eps: float,
+    out_dtype: torch.dtype,
+    *,
+    pdl: bool = False,
 ) -> torch.Tensor:
     """rms_norm(x), or x += update in place, then rms_norm(x). In place needs x dense and aligned."""
     num_rows, width = x_TK.shape
@@ -85,7 +98,7 @@ def run_rms_norm(
         norm.rms_norm_kernel[(num_rows,)](
             x_TK, x_TK if update_TK is None else update_TK, aligned(weight_K), out, eps,
             K=width, BLOCK_K=block, HAS_UPDATE=update_TK is not None,
-            num_warps=max(1, min(16, block // 512)),
+            num_warps=max(1, min(16, block // 512)), **_overlap(pdl),
         )  # fmt: skip
     return out
 
@@ -99,6 +112,8 @@ def run_rope_and_cache(
     q_norm_D: torch.Tensor | None,
     k_norm_D: torch.Tensor | None,
     norm_eps: float,
+    *,
+    pdl: bool = False,
 ) -> torch.Tensor:
     num_rows = qkv_TC.shape[0]
     _, _, num_kv_heads, block_size, head_size = kv_N2GSD.shape
@@ -118,7 +133,7 @@ def run_rope_and_cache(
             num_pairs, qkv_TC.stride(0), kv_N2GSD.stride(0), kv_N2GSD.stride(1), kv_N2GSD.stride(2), norm_eps,
             NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, D=head_size,
             BLOCK_HALF=triton.next_power_of_2(head_size // 2), BLOCK_SIZE=block_size, PAIRS=16,
-            HAS_NORM=q_norm_D is not None, num_warps=4,
+            HAS_NORM=q_norm_D is not None, num_warps=4, **_overlap(pdl),
         )  # fmt: skip
     return q_out
 
@@ -131,6 +146,8 @@ def run_attention(
     plan: AttentionPlan,
     num_multiprocessors: int,
     out_dtype: torch.dtype | None = None,
+    *,
+    pdl: bool = False,
 ) -> torch.Tensor:
     """(T, H * D) in q's type or the one given.
 
@@ -145,7 +162,7 @@ def run_attention(
     out = torch.empty((num_rows, num_heads * head_size), dtype=out_dtype or q_THD.dtype, device=q_THD.device)
     if num_rows == 0:
         return out
-    call = _AttentionCall(q_THD, kv_N2GSD, metadata, out, scale / math.log(2.0))
+    call = _AttentionCall(q_THD, kv_N2GSD, metadata, out, scale / math.log(2.0), pdl)
     split_rows_max = max(1, plan.split_block_rows // call.group)
     if metadata.num_rows_max <= split_rows_max:
         _run_split(call, plan, metadata.num_rows_max, num_multiprocessors)
@@ -164,6 +181,7 @@ class _AttentionCall:
     metadata: AttentionMetadata
     out: torch.Tensor
     scale_log2: float
+    pdl: bool
 
     @property
     def group(self) -> int:
@@ -193,23 +211,29 @@ def _run_split(call: _AttentionCall, plan: AttentionPlan, max_rows: int, num_mul
     metadata, kv = call.metadata, call.kv_N2GSD
     num_heads, head_size = call.q_THD.shape[1:]
     block_rows = max(16, triton.next_power_of_2(max_rows * call.group))
-    items = call.num_sequences * triton.cdiv(metadata.context_len_max, SPLIT_KEYS) * kv.shape[2]
-    partial = torch.empty((items, max_rows * call.group, head_size), dtype=torch.float32, device=kv.device)
-    partial_m = torch.empty((items, max_rows * call.group), dtype=torch.float32, device=kv.device)
-    partial_l = torch.empty((items, max_rows * call.group, 8), dtype=torch.float32, device=kv.device)
+    splits_each = triton.cdiv(metadata.context_len_max, SPLIT_KEYS)
+    items = call.num_sequences * splits_each * kv.shape[2]
+    if splits_each > 1 and metadata.num_keys_max is not None:
+        items = min(items, (call.num_sequences + metadata.num_keys_max // SPLIT_KEYS) * kv.shape[2])
+    scratch_items = items if splits_each > 1 else 1  # a single split needs no partial results
+    partial = torch.empty((scratch_items, max_rows * call.group, head_size), dtype=torch.float32, device=kv.device)
+    partial_m = torch.empty((scratch_items, max_rows * call.group), dtype=torch.float32, device=kv.device)
+    partial_l = torch.empty((scratch_items, max_rows * call.group, 8), dtype=torch.float32, device=kv.device)
     programs = min(items, num_multiprocessors * plan.split_programs_per_multiprocessor)
     constants = call.constants(block_rows)
     attention.split_kernel[(programs,)](
-        call.q_THD, kv, partial, partial_m, partial_l, metadata.query_start, metadata.context_len, metadata.block_table,
-        call.num_sequences, max_rows, call.scale_log2, call.q_THD.stride(0), metadata.block_table.stride(0),
-        kv.stride(0), kv.stride(1), kv.stride(2), **constants,
-        num_warps=plan.split_num_warps, num_stages=plan.split_num_stages,
+        call.q_THD, kv, call.out, partial, partial_m, partial_l, metadata.query_start, metadata.context_len,
+        metadata.block_table, call.num_sequences, max_rows, call.scale_log2, call.q_THD.stride(0),
+        call.out.stride(0), metadata.block_table.stride(0), kv.stride(0), kv.stride(1), kv.stride(2), **constants,
+        num_warps=plan.split_num_warps, num_stages=plan.split_num_stages, **_overlap(call.pdl),
     )  # fmt: skip
+    if splits_each <= 1:
+        return
     for unused in ("BLOCK_ROWS", "BLOCK_KV", "BLOCK_SIZE"):
         del constants[unused]
     attention.fold_kernel[(call.num_sequences, max_rows * num_heads)](
         call.out, partial, partial_m, partial_l, metadata.query_start, metadata.context_len,
-        call.num_sequences, max_rows, call.out.stride(0), **constants, num_warps=1,
+        call.num_sequences, max_rows, call.out.stride(0), **constants, num_warps=1, **_overlap(call.pdl),
     )  # fmt: skip
 
 
@@ -261,7 +285,7 @@ def _run_prefill_hopper(call: _AttentionCall, plan: AttentionPlan, max_rows: int
     )  # fmt: skip
 
 
-def run_vocab_stats(logits_TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def run_vocab_stats(logits_TV: torch.Tensor, *, pdl: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(max, logsumexp) fp32 and (argmax) int64 of each row; ties go to the lower id."""
     num_rows, vocabulary = logits_TV.shape
     logits_TV = aligned(logits_TV)
@@ -276,10 +300,10 @@ def run_vocab_stats(logits_TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
         chunk_id = torch.empty((num_rows, chunks), dtype=torch.int32, device=device)
         vocab.chunk_stats_kernel[(chunks, num_rows)](
             logits_TV, chunk_max, chunk_sum, chunk_id, logits_TV.stride(0), vocabulary, chunks,
-            CHUNK=VOCABULARY_CHUNK, num_warps=4,
+            CHUNK=VOCABULARY_CHUNK, num_warps=4, **_overlap(pdl),
         )  # fmt: skip
         vocab.fold_stats_kernel[(num_rows,)](
             chunk_max, chunk_sum, chunk_id, maximum, logsumexp, argmax, chunks, vocabulary,
-            BLOCK_CHUNKS=triton.next_power_of_2(chunks), num_warps=1,
+            BLOCK_CHUNKS=triton.next_power_of_2(chunks), num_warps=1, **_overlap(pdl),
         )  # fmt: skip
     return maximum, logsumexp, argmax

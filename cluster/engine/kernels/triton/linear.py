@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from cluster.engine.kernels.triton.overlap import begin
+
 
 @triton.jit
 def _sigmoid_weighted(x):
@@ -66,12 +68,14 @@ def chain_kernel(
     EVICT_FIRST: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SILU_MUL: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One output tile per program, loads through pointers. SILU_MUL: W holds 2N rows, [gate; up].
 
     SWAP computes (W xᵀ) so that few rows of x fill the narrow side of the tensor core instruction.
     Rows and columns past the end wrap around instead of being masked: their results are not stored.
     """
+    begin(PDL)
     num_m_tiles = tl.cdiv(M, BLOCK_M)
     num_n_tiles = tl.cdiv(N, BLOCK_N)
     tile_m, tile_n = _tile_of(tl.program_id(0), num_m_tiles, num_n_tiles, GROUP_M)
@@ -152,12 +156,14 @@ def tma_kernel(
     HAS_BIAS: tl.constexpr,
     SILU_MUL: tl.constexpr,
     OUT_DTYPE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Persistent programs; tiles come and go through the bulk tensor copy engine.
 
     Edges need no masks: the engine reads zeros and drops stores past the end. STORE_PARTS (1, 2
     or 4) stores a tile in parts of its columns, which divides the shared memory the store needs.
     """
+    begin(PDL)
     num_m_tiles = tl.cdiv(M, BLOCK_M)
     num_n_tiles = tl.cdiv(N, BLOCK_N)
     for tile in tl.range(

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from cluster.engine.kernels.triton.overlap import begin
+
 
 @triton.jit
 def rms_norm_kernel(
@@ -21,11 +23,13 @@ def rms_norm_kernel(
     K: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HAS_UPDATE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """out = x / sqrt(mean(x²) + eps) * weight. HAS_UPDATE: x += update first, stored back in x's dtype.
 
     The norm reads the residual as it was rounded to x's dtype, never the sum before rounding.
     """
+    begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK_K)
     keep = offs < K

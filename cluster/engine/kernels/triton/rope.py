@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from cluster.engine.kernels.triton.overlap import begin
+
 
 @triton.jit
 def _inverse_rms(low, high, eps, D: tl.constexpr):
@@ -42,7 +44,9 @@ def rope_cache_kernel(
     BLOCK_SIZE: tl.constexpr,
     PAIRS: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     NUM_ALL: tl.constexpr = NUM_HEADS + 2 * NUM_KV_HEADS
     HALF: tl.constexpr = D // 2
     pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)

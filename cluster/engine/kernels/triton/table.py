@@ -65,8 +65,8 @@ class PlanIndex:
             return abs(other[0] / out_features - 1) + abs(other[1] / in_features - 1)
 
         known = [shape for shape in self._by_shape if shape[2] == silu_mul]
-        if known:  # cuBLASLt picks its algorithm by shape, so it is admitted for no other
-            return [_without_library(entry) for entry in self._by_shape[min(known, key=distance)]]
+        if known:
+            return self._by_shape[min(known, key=distance)]
         return [
             LinearEntry(out_features=0, in_features=0, max_rows=rows, silu_mul=silu_mul, plan=plan)
             for rows, plan in UNMEASURED
@@ -97,21 +97,16 @@ def file_stem(device_name: str) -> str:
 
 
 def load_plan_index(device_name: str) -> PlanIndex:
-    """The committed plans of this device, or defaults that run on any. Speed differs, bits do not.
-
-    cuBLASLt was admitted for the versions in the table only: with others our own chains take its place.
+    """The committed plans of this device, else those of one with the same multiprocessors, else defaults that
+    run on any. Speed differs, bits do not: where a plan names cuBLASLt, each product is compared first
+    (`library_admission.py`).
     """
-    file = resources.files(__package__) / "tables" / f"{file_stem(device_name)}.json"
-    if not file.is_file():
-        return PlanIndex(PlanTable(device=device_name))
-    table = msgspec.json.decode(file.read_bytes(), type=PlanTable)
-    if table.versions != library_versions():
-        linear = tuple(_without_library(entry) for entry in table.linear)
-        table = msgspec.structs.replace(table, linear=linear)
-    return PlanIndex(table)
+    directory = resources.files(__package__) / "tables"
+    for name in (device_name, _SAME_MULTIPROCESSORS.get(device_name, "")):
+        file = directory / f"{file_stem(name)}.json"
+        if name and file.is_file():
+            return PlanIndex(msgspec.json.decode(file.read_bytes(), type=PlanTable))
+    return PlanIndex(PlanTable(device=device_name))
 
 
-def _without_library(entry: LinearEntry) -> LinearEntry:
-    if entry.plan.kind != "cublaslt":
-        return entry
-    return msgspec.structs.replace(entry, plan=unmeasured_plan(entry.max_rows))
+_SAME_MULTIPROCESSORS = {"NVIDIA H100 80GB HBM3": "NVIDIA H200", "NVIDIA H100": "NVIDIA H200"}

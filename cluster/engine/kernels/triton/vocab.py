@@ -10,11 +10,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from cluster.engine.kernels.triton.overlap import begin
+
 
 @triton.jit
 def chunk_stats_kernel(
-    logits_ptr, chunk_max_ptr, chunk_sum_ptr, chunk_id_ptr, stride_row, V, num_chunks, CHUNK: tl.constexpr
-):
+    logits_ptr, chunk_max_ptr, chunk_sum_ptr, chunk_id_ptr, stride_row, V, num_chunks,
+    CHUNK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    begin(PDL)
     row = tl.program_id(1).to(tl.int64)
     chunk = tl.program_id(0)
     offs = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -41,8 +45,10 @@ def fold_stats_kernel(
     num_chunks,
     V,
     BLOCK_CHUNKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """A NaN logit makes its chunk's sum NaN, and so the row's logsumexp. The id is always a valid one."""
+    begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK_CHUNKS)
     keep = offs < num_chunks

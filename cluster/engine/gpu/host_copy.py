@@ -1,0 +1,51 @@
+"""Copies between host and device that nobody waits for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+
+class Moment:
+    """A point in the stream of a device, to wait for. On a CPU, whose operations are done when they return,
+    it is always past: the kernels' interpreter runs there."""
+
+    __slots__ = ("_event",)
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def record(self) -> None:
+        """Move it to here in the current stream."""
+        if self._event is not None:
+            self._event.record()  # type: ignore[no-untyped-call]
+
+    def wait(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()  # type: ignore[no-untyped-call]
+
+
+def pinned_zeros(count: int, device: torch.device) -> torch.Tensor:
+    """int32 host memory that `device` copies from without a detour."""
+    return torch.zeros(count, dtype=torch.int32, pin_memory=device.type == "cuda")
+
+
+class HostCopy:
+    """A device tensor on its way to pinned memory, in stream order. `host` may be read after an event that
+    was recorded later on the same stream; until then this object keeps the device's memory from reuse."""
+
+    __slots__ = ("_source", "host")
+
+    def __init__(self, source: torch.Tensor) -> None:
+        self._source = source
+        self.host = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+        self.host.copy_(source, non_blocking=True)
+
+
+def to_device(values: npt.NDArray[np.generic[Any]], device: torch.device) -> torch.Tensor:
+    """Through pinned memory, which torch's host allocator keeps until the copy is done."""
+    host = torch.from_numpy(np.ascontiguousarray(values))
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

@@ -1,0 +1,67 @@
+"""What fits on a device, measured before anything is promised."""
+
+from __future__ import annotations
+
+import torch
+
+from cluster.engine.config import EngineConfig
+from cluster.engine.kv_cache import KVCache, KVLayout
+from cluster.errors import StartupError
+
+GIB = 1 << 30
+DEFAULT_FRACTION = 0.95
+# Beside the pool and what a step allocates: graphs, the libraries' workspaces, fragments.
+RESERVE_BYTES = 768 << 20
+
+
+def check_weights_fit(device: torch.device, num_bytes: int) -> None:
+    """`StartupError` if the weights of this rank are larger than what is free now."""
+    free, total = torch.cuda.mem_get_info(device)
+    if num_bytes > free:
+        raise StartupError(
+            f"the weights need {_gib(num_bytes)} GiB on {device}, where {_gib(free)} of {_gib(total)} GiB are free"
+            f"{_taken(device, free, total)}; use a GPU with more memory, a smaller model, or more ranks"
+        )
+
+
+def pool_bytes(config: EngineConfig, device: torch.device, step_bytes: int) -> tuple[int, str]:
+    """Bytes for the KV pool, and where the number comes from, for a message.
+
+    `step_bytes`: what the largest step allocates beside weights and pool, measured. The worker's share of
+    the device, `gpu_memory_fraction`, holds everything: weights, pool, steps and a reserve.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    if config.kv_cache_bytes is not None:
+        return config.kv_cache_bytes, "kv_cache_bytes"
+    fraction = config.gpu_memory_fraction or DEFAULT_FRACTION
+    mine = torch.cuda.memory_reserved(device)
+    room = min(int(total * fraction) - mine, free - int(total * (1 - DEFAULT_FRACTION) / 2))
+    num_bytes = max(room - step_bytes - RESERVE_BYTES, 0)
+    source = (
+        f"{_gib(free)} of {_gib(total)} GiB free beside the weights{_taken(device, free, total)}, of which steps need "
+        f"{_gib(step_bytes + RESERVE_BYTES)}; gpu_memory_fraction {fraction:g}"
+    )
+    return num_bytes, source
+
+
+def allocate_pool(layout: KVLayout, num_blocks: int, device: torch.device) -> KVCache:
+    """`StartupError` says what was asked for and what was there."""
+    free, total = torch.cuda.mem_get_info(device)
+    try:
+        return KVCache(layout, num_blocks, device)
+    except torch.OutOfMemoryError as error:
+        needed = num_blocks * layout.block_bytes
+        raise StartupError(
+            f"the KV pool of {_gib(needed)} GiB does not fit on {device}: {_gib(free)} of {_gib(total)} GiB are free"
+            f"{_taken(device, free, total)}; lower engine.kv_cache_bytes or engine.gpu_memory_fraction"
+        ) from error
+
+
+def _taken(device: torch.device, free: int, total: int) -> str:
+    """Memory that others hold is worth a word: a forgotten process is the usual reason."""
+    others = total - free - torch.cuda.memory_reserved(device)
+    return f" ({_gib(others)} GiB are in use by others)" if others > GIB else ""
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f}"

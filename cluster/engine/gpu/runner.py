@@ -1,0 +1,273 @@
+"""Runs an engine's steps on a CUDA device, one step ahead of the host.
+
+    launch(n+1): stage, forward (a graph where there is one), sample, start copies to the host, record an event
+    collect(n):  wait for n's event, while n+1 runs
+
+Nothing between a step and the next waits for the device: drawn tokens stay there for the next step, and
+their copies arrive in pinned memory.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from cluster.engine.batch import Batch, SampledToken, ScheduledSequence, StepResult
+from cluster.engine.forward_input import prompt_logprob_range
+from cluster.engine.gpu.graphs import GraphStore, StepOutput
+from cluster.engine.gpu.host_copy import Moment
+from cluster.engine.gpu.sampler import DrawnRows, GpuSampler, HostLogprobs, RowStats
+from cluster.engine.gpu.shapes import StepShape
+from cluster.engine.gpu.staging import StagedStep, StepStaging
+from cluster.engine.kernels.cuda_ops import CudaOps
+from cluster.engine.kernels.ops import AttentionMetadata
+from cluster.engine.kernels.triton.plans import SPLIT_KEYS
+from cluster.engine.kv_cache import KVCache
+from cluster.types import TokenLogprob
+
+logger = logging.getLogger(__name__)
+
+_LOGIT_ROWS_AT_ONCE = 512  # of prompts whose logprobs are wanted: bounds the memory of the logits
+
+
+class GpuModel(Protocol):
+    """A `Model` in two parts, so that logits can be made of some rows at a time; `DecoderModel` is one."""
+
+    def hidden(self, token_ids_T: torch.Tensor, metadata: AttentionMetadata, kv_cache: KVCache) -> torch.Tensor:
+        """All layers: K and V of every row are stored; what `logits` reads."""
+        ...
+
+    def logits(self, hidden_TK: torch.Tensor, indices_R: torch.Tensor | None = None) -> torch.Tensor:
+        """(R, V) fp32 of some rows."""
+        ...
+
+    def warm_up(self, row_counts: Sequence[int], logits_counts: Sequence[int]) -> None:
+        """Use every kernel that steps of these sizes need once, beside attention's."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _PromptRows:
+    entry_index: int
+    num_top: int
+    rows: list[HostLogprobs]
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchedGpuStep:
+    """A step on its way. `row_drawn` finds a sequence's row among the drawn ones, by identity."""
+
+    batch: Batch
+    drawn: DrawnRows | None
+    row_drawn: dict[int, int]
+    prompts: list[_PromptRows]
+    is_done: Moment
+
+
+class GpuModelRunner:
+    """A `ModelRunner` (engine.py) for a CUDA device. Owns staging, graphs and the tokens drawn last; the KV
+    pool belongs to the engine. `use_graphs` False: every step is launched kernel by kernel."""
+
+    def __init__(
+        self,
+        model: GpuModel,
+        ops: CudaOps,
+        kv_cache: KVCache,
+        *,
+        device: torch.device,
+        max_batched_tokens: int,
+        max_num_sequences: int,
+        max_model_len: int,
+        use_graphs: bool = True,
+    ) -> None:
+        self._model = model
+        self._ops = ops
+        self._kv_cache = kv_cache
+        self._device = device
+        self._max_model_len = max_model_len
+        block_size = kv_cache.layout.block_size
+        self._staging = StepStaging(
+            device,
+            max_rows=max_batched_tokens,
+            max_sequences=max_num_sequences,
+            max_blocks=-(-max_model_len // block_size),
+            block_size=block_size,
+        )
+        # Where many contexts are longer than a split, their partial results are bounded by what the pool holds.
+        self._max_pool_keys = kv_cache.num_blocks * block_size
+        self._tokens_R = torch.zeros(max_num_sequences, dtype=torch.int64, device=device)
+        self._row_drawn: dict[int, int] = {}
+        self._sampler = GpuSampler(ops)
+        self._graphs = GraphStore() if use_graphs else None
+
+    @property
+    def num_graphs(self) -> int:
+        return len(self._graphs) if self._graphs is not None else 0
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch) -> LaunchedGpuStep:
+        """Steps are computed in the order of their launch."""
+        with (
+            torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+        ):  # whatever thread this is
+            return self._launch(batch)
+
+    def _launch(self, batch: Batch) -> LaunchedGpuStep:
+        staged, longest, num_keys = self._staging.stage(batch, self._row_drawn, self._tokens_R)
+        prompts: list[_PromptRows] = []
+        samples = [entry for entry in batch.scheduled if entry.samples]
+        if staged.shape.num_logits and any(len(rows) > entry.samples for rows, entry in _entries(staged, batch)):
+            output = self._forward_with_prompts(staged, batch, longest, num_keys, prompts)
+        else:
+            output = self._forward(staged.shape, longest, num_keys)
+        drawn = self._sample(output, samples) if samples else None
+        self._row_drawn = {id(entry.sequence): row for row, entry in enumerate(samples)}
+        is_done = Moment(self._device)
+        is_done.record()
+        return LaunchedGpuStep(batch, drawn, self._row_drawn, prompts, is_done)
+
+    def collect(self, step: LaunchedGpuStep) -> StepResult:
+        """Wait for a launched step and bring its results to the host."""
+        step.is_done.wait()
+        sampled = _sampled_tokens(step)
+        prompt_logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
+        if step.prompts:
+            found: list[tuple[TokenLogprob, ...]] = [()] * len(step.batch.scheduled)
+            for prompt in step.prompts:
+                parts = (part.arrived() for part in prompt.rows)
+                found[prompt.entry_index] = tuple(
+                    row for part in parts for row in part.to_host([prompt.num_top] * len(part.token_ids_R))
+                )
+            prompt_logprobs = tuple(found)
+        else:
+            prompt_logprobs = ((),) * len(step.batch.scheduled)
+        return StepResult(sampled, prompt_logprobs)
+
+    # ---- start
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compare the library's products, compile every kernel that a step may need, capture the graphs."""
+        staging = self._staging
+        self._model.warm_up(staging.row_sizes, staging.sequence_sizes)
+        for has_many_splits in (True, False):
+            if has_many_splits and self._max_model_len <= SPLIT_KEYS:
+                continue
+            for size in reversed(staging.sequence_sizes):
+                shape = StepShape(size, size, size, 1, has_many_splits)
+                self._stage_padding(shape)
+                longest = self._max_model_len if has_many_splits else min(SPLIT_KEYS, self._max_model_len)
+                num_keys = min(self._max_pool_keys + size * SPLIT_KEYS, size * longest)
+                self._forward_eagerly(shape, longest, num_keys)
+                if self._graphs is not None:
+                    self._graphs.capture(shape, lambda: self._forward_eagerly(shape, longest, num_keys))  # noqa: B023
+        torch.cuda.synchronize()
+        logger.info("%d graphs captured", self.num_graphs)
+
+    @torch.inference_mode()
+    def run_largest(self) -> None:
+        """One step as large as any, of padding: what it allocates at its peak is what steps need."""
+        sizes = self._staging.row_sizes, self._staging.sequence_sizes
+        shape = StepShape(
+            sizes[0][-1], sizes[1][-1], sizes[1][-1], self._max_model_len, self._max_model_len > SPLIT_KEYS
+        )
+        self._stage_padding(shape)
+        output = self._forward_eagerly(shape, self._max_model_len, self._max_pool_keys)
+        output.logits_RV.clone()
+
+    def _stage_padding(self, shape: StepShape) -> None:
+        staging = self._staging
+        staging.query_start.zero_()
+        staging.context_len_B.fill_(1)
+        staging.slot_mapping_T.fill_(-1)
+        staging.positions_T.zero_()
+        staging.token_ids_T.zero_()
+        staging.logits_R.zero_()
+        staging.block_table_BM.zero_()
+
+    # ---- a step
+
+    def _forward(self, shape: StepShape, longest: int, num_keys: int) -> StepOutput:
+        if (
+            self._graphs is not None and num_keys <= self._max_pool_keys
+        ):  # else prefixes are shared by many: scratch beyond what was captured
+            output = self._graphs.replay(shape)
+            if output is not None:
+                return output
+        return self._forward_eagerly(shape, longest, num_keys)
+
+    def _forward_eagerly(self, shape: StepShape, longest: int, num_keys: int) -> StepOutput:
+        hidden_TK = self._hidden(shape, longest, num_keys)
+        return self._output(self._model.logits(hidden_TK, self._staging.logits_R[: shape.num_logits]))
+
+    def _hidden(self, shape: StepShape, longest: int, num_keys: int) -> torch.Tensor:
+        staging = self._staging
+        metadata = staging.metadata(shape, longest, num_keys)
+        return self._model.hidden(staging.token_ids_T[: shape.num_rows], metadata, self._kv_cache)
+
+    def _output(self, logits_RV: torch.Tensor) -> StepOutput:
+        return StepOutput(logits_RV, RowStats(*self._ops.vocab_stats(logits_RV)))
+
+    def _forward_with_prompts(
+        self, staged: StagedStep, batch: Batch, longest: int, num_keys: int, prompts: list[_PromptRows]
+    ) -> StepOutput:
+        """Logits of prompt rows are made, reduced to logprobs and dropped, some rows at a time."""
+        hidden_TK = self._hidden(staged.shape, longest, num_keys)
+        sampled_rows: list[int] = []
+        for index, (rows, entry) in enumerate(_entries(staged, batch)):
+            positions = prompt_logprob_range(entry) if len(rows) > entry.samples else range(0)
+            asked = entry.sequence.request.sampling.prompt_logprobs
+            if positions and asked is not None:
+                parts = self._prompt_parts(hidden_TK, rows.start, positions, entry, asked)
+                prompts.append(_PromptRows(index, asked, parts))
+            if entry.samples:
+                sampled_rows.append(rows.stop - 1)
+        indices_R = self._staging.logits_R[torch.tensor(sampled_rows, device=hidden_TK.device)]
+        return self._output(self._model.logits(hidden_TK, indices_R))
+
+    def _prompt_parts(
+        self, hidden_TK: torch.Tensor, first_row: int, positions: range, entry: ScheduledSequence, asked: int
+    ) -> list[HostLogprobs]:
+        parts = []
+        for start in range(0, len(positions), _LOGIT_ROWS_AT_ONCE):
+            part = positions[start : start + _LOGIT_ROWS_AT_ONCE]
+            indices_R = self._staging.logits_R[first_row + start : first_row + start + len(part)]
+            output = self._output(self._model.logits(hidden_TK, indices_R))
+            told = entry.sequence.token_ids[part.start + 1 : part.stop + 1]
+            parts.append(self._sampler.prompt_logprobs(output.logits_RV, output.stats, told, asked))
+        return parts
+
+    def _sample(self, output: StepOutput, samples: list[ScheduledSequence]) -> DrawnRows:
+        """The first rows of the output are those of `samples`; padding follows."""
+        count = len(samples)
+        return self._sampler.sample(
+            output.logits_RV[:count], output.stats.rows(0, count), samples, self._tokens_R[:count]
+        )
+
+
+def _entries(staged: StagedStep, batch: Batch) -> list[tuple[range, ScheduledSequence]]:
+    return list(zip(staged.logits_of_entry, batch.scheduled, strict=True))
+
+
+def _sampled_tokens(step: LaunchedGpuStep) -> tuple[SampledToken | None, ...]:
+    """Parallel to the batch's entries."""
+    drawn = step.drawn
+    if drawn is None:
+        return (None,) * len(step.batch.scheduled)
+    token_ids, is_broken = drawn.token_ids_R.host.tolist(), drawn.is_broken_R.host.tolist()
+    logprobs = drawn.logprobs.arrived().to_host(drawn.num_top) if drawn.logprobs is not None else []
+    rows = [
+        SampledToken(
+            token_id,
+            logprobs[drawn.logprob_places[row]] if row in drawn.logprob_places and not broken else None,
+            broken,
+        )
+        for row, (token_id, broken) in enumerate(zip(token_ids, is_broken, strict=True))
+    ]
+    taken = iter(rows)
+    return tuple(next(taken) if entry.samples else None for entry in step.batch.scheduled)

@@ -1,0 +1,65 @@
+"""From a loaded model to an engine that can step on a GPU: measure, allocate, warm up."""
+
+from __future__ import annotations
+
+import torch
+
+from cluster.engine.config import EngineConfig
+from cluster.engine.gpu import memory
+from cluster.engine.gpu.runner import GpuModel, GpuModelRunner
+from cluster.engine.kernels.cuda_ops import CudaOps
+from cluster.engine.kv_cache import KVCache, KVLayout
+from cluster.engine.pool_size import blocks_of
+from cluster.errors import StartupError
+
+
+def start_gpu(
+    model: GpuModel, ops: CudaOps, layout: KVLayout, config: EngineConfig, max_model_len: int
+) -> tuple[KVCache, GpuModelRunner]:
+    """The KV pool and a runner over it, ready to serve. `StartupError` if it does not fit."""
+    device = ops.device
+    with torch.cuda.device(device):
+        try:
+            step_bytes = _measure_step(model, ops, layout, config, max_model_len)
+        except torch.OutOfMemoryError as error:
+            free, total = torch.cuda.mem_get_info(device)
+            raise StartupError(
+                f"a step of max_batched_tokens {config.limits.max_batched_tokens} does not fit on {device}: "
+                f"{free / memory.GIB:.2f} of {total / memory.GIB:.2f} GiB are free; lower engine.max_batched_tokens"
+            ) from error
+        num_bytes, source = memory.pool_bytes(config, device, step_bytes)
+        num_blocks = blocks_of(layout, num_bytes, source, max_model_len)
+        kv_cache = memory.allocate_pool(layout, num_blocks, device)
+        runner = _runner(model, ops, kv_cache, config, max_model_len)
+        runner.warm_up()
+    return kv_cache, runner
+
+
+def _runner(
+    model: GpuModel, ops: CudaOps, kv_cache: KVCache, config: EngineConfig, max_model_len: int
+) -> GpuModelRunner:
+    return GpuModelRunner(
+        model,
+        ops,
+        kv_cache,
+        device=ops.device,
+        max_batched_tokens=config.limits.max_batched_tokens,
+        max_num_sequences=config.limits.max_num_sequences,
+        max_model_len=max_model_len,
+        use_graphs=config.cuda_graphs,
+    )
+
+
+def _measure_step(model: GpuModel, ops: CudaOps, layout: KVLayout, config: EngineConfig, max_model_len: int) -> int:
+    """Bytes that the largest step has allocated at its peak, on a pool of one block."""
+    kv_cache = KVCache(layout, 1, ops.device)
+    runner = _runner(model, ops, kv_cache, config, max_model_len)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    runner.run_largest()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    del runner, kv_cache
+    torch.cuda.empty_cache()
+    return peak

@@ -1,0 +1,131 @@
+"""The GPU's runner over the CPU's kernels, its own kernels interpreted: the tokens of the plain runner.
+
+What this covers without a GPU: staging, padding, tokens that stay on the device, sampling without
+waiting, prompt logprobs in parts, running a step ahead. Graphs and speed are for tests/gpu.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cluster.engine.config import EngineConfig
+from cluster.engine.engine import Engine
+from cluster.engine.gpu import runner as gpu_runner
+from cluster.engine.gpu.runner import GpuModelRunner
+from cluster.engine.kernels import get_ops
+from cluster.engine.kernels.triton import launch
+from cluster.engine.models.loader import load_model
+from cluster.engine.parallel.group import SingleRank
+from cluster.types import Request, TokenChunk
+from decode.policy import DecodePolicy
+from tests.unit.engine_fakes import make_request
+from tests.unit.model_factory import random_model, save_safetensors
+
+NUM_BLOCKS, BLOCK_SIZE, MAX_SEQUENCES, MAX_ROWS = 24, 16, 6, 40
+
+
+class InterpretedOps:
+    """The CPU's operations, and the statistics of the logits from the GPU's kernel."""
+
+    def __init__(self) -> None:
+        self._cpu = get_ops("cpu", 1)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cpu, name)
+
+    def vocab_stats(self, logits_RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return launch.run_vocab_stats(logits_RV)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    directory: Path = save_safetensors(random_model("qwen3"), tmp_path_factory.mktemp("model"))
+    return load_model(directory, get_ops("cpu", 1), SingleRank(), torch.device("cpu")).model
+
+
+def make_engine(model: Any, steps_ahead: int) -> Engine:
+    config = EngineConfig(
+        block_size=BLOCK_SIZE,
+        kv_cache_bytes=NUM_BLOCKS * model.kv_layout(BLOCK_SIZE).block_bytes,
+        max_num_sequences=MAX_SEQUENCES,
+        max_batched_tokens=MAX_ROWS,
+        num_threads=1,
+    )
+    return Engine(model, config, get_ops("cpu", 1), DecodePolicy(), steps_ahead=steps_ahead)
+
+
+def use_gpu_runner(engine: Engine, model: Any) -> Engine:
+    engine._runner = GpuModelRunner(
+        model,
+        InterpretedOps(),  # type: ignore[arg-type]
+        engine.kv_cache,
+        device=torch.device("cpu"),
+        max_batched_tokens=MAX_ROWS,
+        max_num_sequences=MAX_SEQUENCES,
+        max_model_len=engine.max_model_len,
+        use_graphs=False,
+    )
+    return engine
+
+
+def requests() -> list[Request]:
+    generator = torch.Generator().manual_seed(5)
+    variants: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 0.9, "seed": 7},
+        {"temperature": 0.8, "seed": 8, "top_p": 0.9, "top_k": 20},
+        {"temperature": 1.2, "seed": 1 << 40, "min_p": 0.05, "logprobs": 3},
+        {"temperature": 0.0, "logprobs": 0, "presence_penalty": 1.0, "repetition_penalty": 1.3},
+        {"temperature": 0.0, "prompt_logprobs": 2, "logprobs": 2},
+        {"temperature": 0.7, "seed": 3, "logit_bias": ((5, 4.0),), "min_tokens": 4},
+    ]
+    made = []
+    for index, length in enumerate((1, 15, 16, 17, 33, 47, 60)):
+        tokens = torch.randint(3, 300, (length,), generator=generator).tolist()
+        made.append(make_request(f"r{index}", tokens, max_tokens=9, ignore_eos=True, **variants[index]))
+    return made
+
+
+def answers(engine: Engine) -> dict[str, tuple[list[int], list[Any], list[Any]]]:
+    found: dict[str, tuple[list[int], list[Any], list[Any]]] = {}
+    for request in requests():
+        engine.add_request(request)
+        found[request.request_id] = ([], [], [])
+    for _ in range(400):
+        if not engine.has_work():
+            break
+        for event in engine.step():
+            assert isinstance(event, TokenChunk)
+            tokens, logprobs, prompt = found[event.request_id]
+            tokens.extend(event.token_ids)
+            logprobs.extend(event.logprobs)
+            prompt.extend(event.prompt_logprobs)
+    assert not engine.has_work()
+    engine.blocks.check_integrity()
+    assert engine.blocks.num_free == NUM_BLOCKS
+    return found
+
+
+@pytest.mark.parametrize("steps_ahead", [0, 1])
+@pytest.mark.parametrize("logit_rows", [3, 512])
+def test_the_tokens_of_the_plain_runner(
+    model: Any, steps_ahead: int, logit_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_runner, "_LOGIT_ROWS_AT_ONCE", logit_rows)
+    expected = answers(make_engine(model, 0))
+    found = answers(use_gpu_runner(make_engine(model, steps_ahead), model))
+    assert {key: tokens for key, (tokens, _, _) in found.items()} == {
+        key: tokens for key, (tokens, _, _) in expected.items()
+    }
+    for key, (_, logprobs, prompt) in found.items():
+        for ours, theirs in zip([*logprobs, *prompt], [*expected[key][1], *expected[key][2]], strict=True):
+            if theirs is None:
+                assert ours is None
+                continue
+            assert (ours.token_id, ours.rank) == (theirs.token_id, theirs.rank)
+            assert [each for each, _ in ours.top] == [each for each, _ in theirs.top]
+            assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)  # another kernel's logsumexp
