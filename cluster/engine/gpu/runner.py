@@ -13,6 +13,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -150,24 +151,39 @@ class GpuModelRunner:
 
     # ---- start
 
-    @torch.inference_mode()
     def warm_up(self) -> None:
         """Compare the library's products, compile every kernel that a step may need, capture the graphs."""
-        staging = self._staging
-        self._model.warm_up(staging.row_sizes, staging.sequence_sizes)
-        for has_many_splits in (True, False):
-            if has_many_splits and self._max_model_len <= SPLIT_KEYS:
-                continue
-            for size in reversed(staging.sequence_sizes):
-                shape = StepShape(size, size, size, 1, has_many_splits)
-                self._stage_padding(shape)
-                longest = self._max_model_len if has_many_splits else min(SPLIT_KEYS, self._max_model_len)
-                num_keys = min(self._max_pool_keys + size * SPLIT_KEYS, size * longest)
-                self._forward_eagerly(shape, longest, num_keys)
-                if self._graphs is not None:
-                    self._graphs.capture(shape, lambda: self._forward_eagerly(shape, longest, num_keys))  # noqa: B023
+        self.compile(self._staging.row_sizes, self._staging.sequence_sizes)
+        if self._graphs is not None:
+            self._capture(self._graphs)
+            logger.info("%d graphs captured", len(self._graphs))
+
+    @torch.inference_mode()
+    def compile(self, row_sizes: Sequence[int], sequence_sizes: Sequence[int]) -> None:
+        """Use what steps of these sizes use, on steps of padding."""
+        self._model.warm_up(row_sizes, sequence_sizes)
+        for size in sequence_sizes:
+            for num_rows_max in (1, self._max_model_len):
+                shape = StepShape(size, size, size, num_rows_max, has_many_splits=False)
+                self._stage_padding()
+                self._forward_eagerly(shape, *self._bounds(shape))
         torch.cuda.synchronize()
-        logger.info("%d graphs captured", self.num_graphs)
+
+    @torch.inference_mode()
+    def _capture(self, graphs: GraphStore) -> None:
+        kinds = (True, False) if self._max_model_len > SPLIT_KEYS else (False,)
+        for has_many_splits in kinds:
+            for size in reversed(self._staging.sequence_sizes):
+                shape = StepShape(size, size, size, 1, has_many_splits)
+                self._stage_padding()
+                self._forward_eagerly(shape, *self._bounds(shape))
+                graphs.capture(shape, partial(self._forward_eagerly, shape, *self._bounds(shape)))
+        torch.cuda.synchronize()
+
+    def _bounds(self, shape: StepShape) -> tuple[int, int]:
+        """The longest context and the sum of contexts that a graph of this shape is made for."""
+        longest = self._max_model_len if shape.has_many_splits else min(SPLIT_KEYS, self._max_model_len)
+        return longest, min(self._max_pool_keys, shape.num_sequences * longest)
 
     @torch.inference_mode()
     def run_largest(self) -> None:
@@ -176,11 +192,11 @@ class GpuModelRunner:
         shape = StepShape(
             sizes[0][-1], sizes[1][-1], sizes[1][-1], self._max_model_len, self._max_model_len > SPLIT_KEYS
         )
-        self._stage_padding(shape)
+        self._stage_padding()
         output = self._forward_eagerly(shape, self._max_model_len, self._max_pool_keys)
         output.logits_RV.clone()
 
-    def _stage_padding(self, shape: StepShape) -> None:
+    def _stage_padding(self) -> None:
         staging = self._staging
         staging.query_start.zero_()
         staging.context_len_B.fill_(1)

@@ -202,7 +202,7 @@ class _AttentionCall:
             "BLOCK_KV": block_kv(head_size),
             "SPLIT_KEYS": SPLIT_KEYS,
             "BLOCK_SIZE": self.kv_N2GSD.shape[3],
-            "BLOCK_B": triton.next_power_of_2(self.num_sequences),
+            "BLOCK_B": max(16, triton.next_power_of_2(self.num_sequences)),  # few sizes: each is compiled
         }
 
 

@@ -1,0 +1,115 @@
+"""The whole engine on an 8B-shaped Llama, measured as the peer's script measures vLLM: same prompts, same formulas.
+
+prefill  16 x 2048 tokens, one token out: the best of some rounds
+decode   (256 tokens out - 1 token out) / 255, best of each
+mixed    requests of 64-2048 prompt and 64-512 output tokens, all at once
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+import torch
+
+from benchmarks.gpu.models import LLAMA_8B, random_decoder
+from cluster.engine.config import EngineConfig
+from cluster.engine.engine import Engine
+from cluster.engine.gpu.runner import GpuModelRunner
+from cluster.engine.kernels.cuda_ops import CudaOps
+from cluster.engine.kv_cache import KVCache
+from cluster.engine.models.llama import DecoderModel
+from cluster.types import Request, SamplingParams, TokenChunk
+from decode.policy import DecodePolicy
+
+_FIRST_TOKEN, _LAST_TOKEN = 3, LLAMA_8B.vocab_size - 300
+MIXED_SEED = 4242
+
+
+@dataclass(frozen=True)
+class Mixed:
+    seconds: float
+    num_prompt_tokens: int
+    num_output_tokens: int
+
+    @property
+    def tokens_per_s(self) -> float:
+        return (self.num_prompt_tokens + self.num_output_tokens) / self.seconds
+
+
+def random_prompt(length: int, seed: int) -> tuple[int, ...]:
+    source = random.Random(seed)
+    return tuple(source.randrange(_FIRST_TOKEN, _LAST_TOKEN) for _ in range(length))
+
+
+class EngineBench:
+    """One engine; requests are given to it as an embedding program would."""
+
+    def __init__(self, model: DecoderModel, ops: CudaOps, **config: object) -> None:
+        settings = msgspec.convert(
+            {"device": "cuda", "max_model_len": 8192, "enable_prefix_caching": False, **config}, EngineConfig
+        )
+        self.engine = Engine(model, settings, ops, DecodePolicy())
+        self._number = 0
+
+    def run(self, prompts: Sequence[Sequence[int]], num_tokens: Sequence[int], **sampling: object) -> float:
+        """Seconds until all are complete."""
+        requests = []
+        for prompt, count in zip(prompts, num_tokens, strict=True):
+            self._number += 1
+            params = SamplingParams(max_tokens=count, seed=0, temperature=0.0, ignore_eos=True)
+            params = msgspec.structs.replace(params, **sampling)
+            requests.append(Request(request_id=f"b{self._number}", token_ids=tuple(prompt), sampling=params))
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for request in requests:
+            self.engine.add_request(request)
+        received = 0
+        while self.engine.has_work():
+            for event in self.engine.step():
+                assert isinstance(event, TokenChunk)
+                received += len(event.token_ids)
+        seconds = time.perf_counter() - start
+        assert received == sum(num_tokens)
+        return seconds
+
+    def prefill_tokens_per_s(self, count: int = 16, length: int = 2048, rounds: int = 3) -> float:
+        prompts = [random_prompt(length, 1000 + i) for i in range(count)]
+        self.run(prompts, [1] * count)
+        return count * length / min(self.run(prompts, [1] * count) for _ in range(rounds))
+
+    def decode_ms(self, batch: int, prompt: int = 128, out: int = 256, rounds: int = 3, **sampling: object) -> float:
+        prompts = [random_prompt(prompt, 5000 + i) for i in range(batch)]
+        self.run(prompts, [min(out, 32)] * batch, **sampling)
+        one = min(self.run(prompts, [1] * batch, **sampling) for _ in range(rounds))
+        full = min(self.run(prompts, [out] * batch, **sampling) for _ in range(rounds))
+        return 1e3 * (full - one) / (out - 1)
+
+    def mixed(self, count: int, rounds: int = 2) -> Mixed:
+        source = random.Random(MIXED_SEED)
+        shape = [(source.randrange(64, 2049), source.randrange(64, 513)) for _ in range(count)]
+        prompts = [random_prompt(length, 20000 + i) for i, (length, _) in enumerate(shape)]
+        seconds = min(self.run(prompts, [out for _, out in shape]) for _ in range(rounds))
+        return Mixed(seconds, sum(length for length, _ in shape), sum(out for _, out in shape))
+
+
+def make_bench(*, pdl: bool = True, residual_dtype: torch.dtype = torch.bfloat16, **config: object) -> EngineBench:
+    ops = CudaOps(torch.device("cuda"), residual_dtype=residual_dtype, pdl=pdl)
+    return EngineBench(random_decoder(LLAMA_8B, ops), ops, **config)
+
+
+def compile_share(share: int, shares: int) -> None:
+    """Compile a share of the kernels of the 8B shape into Triton's cache, so that processes can do it together."""
+    config = msgspec.structs.replace(LLAMA_8B, num_layers=1)
+    ops = CudaOps(torch.device("cuda"))
+    model = random_decoder(config, ops)
+    cache = KVCache(model.kv_layout(64), 1, ops.device)
+    runner = GpuModelRunner(
+        model, ops, cache, device=ops.device, max_batched_tokens=16384, max_num_sequences=256, max_model_len=8192,
+        use_graphs=False,
+    )  # fmt: skip
+    bounds = [2**i for i in range(15)]
+    runner.compile(bounds[share::shares], [bound for bound in bounds[share::shares] if 8 <= bound <= 256])
