@@ -14,7 +14,16 @@ from cluster.control.messages import PeerAnswer, PeerQuestion
 from cluster.engine.engine import Engine
 from cluster.errors import Cancelled, HandshakeMismatch, LeaseExpired, TransferFailed
 from cluster.types import Request
-from decode.load import MAX_READS_AT_ONCE, MIN_SOURCE_BLOCK_SIZE, Landing, Load, batches, check_belongs
+from decode.load import (
+    MAX_DEVICE_READ_BYTES,
+    MAX_READ_BYTES,
+    MAX_READS_AT_ONCE,
+    MIN_SOURCE_BLOCK_SIZE,
+    Landing,
+    Load,
+    batches,
+    check_belongs,
+)
 from decode.measures import HandoverMeasures
 from decode.peers import Peers
 from kvconnector import notices, ticket
@@ -53,6 +62,7 @@ class Admission:
         self._load_timeout_s = load_timeout_s
         self._on_failed = on_failed
         self._shard = Shard(layout=engine.layout)
+        self._max_read_bytes = MAX_DEVICE_READ_BYTES if engine.kv_cache.kv_NL2HSD.is_cuda else MAX_READ_BYTES
         self._nonces = ticket.UsedNonces()
         self._loads: dict[_Key, Load] = {}
         self._draining: list[Load] = []  # told as failed, but READs may still land
@@ -190,7 +200,7 @@ class Admission:
             reservation.num_cached_tokens,
             load.handle.num_tokens,
         )
-        load.unposted.extend(("kv", "kv", batch) for batch in batches(pieces))
+        load.unposted.extend(("kv", "kv", batch) for batch in batches(pieces, self._max_read_bytes))
         self._feed(load, core.Posted(len(load.unposted)), now)
         self._post(load, now)
 

@@ -18,8 +18,10 @@ from kvconnector.core.load import LoadState
 from kvconnector.ledger import LedgerRecords, record_bytes
 from kvconnector.mapping import join
 
-# A READ within one machine may be over when it is posted, so this bounds how long the engine waits.
+# A READ of host memory within one machine may be over when it is posted, so this bounds how long the engine
+# waits; between GPUs it never is, and few large ones are fastest.
 MAX_READ_BYTES = 8 << 20
+MAX_DEVICE_READ_BYTES = 256 << 20
 MAX_READ_PIECES = 1024
 MAX_READS_AT_ONCE = 2
 MIN_SOURCE_BLOCK_SIZE = 16  # bounds the number of a prompt's records
@@ -78,12 +80,12 @@ class Landing:
         return LedgerRecords(np.array(self.memory[row, :num_blocks].numpy()))
 
 
-def batches(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
-    """Cut into READs of at most MAX_READ_BYTES and MAX_READ_PIECES; large pieces are split."""
+def batches(pieces: Sequence[Piece], max_bytes: int = MAX_READ_BYTES) -> Iterator[list[Piece]]:
+    """Cut into READs of at most `max_bytes` and MAX_READ_PIECES; large pieces are split."""
     batch: list[Piece] = []
     num_bytes = 0
-    for piece in _split(pieces):
-        if batch and (num_bytes + piece.num_bytes > MAX_READ_BYTES or len(batch) >= MAX_READ_PIECES):
+    for piece in _split(pieces, max_bytes):
+        if batch and (num_bytes + piece.num_bytes > max_bytes or len(batch) >= MAX_READ_PIECES):
             yield batch
             batch, num_bytes = [], 0
         batch.append(piece)
@@ -92,10 +94,10 @@ def batches(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-def _split(pieces: Sequence[Piece]) -> Iterator[Piece]:
+def _split(pieces: Sequence[Piece], max_bytes: int) -> Iterator[Piece]:
     for piece in pieces:
-        for start in range(0, piece.num_bytes, MAX_READ_BYTES):
-            num_bytes = min(MAX_READ_BYTES, piece.num_bytes - start)
+        for start in range(0, piece.num_bytes, max_bytes):
+            num_bytes = min(max_bytes, piece.num_bytes - start)
             yield Piece(piece.source_offset + start, piece.destination_offset + start, num_bytes)
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-
 from cluster.control.process import main
+from cluster.process_exit import leave
 from prefill.worker import PrefillParts
 
 if __name__ == "__main__":
-    sys.exit(main(PrefillParts()))
+    leave(main(PrefillParts()))

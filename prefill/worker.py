@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.02  # while leases live: notifications are polled for
 EXPIRY_POLL_S = 0.1
+DIGEST_POLL_S = 0.0005  # a reader waits for them
 _Key = tuple[str, int]
 
 
@@ -96,6 +97,7 @@ class PrefillDriver(WorkerDriver):
         raise AssertionError("a prefill worker asks nobody")
 
     def poll(self, now: float) -> None:
+        self._ledger.poll()
         for _, message in self._transport.notifications():
             notice = notices.decode(message)
             if notice is not None:
@@ -106,6 +108,8 @@ class PrefillDriver(WorkerDriver):
                 self._step(key, core.Tick(), now)
 
     def poll_pause_s(self) -> float:
+        if self._ledger.is_waiting:
+            return DIGEST_POLL_S
         return POLL_S if self._lent else EXPIRY_POLL_S
 
     def on_engine_event(self, event: EngineEvent, now: float) -> None:

@@ -28,6 +28,7 @@ from kvconnector.digest import KVDigester
 
 IDLE_S = 0.5
 HISTOGRAM_PAUSE_S = 0.5  # between two readings: a frame per step must not carry them
+COMPUTING_S = 0.0002  # a GPU runs a step and has the next one queued: commands and transfers are looked after
 BLOCKED_S = 0.005  # everything waits for blocks, which a lease or a load may free at any time
 
 
@@ -131,7 +132,7 @@ class WorkerDriver(ABC):
     def turn(self, now: float) -> News | None:
         self.poll(now)
         if self.engine.has_work():
-            for event in self.engine.step():
+            for event in self.engine.step(wait=False):
                 self.on_engine_event(event, now)
         return self._collect_news(now)
 
@@ -139,6 +140,8 @@ class WorkerDriver(ABC):
         if self._events or self._inspections or self._questions:
             return 0.0
         if self.engine.has_work():
+            if self.engine.is_computing:
+                return COMPUTING_S
             return BLOCKED_S if self.engine.is_blocked else 0.0
         return min(IDLE_S, self.poll_pause_s())
 

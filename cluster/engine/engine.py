@@ -71,6 +71,7 @@ class Engine:
             max_batched_tokens=limits.max_batched_tokens,
         )
         self.is_blocked = False  # the last step found nothing it could run: all waits for blocks
+        self.is_computing = False  # the last step left one that is still running
         self._eos_token_ids = model.config.eos_token_ids
         self._clock = clock
         self._steps_ahead = int(config.device != "cpu") if steps_ahead is None else steps_ahead
@@ -134,22 +135,30 @@ class Engine:
         """True while `step` has something to compute or to report."""
         return bool(self._sequences or self._launched or self._committer.has_events)
 
-    def step(self) -> list[EngineEvent]:
-        """Compute one step and report what happened, in order. See `is_blocked` for when to wait."""
+    def step(self, *, wait: bool = True) -> list[EngineEvent]:
+        """Launch a step and report what a launched one has brought, in order. See `is_blocked` for when to
+        wait. `wait` False: a step that is still running is left for a later call (`is_computing`)."""
         self._expire()
-        batch = self.scheduler.schedule()
-        for sequence in self.scheduler.drain_admitted():
-            self.timings.on_admitted(sequence, self._clock())
-            self._committer.report_started(sequence)
+        batch = None
+        if len(self._launched) <= self._steps_ahead:
+            batch = self.scheduler.schedule()
+            self._report_admitted()
         if batch is not None:
             self.timings.on_step(batch)
             self._launched.append(self._runner.launch(batch))
-        if self._launched and (batch is None or len(self._launched) > self._steps_ahead):
+        is_due = bool(self._launched) and (batch is None or len(self._launched) > self._steps_ahead)
+        self.is_computing = is_due and not wait and not self._runner.is_done(self._launched[0])
+        if is_due and not self.is_computing:
             launched = self._launched.popleft()
             result = self._runner.collect(launched)
             self._committer.commit(launched.batch, result, self._clock())
         self.is_blocked = batch is None and not self._launched and bool(self._sequences)
         return self._committer.drain()
+
+    def _report_admitted(self) -> None:
+        for sequence in self.scheduler.drain_admitted():
+            self.timings.on_admitted(sequence, self._clock())
+            self._committer.report_started(sequence)
 
     def load(self) -> WorkerLoad:
         """A gauge reading. The transfer counters are the worker's to fill in."""

@@ -81,6 +81,10 @@ class Runner(Protocol[Launched]):
         """Queue a step; what it draws is known after `collect`."""
         ...
 
+    def is_done(self, step: Launched) -> bool:
+        """`collect` would not wait."""
+        ...
+
     def collect(self, step: Launched) -> StepResult:
         """Wait for a launched step and bring its results to the host."""
         ...
@@ -133,6 +137,9 @@ class ModelRunner:
         )
         self._previous = self._sample(batch, logits_RV)
         return self._previous
+
+    def is_done(self, step: ComputedStep) -> bool:
+        return True
 
     @torch.inference_mode()
     def collect(self, step: ComputedStep) -> StepResult:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
 from cluster.engine.kv_cache import KVCache, KVLayout
-from kvconnector.digest import KVDigester, row_sums_on_device
+from kvconnector.digest import Digests, KVDigester, Span
 from kvconnector.ledger import FILLED, FIRST_DIGEST, GENERATION, Ledger, LedgerRecords, Verdict, record_bytes
 
 NUM_TOKENS, LAYERS, HEADS, DIM = 70, 3, 4, 16
@@ -68,12 +72,6 @@ def test_ranges_of_tokens_add_up() -> None:
     parts = [digest(make_content(), 16, start, end) for start, end in ((0, 5), (5, 33), (33, NUM_TOKENS))]
     total = np.array(parts, dtype=np.uint64).sum(axis=0, dtype=np.uint64)
     assert total.tolist() == digest(make_content())
-
-
-def test_the_device_formula_equals_the_host_formula() -> None:
-    words = torch.randint(-(2**63), 2**63 - 1, (5, DIM // 4))
-    digester = KVDigester(torch.zeros((1, LAYERS, 2, HEADS, 16, DIM), dtype=torch.bfloat16), make_layout(16))
-    assert digester._row_sums(words).tolist() == row_sums_on_device(words, digester._key_W).tolist()
 
 
 def flip_sign(content: torch.Tensor) -> None:
@@ -148,3 +146,48 @@ def test_ledger_grows_with_the_prompt_and_forgets_on_reuse() -> None:
     assert (record[GENERATION], record[FILLED], record[FIRST_DIGEST:]) == (6, 0, [0] * HEADS)
     assert read().judge_filling(generations, NUM_TOKENS, 16) is Verdict.STALE
     assert ledger.memory.shape[1] * 8 == record_bytes(HEADS)
+
+
+class LateDigester(KVDigester):
+    """Digests that arrive when they are let go, as a GPU's do."""
+
+    def __init__(self, cache: KVCache) -> None:
+        super().__init__(cache.kv_NL2HSD, cache.layout)
+        self.is_let_go = False
+
+    def begin(self, spans: Sequence[Span]) -> Digests:
+        return Late(self, super().begin(spans))
+
+
+class Late(NamedTuple):
+    digester: LateDigester
+    digests: Digests
+
+    def is_ready(self) -> bool:
+        return self.digester.is_let_go
+
+    def values(self) -> npt.NDArray[np.uint64]:
+        return self.digests.values()
+
+
+def test_a_block_counts_as_filled_when_its_digest_has_arrived() -> None:
+    content = make_content()
+    cache, block_ids = store(content, 16)
+    digester = LateDigester(cache)
+    ledger = Ledger(32, 16, HEADS, digester)
+    for block_id in block_ids:
+        ledger.on_allocated(block_id, 5)
+    ledger.advance(block_ids, 20)
+    ledger.advance(block_ids, 20)  # nothing is begun twice
+    ledger.advance(block_ids, NUM_TOKENS)
+    assert bool(ledger.is_waiting)
+    assert ledger.memory[block_ids, FILLED].sum() == 0
+    ledger.on_allocated(block_ids[1], 6)  # reused while its digests were on their way
+    digester.is_let_go = True
+    ledger.poll()
+    assert bool(ledger.is_waiting) is False
+    assert ledger.memory[block_ids, FILLED].tolist() == [16, 0, 16, 16, 6]
+    assert ledger.memory[block_ids[1], FIRST_DIGEST:].tolist() == [0] * HEADS
+    ledger.advance(block_ids, NUM_TOKENS)
+    found = ledger.memory[block_ids, FIRST_DIGEST:].numpy().view(np.uint64).sum(axis=0, dtype=np.uint64)
+    assert found.tolist() == digest(content)

@@ -7,12 +7,17 @@ Triton decides at its first import whether it interprets.
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from cluster.engine.kernels.ops import AttentionMetadata
 from cluster.engine.kernels.triton import launch
 from cluster.engine.kernels.triton.plans import AttentionPlan, LinearPlan
+from cluster.engine.kv_cache import KVLayout
+from kvconnector import digest
+from kvconnector.digest import KVDigester, Span
+from kvconnector.digest_kernel import start_digests
 from tests.gpu.support import Paged, relative_error
 
 LINEAR_PLANS = [
@@ -135,3 +140,20 @@ def test_impossible_calls_are_refused() -> None:
         launch.run_attention(cache.q[0][:1, :3], cache.layer, metadata, 0.1, AttentionPlan(), 4)
     with pytest.raises(ValueError, match="scale must be positive"):
         launch.run_attention(cache.q[0][:1], cache.layer, metadata, 0.0, AttentionPlan(), 4)
+
+
+def test_digests_of_the_device_equal_those_of_the_host() -> None:
+    """Parts of blocks, a block size and a head size that are no powers of two, a rank that is not the first."""
+    torch.manual_seed(4)
+    layout = KVLayout(num_layers=2, num_kv_heads=3, head_size=24, block_size=48)
+    kv = torch.randn((5, 2, 2, 3, 48, 24)).bfloat16()
+    digester = KVDigester(kv, layout, first_layer=4, first_kv_head=2)
+    spans = [Span(3, 96, 0, 48), Span(1, 0, 5, 33), Span(4, 1 << 33, 47, 48)]
+    host = digester._digester
+    assert isinstance(host, digest._HostDigester)
+    constants = {"A": digest._A, "B": digest._B, "C": digest._C, "M1": digest._M1, "M2": digest._M2}
+    found = start_digests(
+        kv.view(torch.int64), torch.from_numpy(host._key_W.view(np.int64)), torch.tensor(spans),
+        first_layer=4, first_kv_head=2, constants=constants,
+    )  # fmt: skip
+    assert found.tolist() == digester.begin(spans).values().view(np.int64).tolist()

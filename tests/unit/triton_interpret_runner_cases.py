@@ -85,7 +85,7 @@ def requests() -> list[Request]:
     ]
     made = []
     for index, length in enumerate((1, 15, 16, 17, 33, 47, 60)):
-        tokens = torch.randint(3, 300, (length,), generator=generator).tolist()
+        tokens = tuple(torch.randint(3, 300, (length,), generator=generator).tolist())
         made.append(make_request(f"r{index}", tokens, max_tokens=9, ignore_eos=True, **variants[index]))
     return made
 

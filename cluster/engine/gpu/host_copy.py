@@ -21,11 +21,14 @@ class Moment:
     def record(self) -> None:
         """Move it to here in the current stream."""
         if self._event is not None:
-            self._event.record()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def is_past(self) -> bool:
+        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
         if self._event is not None:
-            self._event.synchronize()  # type: ignore[no-untyped-call]
+            self._event.synchronize()
 
 
 def pinned_zeros(count: int, device: torch.device) -> torch.Tensor:

@@ -132,6 +132,9 @@ class GpuModelRunner:
         is_done.record()
         return LaunchedGpuStep(batch, drawn, self._row_drawn, prompts, is_done)
 
+    def is_done(self, step: LaunchedGpuStep) -> bool:
+        return step.is_done.is_past()
+
     def collect(self, step: LaunchedGpuStep) -> StepResult:
         """Wait for a launched step and bring its results to the host."""
         step.is_done.wait()

@@ -1,0 +1,251 @@
+"""The same bits whatever the topology, on a GPU: every way to compute some requests against each alone.
+
+Compared per request: token ids, logprob bits (of the token and of the 5 most likely), a digest of the fp32
+logits of every drawn row, a digest of the KV of every stored position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import msgspec
+import torch
+
+from cluster.engine.batch import ScheduledSequence
+from cluster.engine.config import EngineConfig
+from cluster.engine.engine import Engine
+from cluster.engine.events import EngineEvent, PromptFinished
+from cluster.engine.gpu.graphs import StepOutput
+from cluster.engine.gpu.runner import GpuModelRunner
+from cluster.engine.gpu.sampler import DrawnRows
+from cluster.engine.kernels.cuda_ops import CudaOps
+from cluster.engine.sequence import Sequence as EngineSequence
+from cluster.types import Request, SamplingParams, TokenChunk
+from decode.policy import DecodePolicy
+from prefill.policy import PrefillPolicy
+
+PROMPT_LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200, 333, 511, 512, 513, 640, 1025)
+SAMPLING: tuple[dict[str, Any], ...] = (
+    {"temperature": 0.0, "logprobs": 5},
+    {"temperature": 1.0, "logprobs": 5},
+    {"temperature": 0.0, "logprobs": 5, "prompt_logprobs": 1},
+    {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "logprobs": 5},
+    {"temperature": 1.1, "min_p": 0.02, "logprobs": 5, "frequency_penalty": 0.5},
+)
+
+
+@dataclass
+class Answer:
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[Any] = field(default_factory=list)
+    logits: dict[int, int] = field(default_factory=dict)  # position of the drawn token -> digest
+    kv: int | None = None
+
+    def differences(self, other: Answer) -> list[str]:
+        return [name for name in ("tokens", "logprobs", "logits", "kv") if getattr(self, name) != getattr(other, name)]
+
+
+class Cell(NamedTuple):
+    """One way to compute all requests. `at_once`: how many are given to the engine together."""
+
+    name: str
+    at_once: int
+    config: dict[str, Any]
+    steps_ahead: int = 1
+    is_warm: bool = False
+    is_split: bool = False
+
+
+def make_requests(count: int, vocab_size: int, num_tokens: int, seed: int = 3) -> list[Request]:
+    """Seeded prompts of lengths around the borders of blocks, splits and tiles, and all kinds of sampling."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for index in range(count):
+        length = PROMPT_LENGTHS[index % len(PROMPT_LENGTHS)]
+        tokens = torch.randint(3, vocab_size - 300 if vocab_size > 1000 else vocab_size, (length,), generator=generator)
+        sampling = SamplingParams(
+            max_tokens=num_tokens,
+            seed=index,
+            ignore_eos=True,
+            **SAMPLING[(index // len(PROMPT_LENGTHS)) % len(SAMPLING)],
+        )
+        made.append(Request(request_id=f"e{index}", token_ids=tuple(tokens.tolist()), sampling=sampling))
+    return made
+
+
+class Exactness:
+    """Runs cells over one loaded model and collects answers."""
+
+    def __init__(self, model: Any, ops: CudaOps, requests: Sequence[Request], **config: Any) -> None:
+        self._model, self._ops, self._requests, self._config = model, ops, requests, config
+        self._keys: dict[int, torch.Tensor] = {}
+
+    def run(self, cell: Cell) -> dict[str, Answer]:
+        engine = self._engine(DecodePolicy(), cell)
+        source = self._engine(PrefillPolicy(), cell) if cell.is_split else None
+        answers: dict[str, Answer] = {}
+        for _ in range(1 + cell.is_warm):
+            answers = {request.request_id: Answer() for request in self._requests}
+            for start in range(0, len(self._requests), cell.at_once):
+                group = self._requests[start : start + cell.at_once]
+                if source is None:
+                    for request in group:
+                        engine.add_request(request)
+                else:
+                    self._hand_over(source, engine, group, answers)
+                self._finish(engine, answers)
+        for each in (engine, source):
+            if each is not None:
+                each.blocks.check_integrity()
+                assert each.blocks.num_free == each.num_blocks, "blocks leaked"
+        return answers
+
+    def _engine(self, policy: Any, cell: Cell) -> Engine:
+        settings = {"device": "cuda", **self._config, **cell.config}
+        return Engine(
+            self._model, msgspec.convert(settings, EngineConfig), self._ops, policy, steps_ahead=cell.steps_ahead
+        )
+
+    def _finish(self, engine: Engine, answers: dict[str, Answer]) -> None:
+        with self._watching(engine, answers):
+            while engine.has_work():
+                for event in self._step(engine, answers):
+                    assert isinstance(event, TokenChunk)
+                    _take(answers, event)
+
+    def _step(self, engine: Engine, answers: dict[str, Answer]) -> list[EngineEvent]:
+        """The KV is looked at when a sequence is about to draw its last token."""
+        for sequence in engine.scheduler.running:
+            answer = answers[sequence.request.request_id]
+            wanted = sequence.request.sampling.max_tokens - 1
+            if answer.kv is None and sequence.num_output_tokens == wanted:
+                answer.kv = self._kv_digest(engine, sequence, sequence.prompt_length + wanted - 1)
+        return engine.step()
+
+    def _hand_over(self, source: Engine, target: Engine, group: Sequence[Request], answers: dict[str, Answer]) -> None:
+        """What the connector does, with a copy on the device for the transport."""
+        for request in group:
+            source.add_request(request)
+        with self._watching(source, answers):
+            while source.has_work():
+                for event in source.step():
+                    if not isinstance(event, PromptFinished):
+                        continue
+                    answers[event.chunk.request_id].logprobs.extend(event.prompt_logprobs)
+                    _take(answers, event.chunk)
+                    assert event.lease is not None
+                    request = next(r for r in group if r.request_id == event.chunk.request_id)
+                    continued = msgspec.structs.replace(
+                        request,
+                        token_ids=(*request.token_ids, *event.chunk.token_ids),
+                        num_prompt_tokens=len(request.token_ids),
+                    )
+                    reservation = target.reserve_blocks(continued, event.lease.num_tokens)
+                    assert reservation is not None
+                    shared = reservation.num_shared_blocks
+                    target.blocks.start_loading(reservation)
+                    theirs = torch.tensor(event.lease.block_ids[shared:], device="cuda")
+                    ours = torch.tensor(list(reservation.block_ids[shared:]), device="cuda")
+                    target.kv_cache.kv_NL2HSD[ours] = source.kv_cache.kv_NL2HSD[theirs]
+                    source.release(event.lease)
+                    target.add_loaded_request(continued, reservation)
+
+    def _watching(self, engine: Engine, answers: dict[str, Answer]) -> Any:
+        runner = engine._runner
+        assert isinstance(runner, GpuModelRunner)
+        return _LogitsWatch(runner, answers, self._key)
+
+    def _kv_digest(self, engine: Engine, sequence: EngineSequence, num_tokens: int) -> int:
+        assert sequence.table is not None
+        torch.cuda.synchronize()
+        blocks = torch.tensor(list(sequence.table.block_ids), device="cuda")
+        kv = engine.kv_cache.kv_NL2HSD[blocks].permute(0, 4, 1, 2, 3, 5)
+        rows = kv.reshape(-1, *kv.shape[2:])[:num_tokens].contiguous().view(torch.int16).flatten().long()
+        return int((rows * self._key(len(rows))).sum())
+
+    def _key(self, count: int) -> torch.Tensor:
+        """Odd 64-bit factors: a digest that knows the place of every value."""
+        largest = max(self._keys, default=0)
+        if largest < count:
+            generator = torch.Generator(device="cuda").manual_seed(11)
+            whole = torch.randint(-(1 << 62), 1 << 62, (count,), generator=generator, device="cuda") | 1
+            self._keys = {count: whole}
+            largest = count
+        return self._keys[largest][:count]
+
+
+class _LogitsWatch:
+    """Digests the logits of every drawn row, from inside the runner."""
+
+    def __init__(self, runner: GpuModelRunner, answers: dict[str, Answer], key: Callable[[int], torch.Tensor]) -> None:
+        self._runner, self._answers, self._key = runner, answers, key
+        self._plain = runner._sample
+        self._found: list[tuple[list[tuple[str, int]], torch.Tensor]] = []
+
+    def __enter__(self) -> None:
+        self._runner._sample = self._sample  # type: ignore[method-assign]
+
+    def __exit__(self, *_: object) -> None:
+        self._runner._sample = self._plain  # type: ignore[method-assign]
+        for rows, digests in self._found:
+            for (request_id, position), digest in zip(rows, digests.tolist(), strict=True):
+                self._answers[request_id].logits[position] = digest
+
+    def _sample(self, output: StepOutput, samples: list[ScheduledSequence]) -> DrawnRows:
+        logits_RV = output.logits_RV[: len(samples)]
+        digests = torch.stack([(row.view(torch.int32).long() * self._key(len(row))).sum() for row in logits_RV])
+        rows = [(entry.sequence.request.request_id, entry.start + entry.num_tokens) for entry in samples]
+        self._found.append((rows, digests))
+        return self._plain(output, samples)
+
+
+def _take(answers: dict[str, Answer], chunk: TokenChunk) -> None:
+    assert chunk.error is None, chunk.error
+    answer = answers[chunk.request_id]
+    assert chunk.index == len(answer.tokens)
+    answer.tokens.extend(chunk.token_ids)
+    answer.logprobs.extend(chunk.prompt_logprobs)
+    answer.logprobs.extend(chunk.logprobs)
+
+
+def standard_cells(batches: Iterable[int], chunks: Iterable[int]) -> Iterator[Cell]:
+    """The reference is each request alone, eagerly, its prompt in one piece."""
+    for batch in batches:
+        yield Cell(f"batch {batch}, graphs", batch, {})
+    for chunk in chunks:
+        yield Cell(f"chunks of {chunk}", 24, {"max_batched_tokens": chunk, "max_num_sequences": 24})
+    largest = max(batches)
+    yield Cell("eager", largest, {"cuda_graphs": False})
+    yield Cell("not a step ahead", largest, {}, steps_ahead=0)
+    yield Cell("warm cache", largest, {"enable_prefix_caching": True}, is_warm=True)
+    yield Cell("split", largest, {"enable_prefix_caching": False}, is_split=True)
+    yield Cell("split, warm cache", largest, {"enable_prefix_caching": True}, is_warm=True, is_split=True)
+
+
+REFERENCE = Cell("each alone", 1, {"cuda_graphs": False, "enable_prefix_caching": False}, steps_ahead=0)
+
+
+def compare(lab: Exactness, cells: Iterable[Cell]) -> tuple[int, list[str]]:
+    """(cells compared, what differs)."""
+    expected = lab.run(REFERENCE)
+    _check_revealing(expected)
+    mismatches: list[str] = []
+    count = 0
+    for cell in cells:
+        count += 1
+        for request_id, answer in lab.run(cell).items():
+            different = answer.differences(expected[request_id])
+            if different:
+                mismatches.append(f"{cell.name}: {request_id}: {', '.join(different)}")
+        torch.cuda.empty_cache()
+    return count, mismatches
+
+
+def _check_revealing(answers: dict[str, Answer]) -> None:
+    """Data that could not reveal a difference would prove nothing."""
+    assert all(answer.tokens and answer.logits for answer in answers.values())
+    many = [answer for answer in answers.values() if len(answer.tokens) > 4]
+    assert len({tuple(answer.tokens) for answer in many}) > len(many) // 2
+    assert sum(answer.kv is not None for answer in answers.values()) > len(answers) // 2
