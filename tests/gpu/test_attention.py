@@ -160,8 +160,8 @@ def test_planted_moving_splits_are_found(tmp_path: Path, monkeypatch: pytest.Mon
     """Splits counted from the end of the context instead of position 0."""
     cache = paged(8, 2, 128)
     whole = cache.attend([0], [CONTEXT])[0]
-    old = "begin = split * SPLIT_KEYS"
-    new = "begin = tl.maximum(split * SPLIT_KEYS - (SPLIT_KEYS - context % SPLIT_KEYS) // 64 * 64, 0)"
+    old = "first_key = split * SPLIT_KEYS"
+    new = "first_key = tl.maximum(split * SPLIT_KEYS - (SPLIT_KEYS - context % SPLIT_KEYS) // 64 * 64, 0)"
     broken = mutated(attention, old, new, tmp_path)
     stop = "tl.minimum(begin + SPLIT_KEYS, context)"
     moved = "tl.minimum((split + 1) * SPLIT_KEYS - (SPLIT_KEYS - context % SPLIT_KEYS) // 64 * 64, context)"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -90,9 +91,9 @@ def requests() -> list[Request]:
     return made
 
 
-def answers(engine: Engine) -> dict[str, tuple[list[int], list[Any], list[Any]]]:
+def answers(engine: Engine, batch: list[Request]) -> dict[str, tuple[list[int], list[Any], list[Any]]]:
     found: dict[str, tuple[list[int], list[Any], list[Any]]] = {}
-    for request in requests():
+    for request in batch:
         engine.add_request(request)
         found[request.request_id] = ([], [], [])
     for _ in range(400):
@@ -116,8 +117,8 @@ def test_the_tokens_of_the_plain_runner(
     model: Any, steps_ahead: int, logit_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_runner, "_LOGIT_ROWS_AT_ONCE", logit_rows)
-    expected = answers(make_engine(model, 0))
-    found = answers(use_gpu_runner(make_engine(model, steps_ahead), model))
+    expected = answers(make_engine(model, 0), requests())
+    found = answers(use_gpu_runner(make_engine(model, steps_ahead), model), requests())
     assert {key: tokens for key, (tokens, _, _) in found.items()} == {
         key: tokens for key, (tokens, _, _) in expected.items()
     }
@@ -129,3 +130,13 @@ def test_the_tokens_of_the_plain_runner(
             assert (ours.token_id, ours.rank) == (theirs.token_id, theirs.rank)
             assert [each for each, _ in ours.top] == [each for each, _ in theirs.top]
             assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)  # another kernel's logsumexp
+
+
+def test_a_step_that_owes_prompt_logprobs_and_draws_nothing(model: Any) -> None:
+    [request] = [each for each in requests() if each.sampling.prompt_logprobs is not None]
+    longer = msgspec.structs.replace(request, token_ids=(*request.token_ids, *request.token_ids))
+    assert len(longer.token_ids) > MAX_ROWS
+    expected = answers(make_engine(model, 0), [longer])
+    found = answers(use_gpu_runner(make_engine(model, 1), model), [longer])
+    assert found[longer.request_id][0] == expected[longer.request_id][0]
+    assert len(found[longer.request_id][2]) == len(longer.token_ids)

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from cluster.engine.batch import Batch, SampledToken, ScheduledSequence, StepResult
 from cluster.engine.forward_input import prompt_logprob_range
 from cluster.engine.gpu.graphs import GraphStore, StepOutput
-from cluster.engine.gpu.host_copy import Moment
+from cluster.engine.gpu.host_copy import Moment, to_device
 from cluster.engine.gpu.sampler import DrawnRows, GpuSampler, HostLogprobs, RowStats
 from cluster.engine.gpu.shapes import StepShape
 from cluster.engine.gpu.staging import StagedStep, StepStaging
@@ -246,7 +247,7 @@ class GpuModelRunner:
                 prompts.append(_PromptRows(index, asked, parts))
             if entry.samples:
                 sampled_rows.append(rows.stop - 1)
-        indices_R = self._staging.logits_R[torch.tensor(sampled_rows, device=hidden_TK.device)]
+        indices_R = self._staging.logits_R[to_device(np.asarray(sampled_rows, np.int64), self._device)]
         return self._output(self._model.logits(hidden_TK, indices_R))
 
     def _prompt_parts(
