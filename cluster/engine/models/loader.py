@@ -19,6 +19,7 @@ from cluster.engine.kernels.ops import LinearWeight, Ops
 from cluster.engine.models.config import ModelConfig
 from cluster.engine.models.config_gguf import config_from_gguf
 from cluster.engine.models.config_huggingface import config_from_directory
+from cluster.engine.models.feed_forward import DenseFeedForward
 from cluster.engine.models.identity import ModelIdentity, identity_of_gguf, identity_of_safetensors
 from cluster.engine.models.llama import DecoderModel, DecoderWeights, LayerWeights
 from cluster.engine.models.rope import rope_table
@@ -139,7 +140,6 @@ class _RankLoader:
         ]
         qkv_weights = [(f"{attention}.{name}.weight", total, rows) for name, total, rows in qkv]
         qkv_biases = [(f"{attention}.{name}.bias", total, rows) for name, total, rows in qkv]
-        gate_up = [(f"{prefix}.mlp.{name}.weight", config.ffn_size, plan.ffn) for name in ("gate_proj", "up_proj")]
         return LayerWeights(
             input_norm_K=self._vector(f"{prefix}.input_layernorm.weight", hidden),
             qkv=self._linear(qkv_weights, hidden),
@@ -148,8 +148,15 @@ class _RankLoader:
             k_norm_D=self._vector(f"{attention}.k_norm.weight", head_size) if config.qk_norm else None,
             output=self._linear([(f"{attention}.o_proj.weight", hidden, plan.hidden)], config.num_heads * head_size),
             post_attention_norm_K=self._vector(f"{prefix}.post_attention_layernorm.weight", hidden),
+            feed_forward=self._dense(f"{prefix}.mlp"),
+        )
+
+    def _dense(self, prefix: str) -> DenseFeedForward:
+        hidden, ffn = self.config.hidden_size, self.config.ffn_size
+        gate_up = [(f"{prefix}.{name}.weight", ffn, self.plan.ffn) for name in ("gate_proj", "up_proj")]
+        return DenseFeedForward(
             gate_up=self._linear(gate_up, hidden),
-            down=self._linear([(f"{prefix}.mlp.down_proj.weight", hidden, plan.hidden)], config.ffn_size),
+            down=self._linear([(f"{prefix}.down_proj.weight", hidden, self.plan.hidden)], ffn),
         )
 
     def _linear(self, parts: list[tuple[str, int, Range]], in_features: int) -> LinearWeight:
