@@ -1,5 +1,5 @@
-"""One dense decoder: Llama (and SmolLM2), Mistral, Qwen2 and Qwen3, written in the operations of
-`kernels/ops.py` only.
+"""One decoder: Llama (and SmolLM2), Mistral, Qwen2, Qwen3, and with experts Mixtral and Qwen3-MoE, written in
+the operations of `kernels/ops.py` only.
 
 Shape legend: T rows of the step, C columns of the fused qkv, H query heads, G KV heads, D head size,
 K hidden size, V vocabulary, P positions. `l` after a letter: this rank's part.
