@@ -1,4 +1,4 @@
-"""Starts `triton_interpret_cases.py` in a process where Triton interprets kernels on the CPU."""
+"""Starts `triton_interpret_*cases.py` in processes where Triton interprets kernels on the CPU."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-CASES = Path(__file__).with_name("triton_interpret_cases.py")
+CASES = ("triton_interpret_cases.py", "triton_interpret_moe_cases.py")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-def test_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize("cases", CASES)
+def test_kernels_in_the_interpreter(cases: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name(cases))]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
     assert " passed" in result.stdout
