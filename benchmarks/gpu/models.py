@@ -6,6 +6,7 @@ import torch
 
 from cluster.engine.kernels.ops import LinearWeight, Ops
 from cluster.engine.models.config import Architecture, Llama3Scaling, ModelConfig
+from cluster.engine.models.feed_forward import DenseFeedForward, FeedForward
 from cluster.engine.models.llama import DecoderModel, DecoderWeights, LayerWeights
 from cluster.engine.models.rope import rope_table
 from cluster.engine.parallel.group import SingleRank
@@ -43,6 +44,11 @@ def random_decoder(config: ModelConfig, ops: Ops, *, seed: int = 1, std: float =
     def linear(rows: int, columns: int) -> LinearWeight:
         return ops.pack_linear(matrix(rows, columns))
 
+    def feed_forward() -> FeedForward:
+        return DenseFeedForward(
+            gate_up=linear(2 * config.ffn_size, config.hidden_size), down=linear(config.hidden_size, config.ffn_size)
+        )
+
     ones_K = torch.ones(config.hidden_size, device=device)
     attention, kv = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
     layers = tuple(
@@ -54,8 +60,7 @@ def random_decoder(config: ModelConfig, ops: Ops, *, seed: int = 1, std: float =
             k_norm_D=None,
             output=linear(config.hidden_size, attention),
             post_attention_norm_K=ones_K,
-            gate_up=linear(2 * config.ffn_size, config.hidden_size),
-            down=linear(config.hidden_size, config.ffn_size),
+            feed_forward=feed_forward(),
         )
         for _ in range(config.num_layers)
     )

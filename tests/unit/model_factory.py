@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,15 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from cluster.engine.kernels.ops import AttentionMetadata
@@ -43,7 +48,21 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None, "tie_word_embeddings": False}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": False}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"tie_word_embeddings": True, "head_dim": 32}),
+    "mixtral": (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 4}),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        {
+            "head_dim": 32,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 64,
+            "norm_topk_prob": True,
+        },
+    ),
 }
+DENSE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+TOKENS = torch.tensor([1, 17, 300, 5, 5, 42, 118, 9, 260, 33, 7, 7, 250, 64, 199, 3, 81, 12, 310, 150])
 _GGUF_NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -56,7 +75,12 @@ _GGUF_NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
 }
+_GGUF_ARCHITECTURES = {"mixtral": "llama", "qwen3_moe": "qwen3moe"}  # the others are called alike
 
 
 def random_model(family: str, seed: int = 0, **overrides: object) -> PreTrainedModel:
@@ -94,11 +118,11 @@ def tiny_tokenizer(vocab_size: int) -> Tokenizer:
 
 
 def save_gguf(model: PreTrainedModel, path: Path, encoding: GGMLQuantizationType) -> Path:
-    """As llama.cpp's converter would: matrices in `encoding`, Q and K permuted for llama only."""
+    """As llama.cpp's converter would: matrices in `encoding`, Q and K permuted where the file says llama."""
     config = model.config
-    family = config.model_type
+    architecture = _GGUF_ARCHITECTURES.get(config.model_type, config.model_type)
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    writer = gguf.GGUFWriter(path, family)
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -108,21 +132,39 @@ def save_gguf(model: PreTrainedModel, path: Path, encoding: GGMLQuantizationType
     writer.add_key_length(head_size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if config.model_type in _GGUF_ARCHITECTURES:
+        writer.add_expert_count(config.num_local_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", config.intermediate_size))
     _add_tokenizer(writer, config.vocab_size)
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
+    for name, tensor in _gguf_tensors(model):
         values = tensor.float().numpy()
-        if family == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+        if architecture == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
             values = values.reshape(-1, 2, head_size // 2, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
-        kind = GGMLQuantizationType.F32 if values.ndim == 1 else encoding
+        is_plain = values.ndim == 1 or "ffn_gate_inp" in name
+        kind = GGMLQuantizationType.F32 if is_plain else encoding
         data = np.ascontiguousarray(gguf.quants.quantize(values, kind))
-        writer.add_tensor(_gguf_name(name), data, raw_dtype=kind)
+        writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _gguf_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """transformers keeps gate and up of all experts in one parameter."""
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        if name.endswith("experts.gate_up_proj"):
+            prefix = name.removesuffix("gate_up_proj")
+            for part, half in zip(("gate_proj", "up_proj"), tensor.chunk(2, dim=1), strict=True):
+                yield _gguf_name(f"{prefix}{part}.weight"), half
+        elif name.endswith("experts.down_proj"):
+            yield _gguf_name(f"{name}.weight"), tensor
+        else:
+            yield _gguf_name(name), tensor
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, vocab_size: int) -> None:
@@ -173,3 +215,11 @@ def logits_of(model: DecoderModel, token_ids: torch.Tensor) -> torch.Tensor:
     """(T, V) fp32 logits of all rows."""
     step = whole_sequence(model, len(token_ids))
     return model.forward(token_ids, step.metadata, step.cache)
+
+
+def assert_close_to(reference: PreTrainedModel, model: DecoderModel) -> None:
+    """Within what bf16 activations cost: a wrong rotation, norm or permutation is off by far more."""
+    with torch.inference_mode():
+        wanted = reference(TOKENS[None]).logits[0]
+    error = (logits_of(model, TOKENS) - wanted).square().mean().sqrt() / wanted.std()
+    assert error < 0.02

@@ -152,6 +152,11 @@ class LoneRank:
     def all_gather_columns(self, local_TN: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:
         raise AssertionError("not called by loading")
 
+    def gather_expert_rows(
+        self, local_TJK: torch.Tensor, experts_TJ: torch.Tensor, counts: tuple[int, ...]
+    ) -> torch.Tensor:
+        raise AssertionError("not called by loading")
+
 
 def identity_of(path: Path, rank: int = 0, size: int = 1) -> ModelIdentity:
     group = LoneRank(rank, size) if size > 1 else SingleRank()

@@ -3,38 +3,28 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from gguf import GGMLQuantizationType
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
-from cluster.engine.kernels import get_ops
-from cluster.engine.models.llama import DecoderModel
-from cluster.engine.models.loader import LoadedModel, load_model
-from cluster.engine.parallel.group import ParallelGroup, SingleRank
 from cluster.errors import ConfigError
-from tests.unit.model_factory import FAMILIES, logits_of, random_model, save_gguf, save_safetensors, whole_sequence
-
-CPU = torch.device("cpu")
-TOKENS = torch.tensor([1, 17, 300, 5, 5, 42, 118, 9, 260, 33, 7, 7, 250, 64, 199, 3, 81, 12, 310, 150])
-
-
-def load(path: Path, group: ParallelGroup | None = None) -> LoadedModel:
-    return load_model(path, get_ops("cpu", 1), group or SingleRank(), CPU)
-
-
-def assert_close_to(reference: PreTrainedModel, model: DecoderModel) -> None:
-    """Within what bf16 activations cost: a wrong rotation, norm or permutation is off by far more."""
-    with torch.inference_mode():
-        wanted = reference(TOKENS[None]).logits[0]
-    error = (logits_of(model, TOKENS) - wanted).square().mean().sqrt() / wanted.std()
-    assert error < 0.02
+from tests.unit.model_factory import (
+    DENSE_FAMILIES,
+    TOKENS,
+    assert_close_to,
+    logits_of,
+    random_model,
+    save_gguf,
+    save_safetensors,
+    whole_sequence,
+)
+from tests.unit.virtual_ranks import VirtualRank, load, run_ranks
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE_FAMILIES)
 def test_safetensors_model_agrees_with_transformers(family: str, tmp_path: Path) -> None:
     reference = random_model(family)
     save_safetensors(reference, tmp_path)
@@ -51,7 +41,7 @@ def test_gguf_model_agrees_with_transformers_on_the_same_file(family: str, encod
     assert_close_to(reference, load(path).model)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mixtral", "qwen3_moe"])
 def test_unquantised_gguf_and_safetensors_give_the_same_bits(family: str, tmp_path: Path) -> None:
     reference = random_model(family)
     path = save_gguf(reference, tmp_path / "tiny.gguf", GGMLQuantizationType.BF16)
@@ -75,40 +65,7 @@ def test_selected_rows_have_the_bits_they_have_among_all_rows(tmp_path: Path) ->
     assert torch.equal(selected, logits_of(model, TOKENS)[rows])
 
 
-class VirtualRank:
-    """One of several ranks in this process; a gather waits for the others."""
-
-    def __init__(self, rank: int, size: int, barrier: threading.Barrier, parts: list[torch.Tensor]) -> None:
-        self.rank = rank
-        self.size = size
-        self._barrier = barrier
-        self._parts = parts
-
-    def all_gather_columns(self, local_TN: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:
-        assert local_TN.shape[1] == widths[self.rank]
-        self._parts[self.rank] = local_TN
-        self._barrier.wait(timeout=60)
-        gathered = torch.cat(self._parts, dim=1)
-        self._barrier.wait(timeout=60)
-        return gathered
-
-
-def run_ranks(path: Path, size: int) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Every rank's logits, and the KV pools side by side: (N, L, 2, all KV heads, S, D)."""
-    barrier = threading.Barrier(size)
-    parts = [torch.empty(0)] * size
-
-    def run(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        model = load(path, VirtualRank(rank, size, barrier, parts)).model
-        step = whole_sequence(model, len(TOKENS))
-        return model.forward(TOKENS, step.metadata, step.cache), step.cache.kv_NL2HSD
-
-    with ThreadPoolExecutor(size) as pool:
-        results = list(pool.map(run, range(size)))
-    return [logits for logits, _ in results], torch.cat([kv for _, kv in results], dim=3)
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mixtral", "qwen3_moe"])
 @pytest.mark.parametrize("size", [2, 3])
 def test_tensor_parallel_ranks_give_the_bits_of_one(family: str, size: int, tmp_path: Path) -> None:
     save_safetensors(random_model(family), tmp_path)

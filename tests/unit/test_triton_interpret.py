@@ -10,7 +10,12 @@ from pathlib import Path
 
 import pytest
 
-CASES = ("triton_interpret_cases.py", "triton_interpret_draw_cases.py", "triton_interpret_runner_cases.py")
+CASES = (
+    "triton_interpret_cases.py",
+    "triton_interpret_draw_cases.py",
+    "triton_interpret_moe_cases.py",
+    "triton_interpret_runner_cases.py",
+)
 
 
 @pytest.mark.parametrize("cases", CASES)

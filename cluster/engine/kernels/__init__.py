@@ -10,11 +10,21 @@ import os
 
 from cluster.engine.kernels.fingerprint import fingerprint
 from cluster.engine.kernels.mutations import BREAK_VARIABLE, break_kernel
-from cluster.engine.kernels.ops import AttentionMetadata, LinearWeight, Ops
+from cluster.engine.kernels.ops import AttentionMetadata, ExpertChoice, ExpertWeight, LinearWeight, Ops
 from cluster.engine.kernels.registry import Admission
 from cluster.errors import ConfigError
 
-__all__ = ["Admission", "AttentionMetadata", "LinearWeight", "Ops", "fingerprint", "get_ops", "kernel_report"]
+__all__ = [
+    "Admission",
+    "AttentionMetadata",
+    "ExpertChoice",
+    "ExpertWeight",
+    "LinearWeight",
+    "Ops",
+    "fingerprint",
+    "get_ops",
+    "kernel_report",
+]
 
 
 def get_ops(device: str, num_threads: int | None = None) -> Ops:

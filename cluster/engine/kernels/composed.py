@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cluster.engine.kernels.ops import AttentionMetadata, LinearWeight, Ops
+from cluster.engine.kernels.ops import AttentionMetadata, ExpertChoice, ExpertWeight, LinearWeight, Ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,7 @@ class ComposedOps:
     norm_family: Ops
     embedding_family: Ops
     softmax_family: Ops
+    moe_family: Ops
 
     def pack_linear(self, weight_NK: torch.Tensor) -> LinearWeight:
         return self.linear_family.pack_linear(weight_NK)
@@ -80,3 +81,23 @@ class ComposedOps:
 
     def argmax(self, logits_TV: torch.Tensor) -> torch.Tensor:
         return self.softmax_family.argmax(logits_TV)
+
+    def pack_experts(self, weight_ENK: torch.Tensor) -> ExpertWeight:
+        return self.moe_family.pack_experts(weight_ENK)
+
+    def moe_route(self, logits_TE: torch.Tensor, top_k: int, *, renormalise: bool) -> ExpertChoice:
+        return self.moe_family.moe_route(logits_TE, top_k, renormalise=renormalise)
+
+    def moe_experts(
+        self,
+        x_TK: torch.Tensor,
+        experts_TJ: torch.Tensor,
+        gate_up: ExpertWeight,
+        down: ExpertWeight,
+        *,
+        first_expert: int = 0,
+    ) -> torch.Tensor:
+        return self.moe_family.moe_experts(x_TK, experts_TJ, gate_up, down, first_expert=first_expert)
+
+    def moe_combine(self, rows_TJK: torch.Tensor, weights_TJ: torch.Tensor) -> torch.Tensor:
+        return self.moe_family.moe_combine(rows_TJK, weights_TJ)

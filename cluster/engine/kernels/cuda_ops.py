@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from cluster.engine.kernels.library_admission import LibraryAdmission, library_linear
-from cluster.engine.kernels.ops import AttentionMetadata, LinearWeight
-from cluster.engine.kernels.triton import launch
+from cluster.engine.kernels.ops import AttentionMetadata, ExpertChoice, ExpertWeight, LinearWeight
+from cluster.engine.kernels.triton import launch, moe_launch
+from cluster.engine.kernels.triton.moe_plans import MoePlan, MoeShape, load_moe_plan_index
 from cluster.engine.kernels.triton.plans import LinearPlan
 from cluster.engine.kernels.triton.table import load_plan_index, unmeasured_plan
 
@@ -39,6 +40,29 @@ class CudaLinearWeight:
         return self.weight_NK.index_select(0, indices_T)
 
 
+@dataclass(frozen=True, slots=True)
+class CudaExpertWeight:
+    """Dense row-major (E, N, K) weights, 16-byte aligned."""
+
+    weight_ENK: torch.Tensor
+
+    @property
+    def num_experts(self) -> int:
+        return self.weight_ENK.shape[0]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight_ENK.shape[1]
+
+    @property
+    def in_features(self) -> int:
+        return self.weight_ENK.shape[2]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.weight_ENK.nbytes
+
+
 class CudaOps:
     """`Ops` for one CUDA device. Sets torch's process-wide cuBLAS switches: no split-K, ever.
 
@@ -53,6 +77,7 @@ class CudaOps:
         self.plans = load_plan_index(torch.cuda.get_device_name(device))
         self.pdl = pdl
         self.library = LibraryAdmission()
+        self.moe_plans = load_moe_plan_index(torch.cuda.get_device_name(device))
         self._num_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         torch.backends.cuda.preferred_blas_library("cublaslt")
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (False, False)
@@ -154,3 +179,33 @@ class CudaOps:
 
     def argmax(self, logits_TV: torch.Tensor) -> torch.Tensor:
         return self.vocab_stats(logits_TV)[2]
+
+    def pack_experts(self, weight_ENK: torch.Tensor) -> CudaExpertWeight:
+        weight = weight_ENK.to(self.device).contiguous()
+        return CudaExpertWeight(weight if weight.data_ptr() % 16 == 0 else weight.clone())
+
+    def moe_route(self, logits_TE: torch.Tensor, top_k: int, *, renormalise: bool) -> ExpertChoice:
+        return ExpertChoice(*moe_launch.run_route(logits_TE, top_k, renormalise=renormalise))
+
+    def moe_experts(
+        self,
+        x_TK: torch.Tensor,
+        experts_TJ: torch.Tensor,
+        gate_up: ExpertWeight,
+        down: ExpertWeight,
+        *,
+        first_expert: int = 0,
+        plan: MoePlan | None = None,
+    ) -> torch.Tensor:
+        """`plan`: for the tuner and the tests, instead of the one the table has."""
+        assert isinstance(gate_up, CudaExpertWeight)
+        assert isinstance(down, CudaExpertWeight)
+        num_rows, top_k = experts_TJ.shape
+        shape = MoeShape(num_experts=down.num_experts, top_k=top_k, hidden=down.out_features, features=down.in_features)
+        return moe_launch.run_experts(
+            x_TK, experts_TJ, gate_up.weight_ENK, down.weight_ENK, plan or self.moe_plans.plan(shape, num_rows),
+            first_expert=first_expert, num_programs=self._num_multiprocessors, out_dtype=self.residual_dtype,
+        )  # fmt: skip
+
+    def moe_combine(self, rows_TJK: torch.Tensor, weights_TJ: torch.Tensor) -> torch.Tensor:
+        return moe_launch.run_combine(rows_TJK, weights_TJ, self.residual_dtype)

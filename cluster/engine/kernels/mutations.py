@@ -39,7 +39,7 @@ class _Delegating(ComposedOps):
     """All families from one implementation; a mutant overrides some operations."""
 
     def __init__(self, ops: Ops) -> None:
-        super().__init__(ops.name, ops.device, ops.residual_dtype, ops, ops, ops, ops, ops, ops)
+        super().__init__(ops.name, ops.device, ops.residual_dtype, *[ops] * 7)
 
 
 class ReversedSingleRowLinear(_Delegating):
@@ -86,7 +86,21 @@ class UnsplitSingleRowAttention(_Delegating):
         return out_TC
 
 
-MUTANTS = {"linear": ReversedSingleRowLinear, "attention": UnsplitSingleRowAttention}
+class RankOrderSingleRowCombine(_Delegating):
+    """A single row's experts are added by falling weight instead of by index."""
+
+    def moe_combine(self, rows_TJK: torch.Tensor, weights_TJ: torch.Tensor) -> torch.Tensor:
+        if rows_TJK.shape[0] == 1:
+            order_J = weights_TJ[0].argsort(descending=True)
+            rows_TJK, weights_TJ = rows_TJK[:, order_J], weights_TJ[:, order_J]
+        return super().moe_combine(rows_TJK, weights_TJ)
+
+
+MUTANTS = {
+    "linear": ReversedSingleRowLinear,
+    "attention": UnsplitSingleRowAttention,
+    "moe": RankOrderSingleRowCombine,
+}
 
 
 def break_kernel(ops: Ops, name: str) -> Ops:

@@ -5,7 +5,8 @@ contract (docs/numerics.md) has one home. Each device has one implementation; ev
 passed bit-exact admission against the reference (`registry.py`).
 
 Shape legend: T tokens of all sequences of the step, laid end to end; K input features; N output
-features; H query heads; G KV heads; D head size; B sequences; V vocabulary.
+features; H query heads; G KV heads; D head size; B sequences; V vocabulary; E experts; J experts
+chosen for a row; F feed-forward size of an expert.
 
 Rows never influence each other: row t of every result depends on row t's inputs only, with the same
 bits for any T, any neighbours and any column shard of the weights.
@@ -35,6 +36,30 @@ class LinearWeight(Protocol):
         """(T, K) bf16 rows of the original weight, bit for bit, so that a tied embedding needs no second
         copy. Indices must be in range."""
         ...
+
+
+class ExpertWeight(Protocol):
+    """One layer's weight of several experts, (N, K) each, packed for its device by `pack_experts`."""
+
+    @property
+    def num_experts(self) -> int: ...
+
+    @property
+    def out_features(self) -> int: ...
+
+    @property
+    def in_features(self) -> int: ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertChoice:
+    """The J experts of each row, ascending by index, and how much each one counts."""
+
+    experts_TJ: torch.Tensor  # int32, always in range and different within a row, also in a row of NaN
+    weights_TJ: torch.Tensor  # fp32
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,4 +171,38 @@ class Ops(Protocol):
 
     def argmax(self, logits_TV: torch.Tensor) -> torch.Tensor:
         """(T,) int64 position of each row's maximum; ties go to the lower id, NaN counts as -inf."""
+        ...
+
+    def pack_experts(self, weight_ENK: torch.Tensor) -> ExpertWeight:
+        """Take the (N, K) bf16 weights of E experts into the device's layout."""
+        ...
+
+    def moe_route(self, logits_TE: torch.Tensor, top_k: int, *, renormalise: bool) -> ExpertChoice:
+        """fp32 logits -> the `top_k` experts with the largest softmax; ties go to the lower index.
+
+        `renormalise` divides the chosen probabilities by their sum, which is taken exactly, in steps of
+        2^-40, so that it has no order. A row with NaN gets NaN weights.
+        """
+        ...
+
+    def moe_experts(
+        self,
+        x_TK: torch.Tensor,
+        experts_TJ: torch.Tensor,
+        gate_up: ExpertWeight,
+        down: ExpertWeight,
+        *,
+        first_expert: int = 0,
+    ) -> torch.Tensor:
+        """(T, J, K) in `residual_dtype`: row t through each of its experts, with the bits of
+        `linear(linear_silu_mul(x[t], gate_up[e]), down[e], out_dtype=residual_dtype)`.
+
+        The weights hold experts `first_expert : first_expert + E`; (t, j) of other experts are left as
+        they are in fresh memory, for the rank that holds them to fill.
+        """
+        ...
+
+    def moe_combine(self, rows_TJK: torch.Tensor, weights_TJ: torch.Tensor) -> torch.Tensor:
+        """(T, K) in `residual_dtype`: Σ weight * row from zero over j ascending (so by expert index), in
+        fp32, one rounding."""
         ...

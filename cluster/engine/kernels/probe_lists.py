@@ -15,6 +15,7 @@ from cluster.engine.kernels.probes import (
     silu_probe,
     softmax_probe,
 )
+from cluster.engine.kernels.probes_moe import combine_probe, experts_probe, route_probe
 
 LINEAR_PROBES = (
     linear_probe(1, 48, 64, Magnitudes.NORMAL),
@@ -49,6 +50,17 @@ NORM_PROBES = (
 )
 EMBEDDING_PROBES = (embedding_probe(7, 72),)
 SOFTMAX_PROBES = (softmax_probe(3, 1000), softmax_probe(1, 515))
+MOE_PROBES = (
+    route_probe(3, 8, 2, renormalise=True),
+    route_probe(40, 60, 4, renormalise=False),
+    route_probe(2, 128, 8, renormalise=True),
+    experts_probe(1, 4, 64, 32, 2, Magnitudes.NORMAL),
+    experts_probe(21, 6, 72, 40, 3, Magnitudes.CANCELLING),
+    experts_probe(70, 4, 40, 33, 2, Magnitudes.WIDE),
+    combine_probe(1, 8, 64, Magnitudes.NORMAL),
+    combine_probe(5, 8, 100, Magnitudes.WIDE),
+    combine_probe(3, 2, 64, Magnitudes.DENORMAL),
+)
 ALL_PROBES = (
     *LINEAR_PROBES,
     *ATTENTION_PROBES,
@@ -56,4 +68,5 @@ ALL_PROBES = (
     *NORM_PROBES,
     *EMBEDDING_PROBES,
     *SOFTMAX_PROBES,
+    *MOE_PROBES,
 )

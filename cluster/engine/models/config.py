@@ -12,16 +12,19 @@ import msgspec
 
 from cluster.errors import ModelError
 
+MAX_EXPERTS = 1024
 _MAX_EXTENT = 1 << 24  # no size of a real model comes near; keeps products far from overflow
 
 
 class Architecture(str, Enum):
-    """The families one dense decoder covers (`llama.py`); SmolLM2 is a Llama."""
+    """The families one decoder covers (`llama.py`); SmolLM2 is a Llama."""
 
     LLAMA = "llama"
     MISTRAL = "mistral"
     QWEN2 = "qwen2"
     QWEN3 = "qwen3"
+    MIXTRAL = "mixtral"
+    QWEN3_MOE = "qwen3_moe"
 
 
 class NoScaling(msgspec.Struct, frozen=True, tag="none"):
@@ -62,8 +65,18 @@ class DivisorScaling(msgspec.Struct, frozen=True, tag="divisors"):
 RopeScaling = NoScaling | LinearScaling | Llama3Scaling | YarnScaling | DivisorScaling
 
 
+class ExpertsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The mixture of experts that stands for the feed-forward network of some or all layers."""
+
+    num_experts: int
+    top_k: int  # experts of each token
+    ffn_size: int  # of one expert
+    renormalise: bool  # the chosen experts' probabilities are divided by their sum
+    dense_layers: tuple[int, ...] = ()  # ascending indices of the layers that have an ordinary network
+
+
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Shapes and constants of one dense decoder. Equal configs compute the same function of the
+    """Shapes and constants of one decoder. Equal configs compute the same function of the
     weights, so its digest is part of the model identity."""
 
     architecture: Architecture
@@ -72,7 +85,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     num_heads: int
     num_kv_heads: int
     head_size: int
-    ffn_size: int
+    ffn_size: int  # of layers without experts
     vocab_size: int
     rope_theta: float
     rope_scaling: RopeScaling
@@ -83,6 +96,12 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     max_position: int  # the longest context: prompt and output together
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    experts: ExpertsConfig | None = None  # None: a dense model
+
+    def experts_of_layer(self, index: int) -> ExpertsConfig | None:
+        """None: the layer has an ordinary feed-forward network."""
+        is_dense = self.experts is None or index in self.experts.dense_layers
+        return None if is_dense else self.experts
 
     @property
     def attention_scale(self) -> float:
@@ -92,9 +111,15 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def weight_bytes(self) -> int:
         """Bytes of all weights in bf16, a tied embedding counted once."""
         attention = self.hidden_size * self.head_size * 2 * (self.num_heads + self.num_kv_heads)
-        layer = attention + 3 * self.hidden_size * self.ffn_size + 2 * self.hidden_size
+        layers = self.num_layers * (attention + 2 * self.hidden_size)
+        for index in range(self.num_layers):
+            experts = self.experts_of_layer(index)
+            if experts is None:
+                layers += 3 * self.hidden_size * self.ffn_size
+            else:
+                layers += experts.num_experts * self.hidden_size * (3 * experts.ffn_size + 1)
         tables = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
-        return 2 * (self.num_layers * layer + tables + self.hidden_size)
+        return 2 * (layers + tables + self.hidden_size)
 
 
 def check_config(config: ModelConfig, path: Path) -> ModelConfig:
@@ -107,6 +132,7 @@ def check_config(config: ModelConfig, path: Path) -> ModelConfig:
         raise ModelError(f"{path}: {config.num_heads} heads are not a multiple of {config.num_kv_heads} KV heads")
     if config.head_size % 2:
         raise ModelError(f"{path}: head_size {config.head_size} is odd, rotary embedding needs pairs")
+    _check_experts(config, path)
     if config.max_position <= 0:
         raise ModelError(f"{path}: the context length is {config.max_position}")
     if not (config.rope_theta > 0.0 and config.rms_norm_eps > 0.0):
@@ -118,3 +144,15 @@ def check_config(config: ModelConfig, path: Path) -> ModelConfig:
         if not 0 <= token_id < config.vocab_size:
             raise ModelError(f"{path}: special token id {token_id} is outside of the vocabulary {config.vocab_size}")
     return config
+
+
+def _check_experts(config: ModelConfig, path: Path) -> None:
+    experts = config.experts
+    if experts is None:
+        return
+    if not 0 < experts.num_experts <= MAX_EXPERTS:
+        raise ModelError(f"{path}: {experts.num_experts} experts in a layer, supported are 1 to {MAX_EXPERTS}")
+    if not 0 < experts.top_k <= experts.num_experts:
+        raise ModelError(f"{path}: {experts.top_k} of {experts.num_experts} experts per token makes no sense")
+    if not 0 < experts.ffn_size <= _MAX_EXTENT:
+        raise ModelError(f"{path}: the feed-forward size of an expert is {experts.ffn_size}")

@@ -7,6 +7,7 @@ import struct
 from cluster.engine.models.config import (
     Architecture,
     DivisorScaling,
+    ExpertsConfig,
     LinearScaling,
     ModelConfig,
     NoScaling,
@@ -18,15 +19,21 @@ from cluster.errors import ModelError
 from cluster.model_files.gguf_header import GGUFHeader, GGUFType
 from cluster.model_files.gguf_special_tokens import special_tokens
 
-# Mistral files call themselves llama, with the same names and the same permutation.
-_ARCHITECTURES = (Architecture.LLAMA, Architecture.QWEN2, Architecture.QWEN3)
+# Mistral files call themselves llama, with the same names and the same permutation; so do those of Mixtral.
+_ARCHITECTURES = {
+    "llama": Architecture.LLAMA,
+    "qwen2": Architecture.QWEN2,
+    "qwen3": Architecture.QWEN3,
+    "qwen3moe": Architecture.QWEN3_MOE,
+}
+_SOFTMAX_GATING = 1
 EMBEDDING, LM_HEAD, ROPE_DIVISORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
 
 
 def config_from_gguf(header: GGUFHeader) -> ModelConfig:
     """Raises `ModelError` naming the file and the metadata key: missing, unsupported, senseless."""
     arch = _architecture(header)
-    prefix = arch.value
+    prefix = header.architecture
     _refuse_unsupported(header, prefix)
     if EMBEDDING not in header.tensors:
         raise ModelError(f"{header.path}: the tensor {EMBEDDING!r} is missing")
@@ -53,25 +60,50 @@ def config_from_gguf(header: GGUFHeader) -> ModelConfig:
         rms_norm_eps=header.require(f"{prefix}.attention.layer_norm_rms_epsilon", float),
         tie_embeddings=LM_HEAD not in header.tensors,
         qkv_bias="blk.0.attn_q.bias" in header.tensors,
-        qk_norm=arch is Architecture.QWEN3,
+        qk_norm=arch in (Architecture.QWEN3, Architecture.QWEN3_MOE),
         max_position=header.require(f"{prefix}.context_length", int),
         bos_token_id=special.bos_token_id,
         eos_token_ids=special.eos_token_ids,
+        experts=_experts(header, arch),
     )
     return check_config(config, header.path)
 
 
 def _architecture(header: GGUFHeader) -> Architecture:
-    for architecture in _ARCHITECTURES:
-        if architecture.value == header.architecture:
-            return architecture
-    known = ", ".join(architecture.value for architecture in _ARCHITECTURES)
-    raise ModelError(f"{header.path}: architecture {header.architecture!r} is not supported (supported: {known})")
+    architecture = _ARCHITECTURES.get(header.architecture)
+    if architecture is None:
+        known = ", ".join(_ARCHITECTURES)
+        raise ModelError(f"{header.path}: architecture {header.architecture!r} is not supported (supported: {known})")
+    has_experts = header.get(f"{header.architecture}.expert_count", int, 0) > 0
+    if architecture is Architecture.LLAMA and has_experts:
+        return Architecture.MIXTRAL
+    if has_experts != (architecture is Architecture.QWEN3_MOE):
+        raise ModelError(f"{header.path}: {header.architecture}.expert_count does not fit the architecture")
+    return architecture
+
+
+def _experts(header: GGUFHeader, architecture: Architecture) -> ExpertsConfig | None:
+    """llama.cpp renormalises the chosen probabilities of both architectures."""
+    prefix = header.architecture
+    if architecture not in (Architecture.MIXTRAL, Architecture.QWEN3_MOE):
+        return None
+    if header.get(f"{prefix}.expert_gating_func", int, _SOFTMAX_GATING) not in (0, _SOFTMAX_GATING):
+        raise ModelError(f"{header.path}: {prefix}.expert_gating_func is not softmax, which is the one supported")
+    if header.get(f"{prefix}.expert_weights_scale", float, 1.0) not in (0.0, 1.0):
+        raise ModelError(f"{header.path}: {prefix}.expert_weights_scale is not supported")
+    for key in ("expert_shared_count", "expert_shared_feed_forward_length"):
+        if header.get(f"{prefix}.{key}", int, 0) > 0:
+            raise ModelError(f"{header.path}: shared experts ({prefix}.{key}) are not supported")
+    ffn_size = header.require(f"{prefix}.feed_forward_length", int)
+    return ExpertsConfig(
+        num_experts=header.require(f"{prefix}.expert_count", int),
+        top_k=header.require(f"{prefix}.expert_used_count", int),
+        ffn_size=header.get(f"{prefix}.expert_feed_forward_length", int, ffn_size),
+        renormalise=True,
+    )
 
 
 def _refuse_unsupported(header: GGUFHeader, prefix: str) -> None:
-    if header.get(f"{prefix}.expert_count", int, 0) > 0:
-        raise ModelError(f"{header.path}: mixture of experts ({prefix}.expert_count) is not supported")
     window = header.get(f"{prefix}.attention.sliding_window", int, 0)
     if 0 < window < header.require(f"{prefix}.context_length", int):
         raise ModelError(f"{header.path}: sliding window attention of {window} tokens is not supported")

@@ -8,6 +8,7 @@ import msgspec
 
 from cluster.engine.models.config import (
     Architecture,
+    ExpertsConfig,
     LinearScaling,
     Llama3Scaling,
     ModelConfig,
@@ -67,6 +68,15 @@ class _HuggingFaceConfig(msgspec.Struct):
     sliding_window: int | None = None
     use_sliding_window: bool = False
     quantization_config: _Quantization | None = None
+    num_experts: int | None = None
+    num_local_experts: int | None = None  # Mixtral's name of it, and of transformers 5 for all
+    num_experts_per_tok: int | None = None
+    moe_intermediate_size: int | None = None
+    norm_topk_prob: bool = False
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] | None = None
+    shared_expert_intermediate_size: int | None = None
+    n_shared_experts: int | None = None
     bos_token_id: int | None = None
 
 
@@ -98,10 +108,11 @@ def config_from_directory(directory: Path) -> ModelConfig:
         rms_norm_eps=raw.rms_norm_eps,
         tie_embeddings=raw.tie_word_embeddings,
         qkv_bias=architecture is Architecture.QWEN2,
-        qk_norm=architecture is Architecture.QWEN3,
+        qk_norm=architecture in (Architecture.QWEN3, Architecture.QWEN3_MOE),
         max_position=_max_position(raw, scaling),
         bos_token_id=raw.bos_token_id,
         eos_token_ids=GenerationDefaults.of_directory(directory).eos_token_ids,
+        experts=_experts(raw, architecture, path),
     )
     return check_config(config, path)
 
@@ -128,9 +139,35 @@ def _refuse_unsupported(raw: _HuggingFaceConfig, architecture: Architecture, pat
     rotary_factors += [rope.partial_rotary_factor for rope in (raw.rope_parameters, raw.rope_scaling) if rope]
     if any(factor != 1.0 for factor in rotary_factors):
         raise ModelError(f"{path}: partial_rotary_factor is not supported")
-    has_window = raw.use_sliding_window or architecture is Architecture.MISTRAL
+    has_window = raw.use_sliding_window or architecture in (Architecture.MISTRAL, Architecture.MIXTRAL)
     if has_window and raw.sliding_window is not None and raw.sliding_window < raw.max_position_embeddings:
         raise ModelError(f"{path}: sliding_window {raw.sliding_window} is not supported (full attention only)")
+    for field in ("shared_expert_intermediate_size", "n_shared_experts"):
+        if getattr(raw, field):
+            raise ModelError(f"{path}: shared experts ({field}) are not supported")
+
+
+def _experts(raw: _HuggingFaceConfig, architecture: Architecture, path: Path) -> ExpertsConfig | None:
+    if architecture not in (Architecture.MIXTRAL, Architecture.QWEN3_MOE):
+        return None
+    num_experts = raw.num_local_experts if raw.num_experts is None else raw.num_experts
+    ffn_size = raw.intermediate_size if architecture is Architecture.MIXTRAL else raw.moe_intermediate_size
+    if num_experts is None or raw.num_experts_per_tok is None or ffn_size is None:
+        raise ModelError(
+            f"{path}: num_experts (or num_local_experts), num_experts_per_tok and, but for Mixtral, "
+            "moe_intermediate_size are needed"
+        )
+    if raw.decoder_sparse_step <= 0:
+        raise ModelError(f"{path}: decoder_sparse_step is {raw.decoder_sparse_step}, expected 1 or more")
+    listed = raw.mlp_only_layers or ()
+    dense = [i for i in range(raw.num_hidden_layers) if i in listed or (i + 1) % raw.decoder_sparse_step]
+    return ExpertsConfig(
+        num_experts=num_experts,
+        top_k=raw.num_experts_per_tok,
+        ffn_size=ffn_size,
+        renormalise=architecture is Architecture.MIXTRAL or raw.norm_topk_prob,
+        dense_layers=tuple(dense),
+    )
 
 
 def _rope_scaling(rope: _Rope, max_position: int, path: Path) -> RopeScaling:

@@ -1,8 +1,8 @@
-"""One dense decoder: Llama (and SmolLM2), Mistral, Qwen2 and Qwen3, written in the operations of
-`kernels/ops.py` only.
+"""One decoder: Llama (and SmolLM2), Mistral, Qwen2, Qwen3, and with experts Mixtral and Qwen3-MoE, written in
+the operations of `kernels/ops.py` only.
 
 Shape legend: T rows of the step, C columns of the fused qkv, H query heads, G KV heads, D head size,
-K hidden size, F feed-forward size, V vocabulary, P positions. `l` after a letter: this rank's part.
+K hidden size, V vocabulary, P positions. `l` after a letter: this rank's part.
 
 Tensor parallelism is "gather, then multiply": every linear layer holds some of its output columns and
 reads whole rows, so each activation is gathered once before it is multiplied and the bits do not
@@ -22,6 +22,7 @@ import torch
 from cluster.engine.kernels.ops import AttentionMetadata, LinearWeight, Ops
 from cluster.engine.kv_cache import KVCache, KVLayout
 from cluster.engine.models.config import ModelConfig
+from cluster.engine.models.feed_forward import FeedForward, Placement
 from cluster.engine.models.sharding_plan import ShardingPlan
 from cluster.engine.parallel.group import ParallelGroup
 
@@ -37,8 +38,7 @@ class LayerWeights:
     k_norm_D: torch.Tensor | None
     output: LinearWeight
     post_attention_norm_K: torch.Tensor
-    gate_up: LinearWeight  # rows [gate; up] of this rank
-    down: LinearWeight
+    feed_forward: FeedForward
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,7 @@ class DecoderModel:
         self.ops = ops
         self.group = group
         self.plan = ShardingPlan.of(config, group.rank, group.size)
+        self.placement = Placement(ops, group, self.plan)
 
     @property
     def max_position(self) -> int:
@@ -97,7 +98,7 @@ class DecoderModel:
         for index, layer in enumerate(weights.layers):
             attended_TK = self._attention(layer, normed_TK, kv_cache.layer(index), metadata)
             normed_TK = ops.add_rms_norm(residual_TK, attended_TK, layer.post_attention_norm_K, eps)
-            update_TK = self._feed_forward(layer, normed_TK)
+            update_TK = layer.feed_forward.update(normed_TK, self.placement)
             is_last = index + 1 == len(weights.layers)
             norm_K = weights.final_norm_K if is_last else weights.layers[index + 1].input_norm_K
             normed_TK = ops.add_rms_norm(residual_TK, update_TK, norm_K, eps)
@@ -115,14 +116,13 @@ class DecoderModel:
     def warm_up(self, row_counts: Sequence[int], logits_counts: Sequence[int]) -> None:
         """Multiply each kind of weight with each number of rows that steps will have, on inputs of no meaning,
         so that kernels are compared and compiled before the first request."""
-        layer, ops = self.weights.layers[0], self.ops
+        layer, ops, width = self.weights.layers[0], self.ops, self.config.hidden_size
         for count in row_counts:
-            for weight, dtype in ((layer.qkv, torch.float32), (layer.output, None), (layer.down, None)):
-                x = torch.zeros((count, weight.in_features), dtype=torch.bfloat16, device=ops.device)
-                ops.linear(x, weight, out_dtype=dtype or ops.residual_dtype)
-            ops.linear_silu_mul(
-                torch.zeros((count, self.config.hidden_size), dtype=torch.bfloat16, device=ops.device), layer.gate_up
-            )
+            normed_TK = torch.zeros((count, width), dtype=torch.bfloat16, device=ops.device)
+            ops.linear(normed_TK, layer.qkv, layer.qkv_bias_C, out_dtype=torch.float32)
+            mixed_TC = torch.zeros((count, layer.output.in_features), dtype=torch.bfloat16, device=ops.device)
+            ops.linear(mixed_TC, layer.output, out_dtype=ops.residual_dtype)
+            layer.feed_forward.update(normed_TK, self.placement)
         for count in logits_counts:
             self.logits(torch.zeros((count, self.config.hidden_size), dtype=ops.residual_dtype, device=ops.device))
 
@@ -162,17 +162,7 @@ class DecoderModel:
         )
         mixed_TCl = ops.attention(q_THlD, kv_N2GSD, metadata, config.attention_scale)
         mixed_TC = self.group.all_gather_columns(mixed_TCl, self.plan.attention_widths)
-        return self._into_residual(mixed_TC, layer.output)
-
-    def _feed_forward(self, layer: LayerWeights, normed_TK: torch.Tensor) -> torch.Tensor:
-        active_TFl = self.ops.linear_silu_mul(normed_TK, layer.gate_up)
-        active_TF = self.group.all_gather_columns(active_TFl, self.plan.ffn_widths)
-        return self._into_residual(active_TF, layer.down)
-
-    def _into_residual(self, x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
-        """(T, K) in the dtype of the residual stream: an update is not rounded before it is added."""
-        update_TKl = self.ops.linear(x, weight, out_dtype=self.ops.residual_dtype)
-        return self.group.all_gather_columns(update_TKl, self.plan.hidden_widths)
+        return self.placement.into_residual(mixed_TC, layer.output)
 
 
 def _rows(x_TK: torch.Tensor, indices_R: torch.Tensor | None) -> torch.Tensor:

@@ -16,12 +16,15 @@ from typing import NamedTuple
 import torch
 
 from cluster.engine.gpu.memory import check_weights_fit
-from cluster.engine.kernels.ops import LinearWeight, Ops
-from cluster.engine.models.config import ModelConfig
+from cluster.engine.kernels.ops import ExpertWeight, LinearWeight, Ops
+from cluster.engine.models.config import ExpertsConfig, ModelConfig
 from cluster.engine.models.config_gguf import config_from_gguf
 from cluster.engine.models.config_huggingface import config_from_directory
+from cluster.engine.models.expert_names import ExpertPart, expert_name, router_name
+from cluster.engine.models.feed_forward import DenseFeedForward
 from cluster.engine.models.identity import ModelIdentity, identity_of_gguf, identity_of_safetensors
 from cluster.engine.models.llama import DecoderModel, DecoderWeights, LayerWeights
+from cluster.engine.models.moe import MoeFeedForward
 from cluster.engine.models.rope import rope_table
 from cluster.engine.models.sharding_plan import ShardingPlan
 from cluster.engine.models.weights import WeightSource
@@ -117,7 +120,7 @@ class _RankLoader:
         lm_head = self._linear([(lm_head_name, config.vocab_size, self.plan.vocab)], config.hidden_size)
         is_shared = config.tie_embeddings and self.plan.vocab.length == config.vocab_size
         embedding_VK = None if is_shared else self._rows(_EMBEDDING, (config.vocab_size, config.hidden_size))
-        layers = tuple(self._layer(f"model.layers.{index}") for index in range(config.num_layers))
+        layers = tuple(self._layer(index) for index in range(config.num_layers))
         final_norm_K = self._vector("model.norm.weight", config.hidden_size)
         self._refuse_unused()
         self.progress(self.total_bytes, self.total_bytes)
@@ -129,8 +132,9 @@ class _RankLoader:
             rope_table_PD=rope_table(config, num_positions, self.device),
         )
 
-    def _layer(self, prefix: str) -> LayerWeights:
+    def _layer(self, index: int) -> LayerWeights:
         config, plan = self.config, self.plan
+        prefix, experts = f"model.layers.{index}", config.experts_of_layer(index)
         hidden, head_size = config.hidden_size, config.head_size
         attention = f"{prefix}.self_attn"
         q_rows = Range(plan.heads.query.start * head_size, plan.heads.query.stop * head_size)
@@ -142,7 +146,6 @@ class _RankLoader:
         ]
         qkv_weights = [(f"{attention}.{name}.weight", total, rows) for name, total, rows in qkv]
         qkv_biases = [(f"{attention}.{name}.bias", total, rows) for name, total, rows in qkv]
-        gate_up = [(f"{prefix}.mlp.{name}.weight", config.ffn_size, plan.ffn) for name in ("gate_proj", "up_proj")]
         return LayerWeights(
             input_norm_K=self._vector(f"{prefix}.input_layernorm.weight", hidden),
             qkv=self._linear(qkv_weights, hidden),
@@ -151,9 +154,43 @@ class _RankLoader:
             k_norm_D=self._vector(f"{attention}.k_norm.weight", head_size) if config.qk_norm else None,
             output=self._linear([(f"{attention}.o_proj.weight", hidden, plan.hidden)], config.num_heads * head_size),
             post_attention_norm_K=self._vector(f"{prefix}.post_attention_layernorm.weight", hidden),
-            gate_up=self._linear(gate_up, hidden),
-            down=self._linear([(f"{prefix}.mlp.down_proj.weight", hidden, plan.hidden)], config.ffn_size),
+            feed_forward=self._dense(f"{prefix}.mlp") if experts is None else self._moe(prefix, experts),
         )
+
+    def _dense(self, prefix: str) -> DenseFeedForward:
+        hidden, ffn = self.config.hidden_size, self.config.ffn_size
+        gate_up = [(f"{prefix}.{name}.weight", ffn, self.plan.ffn) for name in ("gate_proj", "up_proj")]
+        return DenseFeedForward(
+            gate_up=self._linear(gate_up, hidden),
+            down=self._linear([(f"{prefix}.down_proj.weight", hidden, self.plan.hidden)], ffn),
+        )
+
+    def _moe(self, prefix: str, experts: ExpertsConfig) -> MoeFeedForward:
+        hidden, ffn, total = self.config.hidden_size, experts.ffn_size, experts.num_experts
+        router = router_name(self.config.architecture, prefix)
+        return MoeFeedForward(
+            router=self._linear([(router, total, Range(0, total))], hidden),
+            gate_up=self._experts(prefix, total, (ExpertPart.GATE, ExpertPart.UP), (ffn, hidden)),
+            down=self._experts(prefix, total, (ExpertPart.DOWN,), (hidden, ffn)),
+            top_k=experts.top_k,
+            renormalise=experts.renormalise,
+        )
+
+    def _experts(
+        self, prefix: str, num_experts: int, parts: tuple[ExpertPart, ...], shape: tuple[int, int]
+    ) -> ExpertWeight:
+        """Pack this rank's experts; the tensors of the others must be there all the same."""
+        mine = self.plan.experts
+        fused_EPNK = torch.empty((mine.length, len(parts), *shape), dtype=torch.bfloat16)
+        for expert in range(num_experts):
+            for place, part in enumerate(parts):
+                name = expert_name(self.config.architecture, prefix, expert, part)
+                if mine.start <= expert < mine.stop:
+                    self._copy(name, shape, Range(0, shape[0]), fused_EPNK[expert - mine.start, place])
+                else:
+                    self.source.check(name, shape)
+                    self.used.add(name)
+        return self.ops.pack_experts(fused_EPNK.flatten(1, 2).to(self.device))
 
     def _linear(self, parts: list[tuple[str, int, Range]], in_features: int) -> LinearWeight:
         """Pack rows of several (total, in_features) tensors, one below the other."""

@@ -1,4 +1,4 @@
-"""Tensor-parallel groups: a gather that only moves bytes, so it cannot change any bit."""
+"""Groups of ranks: gathers that only move bytes, so they cannot change any bit."""
 
 from __future__ import annotations
 
@@ -18,6 +18,14 @@ class ParallelGroup(Protocol):
         `widths[rank]` wide; T is equal on all ranks. With one rank the input itself is returned."""
         ...
 
+    def gather_expert_rows(
+        self, local_TJK: torch.Tensor, experts_TJ: torch.Tensor, counts: tuple[int, ...]
+    ) -> torch.Tensor:
+        """(T, J, K): each pair's row from the rank that holds its expert. The ranks hold `counts` experts each,
+        in rank order. `local_TJK` has this rank's pairs; what it has at others is not moved. `experts_TJ` is
+        equal on all ranks. With one rank the input itself is returned."""
+        ...
+
 
 class SingleRank:
     """The group of a model that is not split."""
@@ -28,3 +36,9 @@ class SingleRank:
     def all_gather_columns(self, local_TN: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:
         assert widths == (local_TN.shape[1],)
         return local_TN
+
+    def gather_expert_rows(
+        self, local_TJK: torch.Tensor, experts_TJ: torch.Tensor, counts: tuple[int, ...]
+    ) -> torch.Tensor:
+        assert len(counts) == 1
+        return local_TJK

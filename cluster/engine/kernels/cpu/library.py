@@ -32,6 +32,7 @@ _SIGNATURES = {  # one letter per parameter of csrc/exports.h
     "log_softmax_stats": "piiippi",
     "softmax": "piiipi",
     "argmax": "piiipi",
+    "combine": "ppiiipi",
 }
 
 # The variants of a class that give the same bits, best first.

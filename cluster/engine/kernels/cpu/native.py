@@ -10,6 +10,7 @@ import torch
 
 from cluster.engine.kernels.cpu.arithmetic import GROUP, LANES, InstructionClass
 from cluster.engine.kernels.cpu.library import Functions
+from cluster.engine.kernels.cpu.moe import ExpertLoop
 from cluster.engine.kernels.ops import AttentionMetadata, LinearWeight
 
 _BF16, _F32 = torch.bfloat16, torch.float32
@@ -33,7 +34,7 @@ class PackedWeight:
         return tiles_TGPX.flatten(1)[:, : self.in_features]
 
 
-class NativeOps:
+class NativeOps(ExpertLoop):
     """`Ops` by one variant of one instruction class."""
 
     residual_dtype = torch.float32
@@ -53,6 +54,7 @@ class NativeOps:
         self._log_softmax_stats = functions.log_softmax_stats
         self._softmax = functions.softmax
         self._argmax = functions.argmax
+        self._combine = functions.combine
 
     def pack_linear(self, weight_NK: torch.Tensor) -> PackedWeight:
         out_features, in_features = weight_NK.shape
@@ -266,6 +268,16 @@ class NativeOps:
         num_rows, vocab_size, stride = _logits(logits_TV)
         out = torch.empty(num_rows, dtype=torch.int64)
         self._argmax(logits_TV.data_ptr(), stride, num_rows, vocab_size, out.data_ptr(), self.num_threads)
+        return out
+
+    def moe_combine(self, rows_TJK: torch.Tensor, weights_TJ: torch.Tensor) -> torch.Tensor:
+        num_rows, top_k, width = rows_TJK.shape
+        _check(rows_TJK, _F32, width)
+        _check(weights_TJ, _F32, top_k)
+        out = torch.empty((num_rows, width), dtype=_F32)
+        self._combine(
+            rows_TJK.data_ptr(), weights_TJ.data_ptr(), num_rows, top_k, width, out.data_ptr(), self.num_threads
+        )
         return out
 
 

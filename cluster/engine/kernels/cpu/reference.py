@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from cluster.engine.kernels.cpu.arithmetic import SPLIT, InstructionClass, dot_chain, exp, row_sum, silu_mul
+from cluster.engine.kernels.cpu.moe import ExpertLoop
 from cluster.engine.kernels.ops import AttentionMetadata, LinearWeight
 
 
@@ -34,7 +35,7 @@ class ReferenceWeight:
         return self.weight_NK[indices_T]
 
 
-class ReferenceOps:
+class ReferenceOps(ExpertLoop):
     """The operations of `Ops` for one instruction class, one rounding at a time."""
 
     residual_dtype = torch.float32
@@ -194,6 +195,12 @@ class ReferenceOps:
     def argmax(self, logits_TV: torch.Tensor) -> torch.Tensor:
         lowest = torch.full_like(logits_TV, -torch.inf)
         return torch.where(logits_TV.isnan(), lowest, logits_TV).argmax(dim=1)
+
+    def moe_combine(self, rows_TJK: torch.Tensor, weights_TJ: torch.Tensor) -> torch.Tensor:
+        total_TK = torch.zeros_like(rows_TJK[:, 0])
+        for choice in range(rows_TJK.shape[1]):
+            total_TK = total_TK + weights_TJ[:, choice, None] * rows_TJK[:, choice]
+        return total_TK
 
 
 def _log(value: float) -> float:

@@ -28,11 +28,13 @@ from cluster.engine.kernels.probe_lists import (
     ATTENTION_PROBES,
     EMBEDDING_PROBES,
     LINEAR_PROBES,
+    MOE_PROBES,
     NORM_PROBES,
     ROPE_PROBES,
     SOFTMAX_PROBES,
 )
 from cluster.engine.kernels.probes import EqualsReference, Probe, linear_rows_case
+from cluster.engine.kernels.probes_moe import expert_rows_case
 from cluster.engine.kernels.registry import Admission, Candidate, Case, Operation, Registry
 from cluster.errors import ConfigError
 
@@ -57,6 +59,7 @@ def make_cpu_ops(num_threads: int | None = None) -> Ops:
         norm_family=chosen["rms_norm"],
         embedding_family=chosen["embedding"],
         softmax_family=chosen["softmax"],
+        moe_family=chosen["moe"],
     )
 
 
@@ -98,6 +101,7 @@ class _Selection:
             Operation("rms_norm", reference, native, _equal_reference(NORM_PROBES)),
             Operation("embedding", reference, native, _equal_reference(EMBEDDING_PROBES)),
             Operation("softmax", reference, native, _equal_reference(SOFTMAX_PROBES)),
+            Operation("moe", reference, native, [expert_rows_case(96, 5, 128, 320), *_equal_reference(MOE_PROBES)]),
         ]
 
 

@@ -71,3 +71,7 @@ TANDEM_EXPORT(softmax)(const float* logits, i64 ld, i64 T, i64 V, float* out, i6
 TANDEM_EXPORT(argmax)(const float* logits, i64 ld, i64 T, i64 V, i64* out, i64 threads) {
   argmax(logits, ld, T, V, out, static_cast<int>(threads));
 }
+
+TANDEM_EXPORT(combine)(const float* rows, const float* weights, i64 T, i64 J, i64 K, float* out, i64 threads) {
+  combine(rows, weights, T, J, K, out, static_cast<int>(threads));
+}

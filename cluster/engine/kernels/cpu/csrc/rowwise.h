@@ -56,6 +56,18 @@ inline void embedding(const i64* ids, const u16* table, i64 T, i64 K, float* out
   });
 }
 
+// (T, J, K) rows of J experts -> (T, K): each row times its weight, added from 0 over ascending j.
+inline void combine(const float* rows, const float* weights, i64 T, i64 J, i64 K, float* out, int threads) {
+  for_each_row(threads, T, J * K, [&](i64 t) {
+    for (i64 k = 0; k < K; k += LANES) {
+      V16 total = {};
+      for (i64 j = 0; j < J; j++)
+        total = total + splat(weights[t * J + j]) * load_upto(rows + (t * J + j) * K + k, K - k);
+      store_upto(out + t * K + k, total, K - k);
+    }
+  });
+}
+
 constexpr i64 MAX_HEAD_SIZE = 256;
 
 // Half-split rotation: element i of the first half goes with element i of the second.
