@@ -62,6 +62,7 @@ class PoolSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     replicas: int = 1  # number of workers
     host: str = "127.0.0.1"  # address the workers listen on, for the router and the other pool
     port: int = 0  # of the first worker, the next ones count up; 0: free ports are chosen
+    gpu_percent: int | None = None  # of a GPU's multiprocessors (MPS); null: all, or prefill 60 on a shared one
     engine: EngineConfig = EngineConfig()  # see the section `engine`
 
 
@@ -173,6 +174,8 @@ def _pool_problems(name: str, pool: PoolSettings) -> Iterator[str]:
     yield from _between(f"{name}.replicas", pool.replicas, 1, 64, f"a pool needs at least one worker{without}")
     yield from _host(f"{name}.host", pool.host)
     yield from _between(f"{name}.port", pool.port, 0, 65_535, "0 chooses free ones")
+    if pool.gpu_percent is not None:
+        yield from _between(f"{name}.gpu_percent", pool.gpu_percent, 1, 100, "leave it out to have it chosen")
     yield from _engine_problems(f"{name}.engine", pool.engine)
 
 

@@ -95,6 +95,8 @@ def load_worker(
     torch.set_num_threads(1)  # the kernels bring their own threads, torch's would only contend with them
     show("admitting kernels", 0, 0)
     ops = get_ops(config.engine.device, config.engine.num_threads)
+    if ops.device.type == "cuda":
+        torch.cuda.set_device(ops.device)  # where kernels start that are not told
     numeric_fingerprint = fingerprint(ops)
     source = resolve_model(config.model, lambda done, total: show("fetching the model", done, total))
     source = msgspec.structs.replace(source, revision=config.model_revision or source.revision)

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import msgspec
 
+DEFAULT_GPU_FRACTION = 0.95  # of the memory of a GPU, for all workers on it
+
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Limits of one engine; validated by `cluster.config` before it gets here."""

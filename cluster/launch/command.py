@@ -11,7 +11,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from cluster.config import ClusterConfig, ModelSettings
 from cluster.launch.control_socket import control_server
 from cluster.launch.cores import usable_cores
+from cluster.launch.gpus import count_gpus, place_on_gpus, shared_gpus
 from cluster.launch.local import LocalLauncher
+from cluster.launch.mps import mps_daemon
 from cluster.launch.pools import LocalPools
 from cluster.launch.ports import check_port_free, choose_free_port
 from cluster.launch.run_directory import cluster_key_file, run_directory
@@ -27,12 +29,14 @@ PROBE_ANSWER_S = 5.0
 def launch_local(config: ClusterConfig, console: Console) -> None:
     """Blocks until the deployment has ended. Raises an error of our tree when it could not start, or
     when a process died for good."""
-    topology = plan_topology(config, usable_cores())
+    topology = place_on_gpus(plan_topology(config, usable_cores()), config, count_gpus())
     check_ports(topology)
     model = find_model(config.model, console)
     topology = with_ports(topology, choose_free_port)
     model_name = config.model.served_name or model.name
-    with run_directory() as directory:
+    with run_directory() as directory, mps_daemon(bool(shared_gpus(topology)), directory) as warning:
+        if warning is not None:
+            console.print(f"[yellow]warning[/] {warning}")
         key_file = cluster_key_file(directory, config.security.cluster_key_file)
         specs = process_specs(config, topology, model, model_name, directory, key_file)
         serving = Serving(url=topology.router.url, model_name=model_name, summary=topology.summary)

@@ -9,10 +9,12 @@ import msgspec
 
 from cluster.config import ClusterConfig, PoolSettings
 from cluster.control.worker_config import WorkerConfig
+from cluster.engine.config import DEFAULT_GPU_FRACTION, EngineConfig
+from cluster.launch import mps
 from cluster.launch.monolithic_config import MonolithicConfig
 from cluster.launch.process import ProcessSpec
 from cluster.launch.run_directory import write_config, write_private
-from cluster.launch.topology import Topology, WorkerGroup
+from cluster.launch.topology import Rank, Topology, WorkerGroup
 from cluster.model_files.source import ModelSource
 from cluster.router.config import RouterConfig
 from cluster.types import Role
@@ -98,7 +100,7 @@ def worker_config(
         model_revision=model.revision,
         host=group.host,
         port=group.port,
-        engine=msgspec.structs.replace(pool.engine, num_threads=rank.num_threads, device=rank.device),
+        engine=_engine(pool.engine, rank),
         cluster_key_file=str(key_file),
         lease_s=config.connector.lease_s,
         load_timeout_s=config.connector.load_timeout_s,
@@ -118,6 +120,19 @@ def _pool(config: ClusterConfig, role: Role) -> PoolSettings:
             return config.decode
 
 
+def _engine(engine: EngineConfig, rank: Rank) -> EngineConfig:
+    fraction = engine.gpu_memory_fraction
+    if fraction is None and rank.num_sharers > 1:
+        fraction = DEFAULT_GPU_FRACTION / rank.num_sharers
+    return msgspec.structs.replace(
+        engine, num_threads=rank.num_threads, device=rank.device, gpu_memory_fraction=fraction
+    )
+
+
 def _environment(group: WorkerGroup) -> dict[str, str]:
-    """Libraries outside of the kernels take their number of threads from here."""
-    return {"OMP_NUM_THREADS": str(group.ranks[0].num_threads)}
+    """Libraries outside of the kernels take their number of threads from here, and CUDA its share of a GPU."""
+    rank = group.ranks[0]
+    environment = {"OMP_NUM_THREADS": str(rank.num_threads)}
+    if rank.gpu_percent is not None:
+        environment[mps.PERCENT_VARIABLE] = str(rank.gpu_percent)
+    return environment

@@ -26,6 +26,8 @@ class Rank:
     index: int
     device: str
     num_threads: int
+    gpu_percent: int | None = None  # share of a GPU's multiprocessors; None: all
+    num_sharers: int = 1  # ranks on the same GPU, this one included
 
 
 @dataclass(frozen=True, slots=True)

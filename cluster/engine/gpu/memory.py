@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from cluster.engine.config import EngineConfig
+from cluster.engine.config import DEFAULT_GPU_FRACTION, EngineConfig
 from cluster.engine.kv_cache import KVCache, KVLayout
 from cluster.errors import StartupError
 
 GIB = 1 << 30
-DEFAULT_FRACTION = 0.95
 # Beside the pool and what a step allocates: graphs, the libraries' workspaces, fragments.
 RESERVE_BYTES = 768 << 20
 
@@ -33,9 +32,9 @@ def pool_bytes(config: EngineConfig, device: torch.device, step_bytes: int) -> t
     free, total = torch.cuda.mem_get_info(device)
     if config.kv_cache_bytes is not None:
         return config.kv_cache_bytes, "kv_cache_bytes"
-    fraction = config.gpu_memory_fraction or DEFAULT_FRACTION
+    fraction = config.gpu_memory_fraction or DEFAULT_GPU_FRACTION
     mine = torch.cuda.memory_reserved(device)
-    room = min(int(total * fraction) - mine, free - int(total * (1 - DEFAULT_FRACTION) / 2))
+    room = min(int(total * fraction) - mine, free - int(total * (1 - DEFAULT_GPU_FRACTION) / 2))
     num_bytes = max(room - step_bytes - RESERVE_BYTES, 0)
     source = (
         f"{_gib(free)} of {_gib(total)} GiB free beside the weights{_taken(device, free, total)}, of which steps need "

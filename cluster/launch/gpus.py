@@ -1,0 +1,82 @@
+"""Which worker computes on which GPU, and with what share of it. Pure, but for `count_gpus`.
+
+A pool whose device is `cuda` takes the GPUs one after the other, prefill first; when there are fewer GPUs
+than workers, they begin again and share. `cuda:1` is taken as it is said.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from cluster.config import ClusterConfig
+from cluster.errors import ConfigError
+from cluster.launch.topology import Rank, Topology, WorkerGroup
+from cluster.types import Role
+
+# Of the multiprocessors, for workers that share a GPU with the other role and were not told. Measured on
+# one GPU (docs/log.md, benchmark split_gpu): a decode step is short and waits for memory, so it may use all.
+DEFAULT_PERCENT = {Role.PREFILL: 60, Role.DECODE: 100}
+
+
+def place_on_gpus(topology: Topology, config: ClusterConfig, num_gpus: int) -> Topology:
+    """The same topology with a numbered GPU for every rank that computes on one.
+
+    Raises `ConfigError` that names the pool when there is no such GPU.
+    """
+    if not any(rank.device.startswith("cuda") for group in topology.groups for rank in group.ranks):
+        return topology
+    numbers = _numbers(topology, num_gpus)
+    placed = tuple(
+        replace(group, ranks=tuple(_numbered(rank, group, numbers, num_gpus) for rank in group.ranks))
+        for group in topology.groups
+    )
+    users = Counter(rank.device for group in placed for rank in group.ranks)
+    groups = tuple(
+        replace(group, ranks=tuple(_with_share(rank, group, users, config) for rank in group.ranks)) for group in placed
+    )
+    return replace(topology, groups=groups)
+
+
+def shared_gpus(topology: Topology) -> frozenset[str]:
+    """Devices that several ranks compute on."""
+    users = Counter(rank.device for group in topology.groups for rank in group.ranks if rank.device.startswith("cuda"))
+    return frozenset(device for device, count in users.items() if count > 1)
+
+
+def count_gpus(environment: Mapping[str, str] = os.environ) -> int:
+    """NVIDIA GPUs that a process started here would see, without loading CUDA."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([each for each in visible.split(",") if each.strip()])
+    return sum(1 for path in Path("/dev").glob("nvidia[0-9]*"))
+
+
+def _numbers(topology: Topology, num_gpus: int) -> Iterator[int]:
+    count = sum(rank.device == "cuda" for group in topology.groups for rank in group.ranks)
+    return (index % max(num_gpus, 1) for index in range(count))
+
+
+def _numbered(rank: Rank, group: WorkerGroup, numbers: Iterator[int], num_gpus: int) -> Rank:
+    if not rank.device.startswith("cuda"):
+        return rank
+    device = f"cuda:{next(numbers)}" if rank.device == "cuda" else rank.device
+    number = device.partition(":")[2]
+    if not number.isdecimal() or int(number) >= num_gpus:
+        raise ConfigError(
+            f"{group.role.value}.engine.device: {rank.device!r} was asked for, and this machine has {num_gpus} GPUs; "
+            "use `cpu`, or a smaller number"
+        )
+    return replace(rank, device=device)
+
+
+def _with_share(rank: Rank, group: WorkerGroup, users: Counter[str], config: ClusterConfig) -> Rank:
+    pool = config.prefill if group.role is Role.PREFILL else config.decode
+    num_users = users[rank.device]
+    if num_users <= 1 or not rank.device.startswith("cuda"):
+        return replace(rank, gpu_percent=pool.gpu_percent)
+    percent = pool.gpu_percent or DEFAULT_PERCENT[group.role]
+    return replace(rank, gpu_percent=percent, num_sharers=num_users)

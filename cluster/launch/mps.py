@@ -1,0 +1,77 @@
+"""NVIDIA's Multi-Process Service for workers that share a GPU: their kernels run side by side.
+
+Without it the GPU is given to one process at a time, in slices: measured on one H200, a decode step beside a
+prefill took 8.8 instead of 3.8 ms. The daemon is ours: it listens in the launch's private directory and ends
+with the launch. One that the operator runs already (CUDA_MPS_PIPE_DIRECTORY is set) is used as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+PIPE_VARIABLE, LOG_VARIABLE = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
+PERCENT_VARIABLE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
+CONTROL = "nvidia-cuda-mps-control"
+_TIMEOUT_S = 20.0
+_WITHOUT = (
+    "the workers on it take turns instead of running side by side, and decode steps take more than twice as long "
+    "while a prompt is computed; give each pool a GPU of its own (prefill.engine.device, decode.engine.device)"
+)
+
+
+@contextmanager
+def mps_daemon(is_wanted: bool, directory: Path) -> Iterator[str | None]:
+    """Run the daemon while the block is entered; processes started inside find it through the environment.
+    Yields None, or why there is none and what that costs, for the user to read."""
+    if not is_wanted or PIPE_VARIABLE in os.environ:
+        yield None
+        return
+    if shutil.which(CONTROL) is None:
+        yield f"a GPU is shared and {CONTROL} is not installed: {_WITHOUT}"
+        return
+    environment = {PIPE_VARIABLE: str(_private(directory / "mps")), LOG_VARIABLE: str(_private(directory / "mps-log"))}
+    failure = _control(["-d"], environment)
+    if failure is not None:
+        yield f"a GPU is shared and {CONTROL} did not start ({failure}): {_WITHOUT}"
+        return
+    os.environ.update(environment)
+    try:
+        yield None
+    finally:
+        for name in environment:
+            os.environ.pop(name, None)
+        failure = _control([], environment, "quit\n")
+        if failure is not None:
+            logger.warning("%s did not end: %s", CONTROL, failure)
+
+
+def _private(path: Path) -> Path:
+    path.mkdir(mode=0o700)
+    return path
+
+
+def _control(arguments: list[str], environment: dict[str, str], command: str = "") -> str | None:
+    """None if it worked, else why not."""
+    try:
+        done = subprocess.run(
+            [CONTROL, *arguments],
+            input=command,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    if done.returncode == 0:
+        return None
+    return (done.stderr or done.stdout).strip() or f"exit code {done.returncode}"

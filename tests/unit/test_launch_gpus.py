@@ -1,0 +1,114 @@
+"""Which worker gets which GPU and what share of it; the MPS daemon's beginning and end."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from cluster.config import ClusterConfig
+from cluster.errors import ConfigError
+from cluster.launch import mps
+from cluster.launch.gpus import count_gpus, place_on_gpus, shared_gpus
+from cluster.launch.topology import Topology, plan_topology
+
+
+def placed(num_gpus: int, **document: Any) -> Topology:
+    document = {name: {"engine": {"device": "cuda"}, **pool} for name, pool in document.items()}
+    config = msgspec.convert(document, ClusterConfig)
+    return place_on_gpus(plan_topology(config, 8), config, num_gpus)
+
+
+def devices(topology: Topology) -> dict[str, tuple[str, int | None, int]]:
+    return {
+        group.name: (rank.device, rank.gpu_percent, rank.num_sharers)
+        for group in topology.groups
+        for rank in group.ranks
+    }
+
+
+def test_each_worker_gets_a_gpu_of_its_own_while_there_are_enough() -> None:
+    topology = placed(3, prefill={"replicas": 2}, decode={})
+    assert devices(topology) == {
+        "prefill-0": ("cuda:0", None, 1),
+        "prefill-1": ("cuda:1", None, 1),
+        "decode-0": ("cuda:2", None, 1),
+    }
+    assert shared_gpus(topology) == frozenset()
+
+
+def test_workers_on_one_gpu_share_its_memory_and_multiprocessors() -> None:
+    topology = placed(1, prefill={}, decode={})
+    assert devices(topology) == {"prefill-0": ("cuda:0", 60, 2), "decode-0": ("cuda:0", 100, 2)}
+    assert shared_gpus(topology) == {"cuda:0"}
+    told = placed(1, prefill={"gpu_percent": 40}, decode={"gpu_percent": 80})
+    assert devices(told) == {"prefill-0": ("cuda:0", 40, 2), "decode-0": ("cuda:0", 80, 2)}
+
+
+def test_a_numbered_device_is_taken_as_said_and_a_missing_one_refused_by_name() -> None:
+    topology = placed(2, prefill={"engine": {"device": "cuda:1"}}, decode={"engine": {"device": "cuda:0"}})
+    assert [device for device, _, _ in devices(topology).values()] == ["cuda:1", "cuda:0"]
+    with pytest.raises(ConfigError, match=r"decode\.engine\.device: 'cuda:2' was asked for, .* has 2 GPUs"):
+        placed(2, prefill={}, decode={"engine": {"device": "cuda:2"}})
+    with pytest.raises(ConfigError, match=r"prefill\.engine\.device: 'cuda' was asked for, .* has 0 GPUs"):
+        placed(0, prefill={}, decode={})
+
+
+def test_workers_on_cpus_are_left_alone() -> None:
+    config = ClusterConfig()
+    topology = plan_topology(config, 4)
+    assert place_on_gpus(topology, config, 0) is topology
+
+
+def test_visible_gpus_are_counted() -> None:
+    assert count_gpus({"CUDA_VISIBLE_DEVICES": "3,5"}) == 2
+    assert count_gpus({"CUDA_VISIBLE_DEVICES": ""}) == 0
+
+
+def fake_control(tmp_path: Path, exit_code: int) -> None:
+    tool = tmp_path / mps.CONTROL
+    tool.write_text(
+        f'#!/bin/sh\necho "$1|$(cat)|$CUDA_MPS_PIPE_DIRECTORY" >> {tmp_path}/calls\necho trouble >&2\nexit {exit_code}\n'
+    )
+    tool.chmod(0o755)
+
+
+def test_the_daemon_lives_as_long_as_the_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_control(tmp_path, 0)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv(mps.PIPE_VARIABLE, raising=False)
+    with mps.mps_daemon(True, tmp_path) as warning:
+        assert warning is None
+        assert os.environ[mps.PIPE_VARIABLE] == str(tmp_path / "mps")
+        assert (tmp_path / "mps").stat().st_mode & 0o777 == 0o700
+    assert mps.PIPE_VARIABLE not in os.environ
+    assert (tmp_path / "calls").read_text().splitlines() == [f"-d||{tmp_path}/mps", f"|quit|{tmp_path}/mps"]
+
+
+def test_without_mps_the_warning_names_the_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(mps.PIPE_VARIABLE, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with mps.mps_daemon(True, tmp_path) as warning:
+        assert warning is not None
+        assert "not installed" in warning
+        assert "more than twice as long" in warning
+    fake_control(tmp_path, 3)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    with mps.mps_daemon(True, tmp_path) as warning:
+        assert warning is not None
+        assert "did not start (trouble)" in warning
+    assert mps.PIPE_VARIABLE not in os.environ
+
+
+def test_a_daemon_of_the_operator_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_control(tmp_path, 0)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv(mps.PIPE_VARIABLE, "/tmp/theirs")
+    with mps.mps_daemon(True, tmp_path) as warning:
+        assert warning is None
+    assert not (tmp_path / "calls").exists()
+    with mps.mps_daemon(False, tmp_path) as warning:
+        assert warning is None
