@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from cluster.engine.kernels import get_ops
+from cluster.engine.models.llama import DecoderModel
 from cluster.engine.models.loader import LoadedModel, load_model
 from cluster.engine.parallel.group import ParallelGroup, SingleRank
 from tests.unit.model_factory import TOKENS, whole_sequence
@@ -54,12 +55,19 @@ class VirtualRank:
 
 
 def run_ranks(path: Path, size: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """`run_models` of a model's files."""
+    return run_models(lambda group: load(path, group).model, size)
+
+
+def run_models(
+    make_model: Callable[[ParallelGroup], DecoderModel], size: int
+) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Every rank's logits, and the KV pools side by side: (N, L, 2, all KV heads, S, D)."""
     barrier = threading.Barrier(size)
     parts = [torch.empty(0)] * size
 
     def run(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        model = load(path, VirtualRank(rank, size, barrier, parts)).model
+        model = make_model(VirtualRank(rank, size, barrier, parts))
         step = whole_sequence(model, len(TOKENS))
         return model.forward(TOKENS, step.metadata, step.cache), step.cache.kv_NL2HSD
 

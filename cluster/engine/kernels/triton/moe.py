@@ -211,12 +211,11 @@ def _multiply(
     return acc
 
 
-@triton.jit(do_not_specialize=["num_rows", "first_expert"])
+@triton.jit(do_not_specialize=["num_rows", "first_expert", "E", "J"])
 def few_kernel(
-    x_ptr, w_ptr, out_ptr, experts_ptr, num_rows, first_expert, N, K,
-    E: tl.constexpr, J: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, BY_PAIR: tl.constexpr, EVEN_K: tl.constexpr, EVICT_FIRST: tl.constexpr,
-    SILU_MUL: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, w_ptr, out_ptr, experts_ptr, num_rows, first_expert, E, J, N, K,
+    BLOCK_J: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BY_PAIR: tl.constexpr,
+    EVEN_K: tl.constexpr, EVICT_FIRST: tl.constexpr, SILU_MUL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """At most BLOCK_M rows in all: row t of the step is row t of every expert's tile, so nothing is grouped.
 
@@ -256,11 +255,11 @@ def few_kernel(
         tl.store(target, tl.trans(y).to(out_ptr.dtype.element_ty), mask=chose[:, None] & (offs_n < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["J"])
 def tile_kernel(
-    x, w, out_ptr, order_ptr, tile_expert_ptr, tile_rows_ptr, num_tiles_ptr, N, K,
-    J: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    SWAP: tl.constexpr, EVEN_K: tl.constexpr, EVICT_FIRST: tl.constexpr, X_TMA: tl.constexpr, W_TMA: tl.constexpr,
+    x, w, out_ptr, order_ptr, tile_expert_ptr, tile_rows_ptr, num_tiles_ptr, J, N, K,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr,
+    EVEN_K: tl.constexpr, EVICT_FIRST: tl.constexpr, X_TMA: tl.constexpr, W_TMA: tl.constexpr,
     SILU_MUL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Tiles of `place_kernel`. SILU_MUL reads x by row and writes by place, else reads by place and writes by pair.

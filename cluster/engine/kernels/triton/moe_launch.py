@@ -107,20 +107,22 @@ def run_experts(
     rows_PK = rows_TJK.view(-1, hidden)
     if plan.kind == "few":
         active_PF = torch.empty((num_rows * top_k, features), dtype=x_TK.dtype, device=x_TK.device)
-        few = _FewCall(experts_TJ, first_expert, plan.block_m, pdl)
+        few = FewCall(experts_TJ, first_expert, plan.block_m, pdl)
         few.run(x_TK, gate_up_ENK, active_PF, plan.gate_up, silu_mul=True)
         few.run(active_PF, down_EKF, rows_PK, plan.down, silu_mul=False)
         return rows_TJK
     grouping = run_grouping(experts_TJ, num_experts, first_expert, plan.block_m, pdl=pdl)
     active = torch.empty((len(grouping.order), features), dtype=x_TK.dtype, device=x_TK.device)
-    grouped = _GroupedCall(grouping, top_k, plan.block_m, num_programs, pdl)
+    grouped = GroupedCall(grouping, top_k, plan.block_m, num_programs, pdl)
     grouped.run(x_TK, gate_up_ENK, active, plan.gate_up, silu_mul=True)
     grouped.run(active, down_EKF, rows_PK, plan.down, silu_mul=False)
     return rows_TJK
 
 
 @dataclass(frozen=True, slots=True)
-class _FewCall:
+class FewCall:
+    """The GEMMs of a step of at most `block_m` rows."""
+
     experts_TJ: torch.Tensor
     first_expert: int
     block_m: int
@@ -129,21 +131,24 @@ class _FewCall:
     def run(
         self, x: torch.Tensor, w_ENK: torch.Tensor, out: torch.Tensor, plan: GroupedPlan, *, silu_mul: bool
     ) -> None:
+        """`silu_mul`: x has the rows of the step, else a row per pair; out has one per pair."""
         num_rows, top_k = self.experts_TJ.shape
         num_experts, _, in_features = w_ENK.shape
         by_pair = num_rows * top_k < num_experts
         items = num_rows * top_k if by_pair else num_experts
         moe.few_kernel[(items * triton.cdiv(out.shape[1], plan.block_n),)](
-            x, w_ENK, out, self.experts_TJ, num_rows, self.first_expert, out.shape[1], in_features,
-            E=num_experts, J=top_k, BLOCK_J=triton.next_power_of_2(top_k), BLOCK_M=self.block_m,
-            BLOCK_N=plan.block_n, BLOCK_K=plan.block_k, BY_PAIR=by_pair, EVEN_K=in_features % plan.block_k == 0,
+            x, w_ENK, out, self.experts_TJ, num_rows, self.first_expert, num_experts, top_k, out.shape[1],
+            in_features, BLOCK_J=max(8, triton.next_power_of_2(top_k)), BLOCK_M=self.block_m, BLOCK_N=plan.block_n,
+            BLOCK_K=plan.block_k, BY_PAIR=by_pair, EVEN_K=in_features % plan.block_k == 0,
             EVICT_FIRST=plan.evict_first, SILU_MUL=silu_mul, num_warps=plan.num_warps, num_stages=plan.num_stages,
             **_overlap(self.pdl),
         )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
-class _GroupedCall:
+class GroupedCall:
+    """The GEMMs of a step whose pairs are grouped."""
+
     grouping: Grouping
     top_k: int
     block_m: int
@@ -153,7 +158,7 @@ class _GroupedCall:
     def run(
         self, x: torch.Tensor, w_ENK: torch.Tensor, out: torch.Tensor, plan: GroupedPlan, *, silu_mul: bool
     ) -> None:
-        """SILU_MUL: x has the rows of the step and out a row per place; else a row per place, and one per pair."""
+        """`silu_mul`: x has the rows of the step and out a row per place, else x one per place and out one per pair."""
         grouping, in_features = self.grouping, w_ENK.shape[2]
         tiles = grouping.max_tiles * triton.cdiv(out.shape[1], plan.block_n)
         w_rows: object = w_ENK
@@ -166,7 +171,7 @@ class _GroupedCall:
             x_rows = TensorDescriptor.from_tensor(x, [self.block_m, plan.block_k])
         moe.tile_kernel[(min(tiles, self.num_programs) if plan.persistent else tiles,)](
             x_rows, w_rows, out, grouping.order, grouping.tile_expert, grouping.tile_rows, grouping.num_tiles,
-            out.shape[1], in_features, J=self.top_k, BLOCK_M=self.block_m, BLOCK_N=plan.block_n,
+            self.top_k, out.shape[1], in_features, BLOCK_M=self.block_m, BLOCK_N=plan.block_n,
             BLOCK_K=plan.block_k, GROUP_M=plan.group_m, SWAP=plan.swap, EVEN_K=in_features % plan.block_k == 0,
             EVICT_FIRST=plan.evict_first, X_TMA=x_tma, W_TMA=w_tma, SILU_MUL=silu_mul,
             num_warps=plan.num_warps, num_stages=plan.num_stages, **_overlap(self.pdl),

@@ -10,6 +10,8 @@ import msgspec
 
 from cluster.engine.kernels.triton.table import file_stem
 
+Kind = Literal["few", "grouped"]  # few: at most a tile of rows in all, nothing is grouped
+
 
 class GroupedPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One grouped GEMM. The rows of a tile are the `MoePlan`'s."""
@@ -26,9 +28,9 @@ class GroupedPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class MoePlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Both GEMMs of a step. "few": at most `block_m` rows in all, nothing is grouped."""
+    """Both GEMMs of a step."""
 
-    kind: Literal["few", "grouped"]
+    kind: Kind
     block_m: int  # rows of a tile
     gate_up: GroupedPlan
     down: GroupedPlan
