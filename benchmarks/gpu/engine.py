@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
-from benchmarks.gpu.models import LLAMA_8B, random_decoder
+from benchmarks.gpu.random_model import LLAMA_8B, random_decoder
 from cluster.engine.config import EngineConfig
 from cluster.engine.engine import Engine
 from cluster.engine.gpu.runner import GpuModelRunner

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from cluster.engine.kernels.ops import Ops
-from cluster.engine.models.config import Architecture, ExpertsConfig, ModelConfig, NoScaling
+from cluster.engine.models.config import Architecture, ExpertsConfig, Llama3Scaling, ModelConfig, NoScaling
 from cluster.engine.models.feed_forward import DenseFeedForward, FeedForward
 from cluster.engine.models.llama import DecoderModel, DecoderWeights, LayerWeights
 from cluster.engine.models.moe import MoeFeedForward
@@ -18,6 +18,25 @@ from cluster.engine.models.sharding_plan import ShardingPlan
 from cluster.engine.parallel.group import ParallelGroup, SingleRank
 from cluster.engine.parallel.sharding import Range
 
+LLAMA_8B = ModelConfig(
+    architecture=Architecture.LLAMA,
+    hidden_size=4096,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_size=128,
+    ffn_size=14336,
+    vocab_size=128256,
+    rope_theta=500_000.0,
+    rope_scaling=Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192),
+    rms_norm_eps=1e-5,
+    tie_embeddings=False,
+    qkv_bias=False,
+    qk_norm=False,
+    max_position=131_072,
+    bos_token_id=128_000,
+    eos_token_ids=(128_001,),
+)
 QWEN3_30B_A3B = ModelConfig(
     architecture=Architecture.QWEN3_MOE,
     hidden_size=2048,

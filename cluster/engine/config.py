@@ -19,9 +19,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_model_len: int | None = None  # None: the model's own
     enable_prefix_caching: bool = True  # keep the KV of finished prompts for later ones that begin alike
     device: str = "cpu"  # `cpu`, `cuda` or `cuda:1`
-    gpu_memory_fraction: float | None = (
-        None  # of the GPU's memory, for weights, KV and steps; null: 0.95, shared evenly
-    )
+    gpu_memory_fraction: float | None = None  # of a GPU, for weights, KV and steps; null: 0.95, shared evenly
     cuda_graphs: bool = True  # replay decode steps as CUDA graphs; false starts faster and runs slower
     num_threads: int | None = None  # CPU threads of the kernels; None: the cores this process may use
 

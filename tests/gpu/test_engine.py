@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.gpu.exactness import REFERENCE, Cell, Exactness, compare, make_requests, standard_cells
-from benchmarks.gpu.models import LLAMA_8B, random_decoder
+from benchmarks.gpu.random_model import LLAMA_8B, random_decoder
 from cluster.engine.config import EngineConfig
 from cluster.engine.engine import Engine
 from cluster.engine.gpu import memory
