@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
+
+
+class SpeculationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Guessing tokens that the model then verifies in one step. The output has the same bits with and without."""
+
+    method: Literal["none", "ngram"] = "none"  # ngram: as the text went on before (copies, edits, loops)
+    num_tokens: int = 8  # the most guesses of a sequence in a step; it adapts to how many come true
+    ngram_min: int = 3  # tokens that must have occurred before
+    ngram_max: int = 8  # tokens that are compared to choose among several occurrences
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -16,3 +27,4 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     enable_prefix_caching: bool = True  # keep the KV of finished prompts for later ones that begin alike
     device: str = "cpu"  # `cpu`, `cuda` or `cuda:1`
     num_threads: int | None = None  # CPU threads of the kernels; None: the cores this process may use
+    speculation: SpeculationConfig = SpeculationConfig()  # see the section `speculation`

@@ -27,6 +27,8 @@ from cluster.engine.pool_size import choose_num_blocks
 from cluster.engine.request_check import check_request
 from cluster.engine.scheduler import Policy, Scheduler
 from cluster.engine.sequence import Sequence, SequenceKey, make_sequence
+from cluster.engine.speculation.setup import make_speculator
+from cluster.engine.speculation.speculator import SpeculationCounts
 from cluster.engine.timings import EngineTimings
 from cluster.errors import DeadlineExceeded, InvalidRequest, StartupError
 from cluster.types import FinishReason, Request, WorkerLoad
@@ -64,6 +66,7 @@ class Engine:
             policy,
             max_num_sequences=config.max_num_sequences,
             max_batched_tokens=config.max_batched_tokens,
+            speculator=None if policy.hands_over else make_speculator(config.speculation),
         )
         self.is_blocked = False  # the last step found nothing it could run: all waits for blocks
         self._runner = ModelRunner(
@@ -141,6 +144,8 @@ class Engine:
     def step(self) -> list[EngineEvent]:
         """Compute one step and report what happened, in order. See `is_blocked` for when to wait."""
         self._expire()
+        while self._launched and self.scheduler.is_held_up:
+            self._collect_oldest()
         batch = self.scheduler.schedule()
         for sequence in self.scheduler.drain_admitted():
             self.timings.on_admitted(sequence, self._clock())
@@ -149,14 +154,19 @@ class Engine:
             self.timings.on_step(batch)
             self._launched.append(self._runner.launch(batch))
         if self._launched and (batch is None or len(self._launched) > self._steps_ahead):
-            launched = self._launched.popleft()
-            result = self._runner.collect(launched)
-            self._committer.commit(launched.batch, result, self._clock())
+            self._collect_oldest()
         self.is_blocked = batch is None and not self._launched and bool(self._sequences)
         return self._committer.drain()
 
+    def _collect_oldest(self) -> None:
+        launched = self._launched.popleft()
+        result = self._runner.collect(launched)
+        self._committer.commit(launched.batch, result, self._clock())
+
     def load(self) -> WorkerLoad:
         """A gauge reading. The transfer counters are the worker's to fill in."""
+        speculator = self.scheduler.speculator
+        drafts = SpeculationCounts([]) if speculator is None else speculator.counts
         return WorkerLoad(
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
@@ -169,6 +179,10 @@ class Engine:
             cached_tokens=self.scheduler.num_cached_tokens,
             cache_queries=self.scheduler.num_cache_queries,
             preemptions=self.scheduler.num_preemptions,
+            spec_drafts=drafts.num_drafts,
+            spec_draft_tokens=drafts.num_draft_tokens,
+            spec_accepted_tokens=drafts.num_accepted_tokens,
+            spec_accepted_per_position=tuple(drafts.accepted_per_position),
         )
 
     def _make_sequence(self, request: Request, *, is_loaded: bool) -> Sequence:
