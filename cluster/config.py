@@ -18,7 +18,7 @@ from typing import Literal
 import msgspec
 
 from cluster import config_source
-from cluster.engine.config import EngineConfig
+from cluster.engine.config import EngineConfig, SpeculationConfig
 from cluster.errors import ConfigError
 
 MIB = 1 << 20
@@ -139,6 +139,11 @@ def find_problems(config: ClusterConfig) -> Iterator[str]:
     yield from _pool_problems("decode", config.decode)
     if not config.monolithic:
         yield from _pool_problems("prefill", config.prefill)
+        if config.prefill.engine.speculation.method != "none":
+            yield (
+                "prefill.engine.speculation.method: a prefill worker draws one token of a request, there is nothing "
+                "to guess; set it under decode.engine"
+            )
     yield from _network_problems(config)
     yield from _between("connector.lease_s", config.connector.lease_s, 0.1, 3600)
     yield from _between("connector.load_timeout_s", config.connector.load_timeout_s, 0.1, 3600)
@@ -203,6 +208,18 @@ def _engine_problems(path: str, engine: EngineConfig) -> Iterator[str]:
         yield from _between(f"{path}.num_threads", engine.num_threads, 1, 1024, "leave it out to have it chosen")
     if engine.device.split(":")[0] not in DEVICE_KINDS:
         yield f"{path}.device: must be one of {', '.join(DEVICE_KINDS)}, got {engine.device!r}"
+    yield from _speculation_problems(f"{path}.speculation", engine.speculation)
+
+
+def _speculation_problems(path: str, speculation: SpeculationConfig) -> Iterator[str]:
+    yield from _between(f"{path}.num_tokens", speculation.num_tokens, 1, 64, "`method: none` turns it off")
+    yield from _between(f"{path}.ngram_min", speculation.ngram_min, 1, 32)
+    yield from _between(f"{path}.ngram_max", speculation.ngram_max, 1, 32)
+    if speculation.ngram_min > speculation.ngram_max:
+        yield (
+            f"{path}.ngram_min: {speculation.ngram_min} is more than ngram_max ({speculation.ngram_max}); "
+            "lower it, or raise the other"
+        )
 
 
 def _network_problems(config: ClusterConfig) -> Iterator[str]:

@@ -23,7 +23,7 @@ from cluster.config import (
     SecuritySettings,
 )
 from cluster.config_source import field_types, is_section, type_name
-from cluster.engine.config import EngineConfig
+from cluster.engine.config import EngineConfig, SpeculationConfig
 
 SECTIONS: tuple[tuple[str, type[msgspec.Struct]], ...] = (
     ("Top level", ClusterConfig),
@@ -31,6 +31,7 @@ SECTIONS: tuple[tuple[str, type[msgspec.Struct]], ...] = (
     ("`router`", RouterSettings),
     ("`prefill` and `decode`", PoolSettings),
     ("`prefill.engine` and `decode.engine`", EngineConfig),
+    ("`decode.engine.speculation`", SpeculationConfig),
     ("`connector`", ConnectorSettings),
     ("`security`", SecuritySettings),
     ("`logging`", LoggingSettings),

@@ -251,5 +251,9 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True):
     digests_rejected: int = 0  # reads whose content was not what the ledger says
     external_cache_queries: int = 0  # prompt tokens wanted from prefill workers
     external_cache_hits: int = 0  # of these, arrived and verified
+    spec_drafts: int = 0  # proposals of draft tokens, one per sequence and step
+    spec_draft_tokens: int = 0
+    spec_accepted_tokens: int = 0  # draft tokens that were what the model draws
+    spec_accepted_per_position: tuple[int, ...] = ()  # of these, by place in the proposal; empty: no speculation
     # Read anew a few times per second at most; the same object in between, so it need not be sent again.
     histograms: tuple[HistogramReading, ...] = ()

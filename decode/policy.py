@@ -8,9 +8,9 @@ from cluster.engine.sequence import Sequence
 
 
 class DecodePolicy:
-    """Continuous batching. Decode rows come first; what remains of the token budget goes to prompts that
-    are computed here: recomputed ones after a preemption or a failed transfer, and all of them where
-    there is no prefill pool.
+    """Continuous batching. Decode rows come first, then drafts of their next tokens; what remains of the
+    token budget, half of it at least, goes to prompts that are computed here: recomputed ones after a
+    preemption or a failed transfer, and all of them where there is no prefill pool.
 
     When blocks run out, the newest sequence is preempted and its tokens are recomputed later. The
     oldest is never preempted for a younger one and the engine admits only what fits the pool alone, so
@@ -24,8 +24,10 @@ class DecodePolicy:
         decoding = [sequence for sequence in runnable if sequence.num_unscheduled_tokens == 1]
         prompts = [sequence for sequence in runnable if sequence.num_unscheduled_tokens > 1]
         decoding = decoding[: min(scheduler.max_num_sequences, scheduler.max_batched_tokens)]
-        scheduled = [scheduler.take(sequence, 1) for sequence in decoding]
-        budget = scheduler.max_batched_tokens - len(scheduled)
+        budget = scheduler.max_batched_tokens - len(decoding)
+        drafts = scheduler.propose_drafts(decoding, budget // 2 if prompts or scheduler.waiting else budget)
+        scheduled = [scheduler.take(sequence, 1, guess) for sequence, guess in zip(decoding, drafts, strict=True)]
+        budget -= sum(map(len, drafts))
         num_places = scheduler.max_num_sequences - len(scheduled)
         scheduler.admit_prompts(prompts, budget, keeps_room=True)
         return scheduled + scheduler.take_prompt_chunks(prompts, budget, num_places)
@@ -37,7 +39,7 @@ class DecodePolicy:
         index = 0
         while index < len(scheduler.running):
             sequence = scheduler.running[index]
-            if not sequence.can_run:
+            if not scheduler.can_run(sequence):
                 index += 1
             elif scheduler.grow(sequence):
                 runnable.append(sequence)

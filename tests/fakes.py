@@ -15,6 +15,8 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import msgspec
+
 from cluster.errors import HandshakeMismatch, InvalidRequest, TandemError, WorkerLost
 from cluster.rpc.base import PrefillEvent
 from cluster.tokenizer import IncrementalDetokenizer
@@ -102,6 +104,8 @@ class FakeWorker:
         self.eos_at = eos_at  # output position of an end-of-sequence token
         self.prefill_s = 0.0
         self.is_up = True
+        self.tokens_per_chunk = 1  # of a decode worker, as one that speculates
+        self.accepted_per_position: tuple[int, ...] = ()
         self.dies_at: int | None = None  # output position before which the worker is lost, once
         self.gives_up_at: int | None = None  # output position before which it cancels by itself, once
         self.flips_bit_at: int | None = None  # output position whose logprob is one fp32 step off
@@ -139,6 +143,8 @@ class FakeWorker:
             num_waiting=0,
             num_free_blocks=64 - used,
             num_blocks=64,
+            spec_accepted_tokens=sum(self.accepted_per_position),
+            spec_accepted_per_position=self.accepted_per_position,
             histograms=self.histograms,
         )
 
@@ -188,6 +194,9 @@ class FakeWorker:
                 chunk = self._chunk(request, token_ids, is_first=is_first)
                 is_first = False
                 token_ids.extend(chunk.token_ids)
+                while len(chunk.token_ids) < self.tokens_per_chunk and chunk.finish_reason is None:
+                    chunk = _joined(chunk, self._chunk(request, token_ids, is_first=False))
+                    token_ids.append(chunk.token_ids[-1])
                 if chunk.finish_reason is not None:
                     self.running.discard((request.request_id, request.attempt))
                 yield chunk
@@ -288,6 +297,16 @@ class FakeWorker:
             finish_reason=FinishReason.ERROR,
             error=RequestError(code=error.code, message=error.message),
         )
+
+
+def _joined(chunk: TokenChunk, later: TokenChunk) -> TokenChunk:
+    return msgspec.structs.replace(
+        chunk,
+        token_ids=chunk.token_ids + later.token_ids,
+        logprobs=chunk.logprobs + later.logprobs,
+        finish_reason=later.finish_reason,
+        stop_token_id=later.stop_token_id,
+    )
 
 
 def _prompt_logprobs(request: Request) -> tuple[TokenLogprob | None, ...]:

@@ -18,6 +18,7 @@ BAD_VALUES: tuple[tuple[dict[str, Any], str], ...] = (
     ({"prefill__engine__block_size": 24}, "/prefill/engine/block_size"),
     ({"decode__engine__blocks": 3}, "additional properties 'blocks' not allowed"),
     ({"decode__engine__device": "tpu"}, "/decode/engine/device"),
+    ({"decode__engine__speculation": {"method": "oracle"}}, "/decode/engine/speculation/method"),
     ({"decode__shmSize": "much"}, "/decode/shmSize"),
     ({"decode__autoscaling__kvUsage": 80}, "/decode/autoscaling/kvUsage"),
     ({"decode__podDisruptionBudget__maxUnavailable": 0}, "/decode/podDisruptionBudget/maxUnavailable"),
@@ -109,6 +110,7 @@ BAD_VALUES: tuple[tuple[dict[str, Any], str], ...] = (
         {"prefill__engine__max_model_len": 4096, "decode__engine__max_model_len": 2048},
         "prefill.engine.max_model_len (4096) is larger than decode.engine.max_model_len (2048)",
     ),
+    ({"prefill__engine__speculation": {"method": "ngram"}}, "set speculation under decode.engine"),
     ({"inferencePool": {"enabled": True}}, "inferencePool.endpointPicker is not set"),
     (
         {"disaggregatedSet": {"enabled": True}, "decode__autoscaling": {"type": "hpa", "max": 1}},

@@ -112,4 +112,4 @@ def compile_share(share: int, shares: int) -> None:
         use_graphs=False,
     )  # fmt: skip
     bounds = [2**i for i in range(15)]
-    runner.compile(bounds[share::shares], [bound for bound in bounds[share::shares] if 8 <= bound <= 256])
+    runner.compile(bounds[share::shares], [bound for bound in bounds[share::shares] if bound <= 512])

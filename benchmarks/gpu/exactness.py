@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import msgspec
 import torch
 
-from cluster.engine.batch import ScheduledSequence
+from cluster.engine.batch import DrawnRow
 from cluster.engine.config import EngineConfig
 from cluster.engine.engine import Engine
 from cluster.engine.events import EngineEvent, PromptFinished
@@ -96,6 +96,10 @@ class Exactness:
                 else:
                     self._hand_over(source, engine, group, answers)
                 self._finish(engine, answers)
+        for request in self._requests:  # rows of drafts that lay behind the end count for nothing
+            answer = answers[request.request_id]
+            end = len(request.token_ids) + len(answer.tokens)
+            answer.logits = {position: digest for position, digest in answer.logits.items() if position < end}
         for each in (engine, source):
             if each is not None:
                 each.blocks.check_integrity()
@@ -193,12 +197,12 @@ class _LogitsWatch:
             for (request_id, position), digest in zip(rows, digests.tolist(), strict=True):
                 self._answers[request_id].logits[position] = digest
 
-    def _sample(self, output: StepOutput, samples: list[ScheduledSequence]) -> DrawnRows:
-        logits_RV = output.logits_RV[: len(samples)]
+    def _sample(self, output: StepOutput, draws: list[DrawnRow]) -> DrawnRows:
+        logits_RV = output.logits_RV[: len(draws)]
         digests = torch.stack([(row.view(torch.int32).long() * self._key(len(row))).sum() for row in logits_RV])
-        rows = [(entry.sequence.request.request_id, entry.start + entry.num_tokens) for entry in samples]
+        rows = [(draw.sequence.request.request_id, draw.position) for draw in draws]
         self._found.append((rows, digests))
-        return self._plain(output, samples)
+        return self._plain(output, draws)
 
 
 def _take(answers: dict[str, Answer], chunk: TokenChunk) -> None:

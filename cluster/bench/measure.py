@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 
 import msgspec
 
@@ -128,7 +128,7 @@ class Meter:
         self.num_output_tokens = 0
         self.first_s: float | None = None
         self.last_s = 0.0
-        self.tokens_by_second: Counter[int] = Counter()
+        self.tokens_by_second: defaultdict[int, float] = defaultdict(float)
         self.scatter: list[tuple[float, float]] = []  # (started_s, ttft_s) of a bounded number of requests
 
     @property
@@ -154,13 +154,14 @@ class Meter:
         self.num_good += meets(record, self._slo)
         if len(self.scatter) < NUM_CURVE_POINTS * 10:
             self.scatter.append((record.started_s, record.ttft_s))
-        self._count_tokens(record.started_s + record.ttft_s, gaps)
+        self._count_tokens(record.started_s + record.ttft_s, gaps, record.num_output_tokens / (1 + len(gaps)))
 
-    def _count_tokens(self, at: float, gaps: array[float]) -> None:
-        self.tokens_by_second[min(int(at), MAX_SECONDS)] += 1
+    def _count_tokens(self, at: float, gaps: array[float], num_tokens: float) -> None:
+        """`num_tokens` for each chunk, the mean: the stream does not tell how many a chunk has."""
+        self.tokens_by_second[min(int(at), MAX_SECONDS)] += num_tokens
         for gap in gaps:
             at += gap
-            self.tokens_by_second[min(int(at), MAX_SECONDS)] += 1
+            self.tokens_by_second[min(int(at), MAX_SECONDS)] += num_tokens
 
     def summary(self) -> Summary:
         duration_s = max(self.last_s - (self.first_s or 0.0), 1e-9)

@@ -67,7 +67,7 @@ def _plots(meter: Meter) -> list[tuple[str, str]]:
 
     origin_s = int(meter.first_s or 0.0)
     last = max(meter.tokens_by_second, default=0)
-    rates = [(float(at - origin_s), float(meter.tokens_by_second[at])) for at in range(origin_s, last + 1)]
+    rates = [(float(at - origin_s), meter.tokens_by_second[at]) for at in range(origin_s, last + 1)]
     firsts = [(at, 1e3 * ttft_s) for at, ttft_s in meter.scatter]
     gaps = [("between chunks", curve(meter.itl)), ("mean of a request", curve(meter.tpot))]
     share = "share of values, %"

@@ -3,25 +3,47 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from cluster.engine.sequence import Sequence
 from cluster.types import TokenLogprob
+
+
+class DrawnRow(NamedTuple):
+    """One row of logits and what is drawn from it: the token at `position` of `sequence`."""
+
+    sequence: Sequence
+    position: int
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduledSequence:
     """Rows `start : start + num_tokens` (absolute positions) of one sequence in this step.
 
-    If the last row is the sequence's newest token, a next token is sampled (`samples`). A row whose
+    If the rows reach the sequence's newest token, a next token is sampled (`samples`). A row whose
     token is still on the device (sampled by the step before, not yet seen by the host) is taken from
     there: `reads_pending_token`, so a step can be prepared while its predecessor runs.
+
+    `drafts` are guesses for the tokens behind the newest. They are the last rows, and a token is
+    sampled from each of them, too: if the guess before it was right, it is the sequence's next one.
+
+        newest d1 d2 d3     rows (drafts: d1 d2 d3)
+           |   |  |  |
+           t1  t2 t3 t4     sampled; t1 always counts, t2 if t1 = d1, t3 if also t2 = d2, ...
     """
 
     sequence: Sequence
     start: int
-    num_tokens: int
+    num_tokens: int  # drafts included
     samples: bool
     reads_pending_token: bool = False
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def drawn_positions(self) -> range:
+        """Of the tokens that are sampled; the row before each of them has its logits."""
+        end = self.start + self.num_tokens + 1
+        return range(end - 1 - len(self.drafts), end) if self.samples else range(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +60,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """The runner's answer for one scheduled sequence that samples."""
+    """The runner's answer for one drawn row."""
 
     token_id: int
     logprob: TokenLogprob | None
@@ -47,7 +69,7 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Parallel to `Batch.scheduled`; None where nothing was sampled."""
+    """Parallel to `Batch.scheduled`; each entry's sampled tokens are parallel to its `drawn_positions`."""
 
-    sampled: tuple[SampledToken | None, ...]
+    sampled: tuple[tuple[SampledToken, ...], ...]
     prompt_logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()  # of the rows computed this step

@@ -117,17 +117,25 @@ class BlockManager:
         self._tables.add(table)
         return table
 
-    def grow(self, table: BlockTable, num_tokens: int) -> bool:
-        """Make room for `num_tokens` tokens in all. False, and nothing has changed, if blocks lack."""
+    def grow(self, table: BlockTable, num_tokens: int, keep_free: int = 0) -> bool:
+        """Make room for `num_tokens` tokens in all. False, and nothing has changed, if that takes blocks and
+        fewer than `keep_free` would remain."""
         num_new = self.num_blocks_for(num_tokens) - len(table.block_ids)
         if num_new <= 0:
             return True
-        if num_new > self.num_free:
+        if num_new + keep_free > self.num_free:
             return False
         for block in self._pool.take_new(num_new):
             self._pool.add_owner(block)
             table.block_ids.append(block)
         return True
+
+    def shrink(self, table: BlockTable, num_tokens: int) -> None:
+        """Give back the blocks behind the first `num_tokens` tokens: nothing that counts was stored there."""
+        num_kept = self.num_blocks_for(num_tokens)
+        assert num_kept >= table.num_registered, "a registered block holds tokens of the sequence"
+        while len(table.block_ids) > num_kept:
+            self._pool.drop_owner(table.block_ids.pop())
 
     def register_computed(self, table: BlockTable, chain: BlockHashChain, num_computed_tokens: int) -> None:
         """Offer the full blocks among the first `num_computed_tokens` tokens to the prefix cache. Their

@@ -13,9 +13,10 @@ from cluster.engine.batch import Batch, SampledToken, ScheduledSequence, StepRes
 from cluster.engine.events import EngineEvent, PromptFinished, PromptProgress, PromptStarted
 from cluster.engine.scheduler import Scheduler
 from cluster.engine.sequence import Sequence, SequenceKey
+from cluster.engine.speculation.acceptance import accepted
 from cluster.engine.timings import EngineTimings
 from cluster.errors import NumericalError, TandemError
-from cluster.types import FinishReason, RequestError, TokenChunk
+from cluster.types import FinishReason, RequestError, TokenChunk, TokenLogprob
 
 
 class Committer:
@@ -68,18 +69,36 @@ class Committer:
             sequence = entry.sequence
             sequence.num_in_flight -= 1
             sequence.num_pending_tokens -= entry.samples
+            if entry.drafts:
+                sequence.num_pending_drafts = 0
             if sequence.is_finished:  # ended while this step was on its way
                 if sequence.num_in_flight == 0:
                     self._scheduler.release_blocks(sequence)
                 continue
-            sampled, prompt_logprobs = result.sampled[index], result.prompt_logprobs[index]
-            if (sampled is not None and sampled.is_nan) or any(math.isnan(each.logprob) for each in prompt_logprobs):
-                self._end_broken(sequence)
-                continue
-            sequence.prompt_logprobs.extend(prompt_logprobs)
-            self._advance(entry)
-            if sampled is not None:
-                self._append(sequence, sampled, now)
+            self._commit_entry(entry, result.sampled[index], result.prompt_logprobs[index], now)
+
+    def _commit_entry(
+        self,
+        entry: ScheduledSequence,
+        drawn: tuple[SampledToken, ...],
+        prompt_logprobs: tuple[TokenLogprob, ...],
+        now: float,
+    ) -> None:
+        sequence = entry.sequence
+        drawn = accepted(entry.drafts, drawn)
+        if entry.drafts and self._scheduler.speculator is not None:
+            self._scheduler.speculator.on_verified(sequence, len(entry.drafts), len(drawn) - 1)
+        is_broken = any(math.isnan(each.logprob) for each in prompt_logprobs) or any(each.is_nan for each in drawn)
+        if is_broken and len(drawn) <= 1:
+            self._end_broken(sequence)
+            return
+        sequence.prompt_logprobs.extend(prompt_logprobs)
+        tokens = _until_stop(sequence, drawn)
+        self._advance(entry, tokens)
+        if tokens:
+            self._report(sequence, tokens, now)
+        if is_broken and not sequence.is_finished:
+            self._end_broken(sequence)
 
     def end(self, sequence: Sequence, reason: FinishReason, error: TandemError | None = None) -> None:
         """End a sequence without a further token."""
@@ -95,19 +114,24 @@ class Committer:
         self._leave(sequence)
         self._events.append(PromptFinished(chunk, None) if self._hands_over else chunk)
 
-    def _advance(self, entry: ScheduledSequence) -> None:
+    def _advance(self, entry: ScheduledSequence, tokens: tuple[SampledToken, ...]) -> None:
+        """Append what was drawn. The KV of all tokens but the newest is stored then; a row whose draft was
+        wrong, or which lies behind the end, does not count: its block is never offered to others."""
         sequence = entry.sequence
         assert sequence.table is not None
-        sequence.num_computed_tokens = entry.start + entry.num_tokens
+        sequence.token_ids.extend(each.token_id for each in tokens)
+        num_void_rows = len(entry.drawn_positions) - len(tokens)
+        sequence.num_computed_tokens = entry.start + entry.num_tokens - num_void_rows
         self._scheduler.blocks.register_computed(sequence.table, sequence.chain, sequence.num_computed_tokens)
+        if entry.drafts:
+            self._scheduler.settle_drafts(entry)
         if self._hands_over:
             self._events.append(PromptProgress(*sequence.key, sequence.num_computed_tokens))
 
-    def _append(self, sequence: Sequence, sampled: SampledToken, now: float) -> None:
-        sequence.token_ids.append(sampled.token_id)
-        self.num_generated_tokens += 1
-        self._timings.on_token(sequence, now)
-        chunk = self._make_chunk(sequence, sampled)
+    def _report(self, sequence: Sequence, tokens: tuple[SampledToken, ...], now: float) -> None:
+        self.num_generated_tokens += len(tokens)
+        self._timings.on_tokens(sequence, len(tokens), now)
+        chunk = self._make_chunk(sequence, tokens)
         if self._hands_over or chunk.finish_reason is not None:
             self._timings.on_end(sequence, now, hands_over=self._hands_over)
         if self._hands_over:
@@ -117,9 +141,10 @@ class Committer:
             self._leave(sequence)
         self._events.append(chunk)
 
-    def _make_chunk(self, sequence: Sequence, sampled: SampledToken) -> TokenChunk:
+    def _make_chunk(self, sequence: Sequence, tokens: tuple[SampledToken, ...]) -> TokenChunk:
         request_id, attempt = sequence.key
-        stops = sampled.token_id in sequence.stop_token_ids
+        newest = sequence.token_ids[-1]
+        stops = newest in sequence.stop_token_ids
         ends = len(sequence.token_ids) >= sequence.max_total_tokens
         is_first = not sequence.has_emitted
         if is_first:
@@ -128,11 +153,11 @@ class Committer:
         return TokenChunk(
             request_id=request_id,
             attempt=attempt,
-            index=sequence.num_output_tokens - 1,
-            token_ids=(sampled.token_id,),
-            logprobs=(sampled.logprob,) if sampled.logprob is not None else (),
+            index=sequence.num_output_tokens - len(tokens),
+            token_ids=tuple(each.token_id for each in tokens),
+            logprobs=tuple(each.logprob for each in tokens if each.logprob is not None),
             finish_reason=FinishReason.STOP if stops else FinishReason.LENGTH if ends else None,
-            stop_token_id=sampled.token_id if stops else None,
+            stop_token_id=newest if stops else None,
             num_cached_tokens=sequence.num_cached_tokens if is_first else 0,
             prompt_logprobs=tuple(sequence.prompt_logprobs) if is_first and not self._hands_over else (),
         )
@@ -158,3 +183,16 @@ class Committer:
         sequence.is_finished = True
         self._scheduler.leave(sequence)
         del self._sequences[sequence.key]
+
+
+def _until_stop(sequence: Sequence, drawn: tuple[SampledToken, ...]) -> tuple[SampledToken, ...]:
+    """The tokens that were drawn up to the first that ends the sequence, or to one that is not a number."""
+    tokens: list[SampledToken] = []
+    for each in drawn:
+        if each.is_nan:
+            break
+        tokens.append(each)
+        if each.token_id in sequence.stop_token_ids:
+            break
+    assert len(sequence.token_ids) + len(tokens) <= sequence.max_total_tokens, "drafts stay within the limits"
+    return tuple(tokens)

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 
 DEFAULT_GPU_FRACTION = 0.95  # of the memory of a GPU, for all workers on it
+
+
+class SpeculationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Guessing tokens that the model then verifies in one step. The output has the same bits with and without."""
+
+    method: Literal["none", "ngram"] = "none"  # ngram: as the text went on before (copies, edits, loops)
+    num_tokens: int = 8  # the most guesses of a sequence in a step; it adapts to how many come true
+    ngram_min: int = 3  # tokens that must have occurred before
+    ngram_max: int = 8  # tokens that are compared to choose among several occurrences
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -22,6 +31,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     gpu_memory_fraction: float | None = None  # of a GPU, for weights, KV and steps; null: 0.95, shared evenly
     cuda_graphs: bool = True  # replay decode steps as CUDA graphs; false starts faster and runs slower
     num_threads: int | None = None  # CPU threads of the kernels; None: the cores this process may use
+    speculation: SpeculationConfig = SpeculationConfig()  # see the section `speculation`
 
     @property
     def limits(self) -> EngineLimits:

@@ -28,6 +28,8 @@ from cluster.engine.pool_size import choose_num_blocks
 from cluster.engine.request_check import check_request
 from cluster.engine.scheduler import Policy, Scheduler
 from cluster.engine.sequence import Sequence, SequenceKey, make_sequence
+from cluster.engine.speculation.setup import make_speculator
+from cluster.engine.speculation.speculator import SpeculationCounts
 from cluster.engine.timings import EngineTimings
 from cluster.errors import DeadlineExceeded, InvalidRequest, StartupError
 from cluster.types import FinishReason, Request, WorkerLoad
@@ -69,6 +71,7 @@ class Engine:
             policy,
             max_num_sequences=limits.max_num_sequences,
             max_batched_tokens=limits.max_batched_tokens,
+            speculator=None if policy.hands_over else make_speculator(config.speculation),
         )
         self.is_blocked = False  # the last step found nothing it could run: all waits for blocks
         self.is_computing = False  # the last step left one that is still running
@@ -140,20 +143,28 @@ class Engine:
         wait. `wait` False: a step that is still running is left for a later call (`is_computing`)."""
         self._expire()
         batch = None
-        if len(self._launched) <= self._steps_ahead:
+        self.is_computing = False
+        while self._launched and self.scheduler.is_held_up and self._collect_oldest(wait=wait):
+            pass
+        if not self.is_computing and len(self._launched) <= self._steps_ahead:
             batch = self.scheduler.schedule()
             self._report_admitted()
         if batch is not None:
             self.timings.on_step(batch)
             self._launched.append(self._runner.launch(batch))
-        is_due = bool(self._launched) and (batch is None or len(self._launched) > self._steps_ahead)
-        self.is_computing = is_due and not wait and not self._runner.is_done(self._launched[0])
-        if is_due and not self.is_computing:
+        if self._launched and (batch is None or len(self._launched) > self._steps_ahead):
+            self._collect_oldest(wait=wait)
+        self.is_blocked = batch is None and not self._launched and bool(self._sequences)
+        return self._committer.drain()
+
+    def _collect_oldest(self, *, wait: bool) -> bool:
+        """False: it is still running and is not waited for."""
+        self.is_computing = not wait and not self._runner.is_done(self._launched[0])
+        if not self.is_computing:
             launched = self._launched.popleft()
             result = self._runner.collect(launched)
             self._committer.commit(launched.batch, result, self._clock())
-        self.is_blocked = batch is None and not self._launched and bool(self._sequences)
-        return self._committer.drain()
+        return not self.is_computing
 
     def _report_admitted(self) -> None:
         for sequence in self.scheduler.drain_admitted():
@@ -162,6 +173,8 @@ class Engine:
 
     def load(self) -> WorkerLoad:
         """A gauge reading. The transfer counters are the worker's to fill in."""
+        speculator = self.scheduler.speculator
+        drafts = SpeculationCounts([]) if speculator is None else speculator.counts
         return WorkerLoad(
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
@@ -174,6 +187,10 @@ class Engine:
             cached_tokens=self.scheduler.num_cached_tokens,
             cache_queries=self.scheduler.num_cache_queries,
             preemptions=self.scheduler.num_preemptions,
+            spec_drafts=drafts.num_drafts,
+            spec_draft_tokens=drafts.num_draft_tokens,
+            spec_accepted_tokens=drafts.num_accepted_tokens,
+            spec_accepted_per_position=tuple(drafts.accepted_per_position),
         )
 
     def _make_sequence(self, request: Request, *, is_loaded: bool) -> Sequence:

@@ -96,12 +96,14 @@ class ForwardBuffers:
             # Views of the sequence's own arrays, gone before anything can grow them.
             blocks = np.frombuffer(sequence.table.block_ids, np.int32)
             self._block_table_BM[index, : len(blocks)] = blocks
-            num_known = entry.num_tokens - entry.reads_pending_token
+            num_known = entry.num_tokens - entry.reads_pending_token - len(entry.drafts)
             tokens = np.frombuffer(sequence.token_ids, np.int32)[entry.start : entry.start + num_known]
             self._token_ids_T[first : first + num_known] = tokens
             if entry.reads_pending_token:
                 self._token_ids_T[first + num_known] = 0
                 pending_rows.append(first + num_known)
+            if entry.drafts:  # never behind a pending token
+                self._token_ids_T[first + num_known : first + entry.num_tokens] = entry.drafts
         return tuple(pending_rows)
 
     def _fill_positions(
@@ -135,6 +137,5 @@ def _logits_indices(scheduled: tuple[ScheduledSequence, ...], query_start: npt.N
     for index, entry in enumerate(scheduled):
         offset = int(query_start[index]) - entry.start
         indices.extend(offset + position for position in prompt_logprob_range(entry))
-        if entry.samples:
-            indices.append(offset + entry.start + entry.num_tokens - 1)
+        indices.extend(offset + position - 1 for position in entry.drawn_positions)
     return torch.tensor(indices, dtype=torch.int64)

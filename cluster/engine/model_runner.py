@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from cluster.engine.batch import Batch, SampledToken, ScheduledSequence, StepResult
+from cluster.engine.batch import Batch, DrawnRow, ScheduledSequence, StepResult
 from cluster.engine.forward_input import ForwardBuffers, ForwardInput, prompt_logprob_range
 from cluster.engine.kernels.ops import AttentionMetadata, Ops
 from cluster.engine.kv_cache import KVCache, KVLayout
@@ -92,7 +92,7 @@ class Runner(Protocol[Launched]):
 
 @dataclass(frozen=True, slots=True)
 class ComputedStep:
-    """`sampled_row_of` finds a sequence's row in `sampled`, by identity."""
+    """`sampled_row_of` finds a sequence's first row in `sampled`, by identity."""
 
     batch: Batch
     sampled: SampledRows | None
@@ -145,9 +145,10 @@ class ModelRunner:
     def collect(self, step: ComputedStep) -> StepResult:
         """Wait for a launched step and bring its results to the host."""
         rows = step.sampled.to_host() if step.sampled is not None else []
-        sampled: list[SampledToken | None] = [
-            rows[step.sampled_row_of[id(entry.sequence)]] if entry.samples else None for entry in step.batch.scheduled
-        ]
+        sampled = []
+        for entry in step.batch.scheduled:
+            first = step.sampled_row_of.get(id(entry.sequence), 0)
+            sampled.append(tuple(rows[first : first + len(entry.drawn_positions)]))
         prompt_logprobs: list[tuple[TokenLogprob, ...]] = [()] * len(step.batch.scheduled)
         for prompt in step.prompts:
             prompt_logprobs[prompt.entry_index] = tuple(prompt.rows.to_host(prompt.num_top))
@@ -165,10 +166,11 @@ class ModelRunner:
         forward_input.token_ids_T[torch.tensor(forward_input.pending_rows, device=self._device)] = tokens
 
     def _sample(self, batch: Batch, logits_RV: torch.Tensor) -> ComputedStep:
-        """Rows of `logits_RV`, entry by entry: the prompt rows that are owed, then the sampled row."""
+        """Rows of `logits_RV`, entry by entry: the prompt rows that are owed, then the sampled rows."""
         prompts: list[PromptRows] = []
         sampled_rows: list[int] = []
-        sampling: list[ScheduledSequence] = []
+        drawn: list[DrawnRow] = []
+        row_of: dict[int, int] = {}
         row = 0
         for index, entry in enumerate(batch.scheduled):
             num_owed = len(prompt_logprob_range(entry))
@@ -176,15 +178,15 @@ class ModelRunner:
                 prompts.append(self._prompt_rows(index, entry, logits_RV[row : row + num_owed]))
             row += num_owed
             if entry.samples:
-                sampled_rows.append(row)
-                sampling.append(entry)
-                row += 1
+                row_of[id(entry.sequence)] = len(drawn)
+                sampled_rows.extend(range(row, row + len(entry.drawn_positions)))
+                drawn.extend(DrawnRow(entry.sequence, position) for position in entry.drawn_positions)
+                row += len(entry.drawn_positions)
         assert row == len(logits_RV)
         sampled = None
-        if sampling:
+        if drawn:
             chosen_RV = logits_RV if not prompts else logits_RV[torch.tensor(sampled_rows, device=self._device)]
-            sampled = self._sampler.sample(chosen_RV, sampling)
-        row_of = {id(entry.sequence): row for row, entry in enumerate(sampling)}
+            sampled = self._sampler.sample(chosen_RV, drawn)
         return ComputedStep(batch, sampled, row_of, tuple(prompts))
 
     def _prompt_rows(self, index: int, entry: ScheduledSequence, logits_RV: torch.Tensor) -> PromptRows:

@@ -17,6 +17,9 @@ from typing import Protocol
 from cluster.engine.batch import Batch, ScheduledSequence
 from cluster.engine.block_manager import BlockManager
 from cluster.engine.sequence import Sequence
+from cluster.engine.speculation.speculator import Speculator
+
+HELD_UP_SHARE = 1 / 8  # see `Scheduler.is_held_up`
 
 
 class Policy(Protocol):
@@ -33,12 +36,22 @@ class Policy(Protocol):
 
 
 class Scheduler:
-    """Holds the sequences of one engine. All block changes of sequences go through here."""
+    """Holds the sequences of one engine. All block changes of sequences go through here.
+
+    `speculator` None: no drafts are proposed.
+    """
 
     def __init__(
-        self, blocks: BlockManager, policy: Policy, *, max_num_sequences: int, max_batched_tokens: int
+        self,
+        blocks: BlockManager,
+        policy: Policy,
+        *,
+        max_num_sequences: int,
+        max_batched_tokens: int,
+        speculator: Speculator | None = None,
     ) -> None:
         self.blocks = blocks
+        self.speculator = speculator
         self.max_num_sequences = max_num_sequences
         self.max_batched_tokens = max_batched_tokens
         self.waiting: deque[Sequence] = deque()
@@ -71,6 +84,23 @@ class Scheduler:
         self._num_steps += 1
         return Batch(self._num_steps, tuple(scheduled))
 
+    @property
+    def is_held_up(self) -> bool:
+        """True while so much of what runs waits for tokens on the device that they should be learned before
+        the next step is prepared.
+
+        A step prepared ahead hides the host's share h of a step, at most a tenth. A share f of the
+        sequences that sits out every second step meanwhile, each worth 1 + a tokens a step, costs
+        f (1 + a) / 2, which is more from about f = 1/8 on.
+        """
+        num_waiting = sum(
+            sequence.num_pending_tokens > 0
+            and sequence.num_tokens < sequence.max_total_tokens
+            and not self.can_run(sequence)
+            for sequence in self.running
+        )
+        return num_waiting > 0 and num_waiting >= HELD_UP_SHARE * len(self.running)
+
     def drain_admitted(self) -> list[Sequence]:
         """Sequences that got blocks for the first time since the last call."""
         admitted, self._just_admitted = self._just_admitted, []
@@ -97,6 +127,22 @@ class Scheduler:
             sequence.table = None
 
     # ---- the policy's side
+
+    def can_run(self, sequence: Sequence) -> bool:
+        """False while a running sequence must or had better wait for tokens that are on the device."""
+        if not sequence.can_run:
+            return False
+        if sequence.num_pending_tokens == 0 or self.speculator is None:
+            return True
+        return not self.speculator.awaits_token(sequence)
+
+    def propose_drafts(self, decoding: list[Sequence], budget: int) -> list[tuple[int, ...]]:
+        """Drafts for sequences whose next row is their newest token, parallel to them, `budget` tokens at
+        most. There is room for them then; it never takes the last free block of a running sequence, so
+        drafts cause no preemption."""
+        if self.speculator is None:
+            return [()] * len(decoding)
+        return self.speculator.propose(decoding, self.blocks, budget, keep_free=len(self.running))
 
     def admit(self, keep_free: int = 0) -> Sequence | None:
         """Give the first waiting sequence blocks for all its tokens and move it to `running`. None if
@@ -156,8 +202,8 @@ class Scheduler:
         self.num_preemptions += 1
         return True
 
-    def take(self, sequence: Sequence, max_rows: int) -> ScheduledSequence:
-        """Schedule the next rows of a running sequence that has room for them."""
+    def take(self, sequence: Sequence, max_rows: int, drafts: tuple[int, ...] = ()) -> ScheduledSequence:
+        """Schedule the next rows of a running sequence that has room for them, its drafts behind them."""
         num_rows = min(sequence.num_unscheduled_tokens, max_rows)
         assert num_rows > 0
         start = sequence.num_scheduled_tokens
@@ -165,14 +211,26 @@ class Scheduler:
         entry = ScheduledSequence(
             sequence=sequence,
             start=start,
-            num_tokens=num_rows,
+            num_tokens=num_rows + len(drafts),
             samples=end == sequence.num_tokens,
             reads_pending_token=end > len(sequence.token_ids),
+            drafts=drafts,
         )
+        assert not drafts or (entry.samples and not entry.reads_pending_token)
         sequence.num_scheduled_tokens = end
         sequence.num_in_flight += 1
         sequence.num_pending_tokens += entry.samples
+        sequence.num_pending_drafts = len(drafts)
         return entry
+
+    def settle_drafts(self, entry: ScheduledSequence) -> None:
+        """The step of an entry with drafts has been committed: rows behind the last token that counts are
+        computed anew, and blocks grown for them are given back."""
+        sequence = entry.sequence
+        assert sequence.table is not None
+        assert sequence.num_in_flight == 0
+        sequence.num_scheduled_tokens = sequence.num_computed_tokens
+        self.blocks.shrink(sequence.table, sequence.num_tokens)
 
     def take_prompt_chunks(self, prompts: Iterable[Sequence], budget: int, max_count: int) -> list[ScheduledSequence]:
         """Share `budget` rows among sequences that have several rows to compute, oldest first in

@@ -6,7 +6,8 @@
                | num_scheduled_tokens: KV is stored or a launched step will store it |
 
 A pending token was sampled by a launched step whose result the host has not seen yet; it exists only
-when the engine runs a step ahead.
+when the engine runs a step ahead. How many tokens a step with drafts brings is known only when it has
+been committed: until then it counts as one pending token, and its drafts as no tokens at all.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Sequence:
     num_computed_tokens: int = 0
     num_scheduled_tokens: int = 0
     num_pending_tokens: int = 0
+    num_pending_drafts: int = 0  # in the launched step, which then is the only one that holds rows of this sequence
     num_in_flight: int = 0  # launched steps that hold rows of this sequence
     is_finished: bool = False
     num_cached_tokens: int = 0  # of the prompt, at the first admission
@@ -66,11 +68,16 @@ class Sequence:
 
     @property
     def can_run(self) -> bool:
-        """False while all that is left is to learn tokens which are on the device already, or while
-        drawing the next one needs to know them on the host."""
+        """False while all that is left is to learn tokens which are on the device already, or while it
+        waits for them (`needs_pending_tokens`)."""
         if self.num_pending_tokens == 0:
             return True
-        return self.num_tokens < self.max_total_tokens and not self.draws_by_history
+        return self.num_tokens < self.max_total_tokens and not self.needs_pending_tokens
+
+    @property
+    def needs_pending_tokens(self) -> bool:
+        """The next step cannot be prepared before the pending tokens are known on the host."""
+        return self.num_pending_tokens > 0 and (self.draws_by_history or self.num_pending_drafts > 0)
 
     @property
     def draws_by_history(self) -> bool:

@@ -35,11 +35,12 @@ class EngineTimings:
     def on_step(self, batch: Batch) -> None:
         self._step_tokens.observe(sum(entry.num_tokens for entry in batch.scheduled))
 
-    def on_token(self, sequence: Sequence, now: float) -> None:
+    def on_tokens(self, sequence: Sequence, num_tokens: int, now: float) -> None:
+        """The newest `num_tokens` of the sequence have become known."""
         if sequence.first_token_at is None:
             sequence.first_token_at = now
             self._prefill.observe(now - sequence.admitted_at)
-            self._computed_tokens.observe(len(sequence.token_ids) - 1 - sequence.num_cached_tokens)
+            self._computed_tokens.observe(len(sequence.token_ids) - num_tokens - sequence.num_cached_tokens)
 
     def on_end(self, sequence: Sequence, now: float, *, hands_over: bool) -> None:
         """The regular end, or the hand-over to a decode worker."""

@@ -147,17 +147,23 @@ class _Meter:
         return self
 
     def count(self, delta: Delta) -> None:
-        now = time.perf_counter()
-        if not self._num_tokens:
-            self._first_at = now
-        latency = self._metrics.inter_token_latency if self._num_tokens else self._metrics.time_to_first_token
-        latency.observe(now - self._last_at)
-        self._last_at = now
+        if delta.token_ids:
+            self._time(len(delta.token_ids), time.perf_counter())
         self._num_tokens += len(delta.token_ids)
         self._metrics.num_generation_tokens += len(delta.token_ids)
         self._num_cached_tokens += delta.num_cached_tokens
         self._metrics.num_cached_tokens += delta.num_cached_tokens
         self._reason = delta.finish_reason
+
+    def _time(self, num_tokens: int, now: float) -> None:
+        """Tokens that come together share the time since the last ones."""
+        if self._num_tokens:
+            for _ in range(num_tokens):
+                self._metrics.inter_token_latency.observe((now - self._last_at) / num_tokens)
+        else:
+            self._first_at = now
+            self._metrics.time_to_first_token.observe(now - self._last_at)
+        self._last_at = now
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if self._reason is not None:

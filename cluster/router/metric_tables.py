@@ -25,6 +25,7 @@ EXTRA_LABELS: dict[str, tuple[str, ...]] = {
     "tandem_recoveries": ("code", "when"),
     "tandem_handshake_refusals": ("field",),
     "tandem_workers": ("role", "state"),
+    "vllm:spec_decode_num_accepted_tokens_per_pos": ("position",),
 }
 
 
@@ -89,6 +90,17 @@ WORKER_COUNTERS: tuple[tuple[str, str, Callable[[WorkerLoad], float]], ...] = (
         "tandem_digests_rejected",
         "Reads whose content had another digest than computed at the source.",
         lambda load: load.digests_rejected,
+    ),
+    (
+        "vllm:spec_decode_num_drafts",
+        "Proposals of draft tokens, one per sequence and step.",
+        lambda load: load.spec_drafts,
+    ),
+    ("vllm:spec_decode_num_draft_tokens", "Draft tokens that were verified.", lambda load: load.spec_draft_tokens),
+    (
+        "vllm:spec_decode_num_accepted_tokens",
+        "Of these, the ones that were what the model draws.",
+        lambda load: load.spec_accepted_tokens,
     ),
     ("tandem_worker_handshake_refusals", "Peers a worker has refused.", lambda load: load.handshake_refusals),
     ("tandem_worker_prompt_tokens", "Prompt tokens a worker has computed.", lambda load: load.prompt_tokens),

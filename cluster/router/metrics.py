@@ -75,6 +75,7 @@ class RouterMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         yield from (self._worker_family(GaugeMetricFamily, *row) for row in WORKER_GAUGES)
         yield from (self._worker_family(CounterMetricFamily, *row) for row in WORKER_COUNTERS)
+        yield self._accepted_per_position()
         yield from (self._worker_histogram(*row) for row in WORKER_HISTOGRAMS)
         for name, text, _ in ROUTER_HISTOGRAMS:
             family = HistogramMetricFamily(name, text, labels=LABELS)
@@ -136,6 +137,16 @@ class RouterMetrics(Collector):
             load = worker.connection.load
             if load is not None:
                 family.add_metric((self._model_name, worker.name), read(load))
+        return family
+
+    def _accepted_per_position(self) -> Metric:
+        name = "vllm:spec_decode_num_accepted_tokens_per_pos"
+        text = "Accepted draft tokens by their place in the proposal, from 0; none without speculation."
+        family = CounterMetricFamily(name, text, labels=(*LABELS, *EXTRA_LABELS[name]))
+        for worker in self._pool.workers:
+            load = worker.connection.load
+            for position, count in enumerate(() if load is None else load.spec_accepted_per_position):
+                family.add_metric((self._model_name, worker.name, str(position)), count)
         return family
 
     def _worker_histogram(self, name: str, text: str) -> Metric:

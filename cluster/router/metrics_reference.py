@@ -27,6 +27,7 @@ Histograms of workers are sent twice a second at most, everything else with each
 def reference() -> str:
     of_workers = {row[0] for row in (*WORKER_GAUGES, *WORKER_COUNTERS, *WORKER_HISTOGRAMS)}
     of_workers |= {"tandem_worker_ready", "tandem_worker_in_flight", "tandem_worker_drains"}
+    of_workers |= {"vllm:spec_decode_num_accepted_tokens_per_pos"}
     families = list(RouterMetrics("", WorkerPool(prefill=None, decode=[])).collect())
     sections = (
         ("Counted by the router", [family for family in families if family.name not in of_workers]),

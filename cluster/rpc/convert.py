@@ -31,6 +31,7 @@ MAX_TENANT_LENGTH = 256
 MAX_SALT_BYTES = 64
 MAX_HISTOGRAMS = 64
 MAX_HISTOGRAM_BOUNDS = 128
+MAX_DRAFT_POSITIONS = 128
 
 _FINISH_TO_PB = {
     None: pb.FINISH_REASON_UNSPECIFIED,
@@ -42,7 +43,8 @@ _FINISH_TO_PB = {
 _FINISH_FROM_PB = {number: reason for reason, number in _FINISH_TO_PB.items()}
 _ROLE_TO_PB = {Role.PREFILL: pb.ROLE_PREFILL, Role.DECODE: pb.ROLE_DECODE}
 _ROLE_FROM_PB = {number: role for role, number in _ROLE_TO_PB.items()}
-_LOAD_NUMBERS = tuple(name for name in WorkerLoad.__struct_fields__ if name != "histograms")
+_LOAD_NOT_NUMBERS = ("histograms", "spec_accepted_per_position")
+_LOAD_NUMBERS = tuple(name for name in WorkerLoad.__struct_fields__ if name not in _LOAD_NOT_NUMBERS)
 
 
 def sampling_to_pb(sampling: SamplingParams) -> pb.SamplingParams:
@@ -257,7 +259,10 @@ def info_from_pb(message: pb.WorkerInfo) -> WorkerInfo:
 
 def load_to_pb(load: WorkerLoad, *, with_histograms: bool = True) -> pb.WorkerLoad:
     """Without its histograms it says that they are unchanged."""
-    message = pb.WorkerLoad(**{name: getattr(load, name) for name in _LOAD_NUMBERS})
+    message = pb.WorkerLoad(
+        spec_accepted_per_position=load.spec_accepted_per_position,
+        **{name: getattr(load, name) for name in _LOAD_NUMBERS},
+    )
     if with_histograms:
         message.histograms.CopyFrom(pb.WorkerHistograms(readings=map(_histogram_to_pb, load.histograms)))
     return message
@@ -269,7 +274,10 @@ def load_from_pb(message: pb.WorkerLoad, earlier: tuple[HistogramReading, ...] =
     if message.HasField("histograms"):
         _length("histograms", message.histograms.readings, 0, MAX_HISTOGRAMS)
         histograms = tuple(map(_histogram_from_pb, message.histograms.readings))
-    return WorkerLoad(histograms=histograms, **{name: getattr(message, name) for name in _LOAD_NUMBERS})
+    accepted = message.spec_accepted_per_position
+    _length("spec_accepted_per_position", accepted, 0, MAX_DRAFT_POSITIONS)
+    numbers = {name: getattr(message, name) for name in _LOAD_NUMBERS}
+    return WorkerLoad(histograms=histograms, spec_accepted_per_position=tuple(accepted), **numbers)
 
 
 def _histogram_to_pb(reading: HistogramReading) -> pb.HistogramReading:

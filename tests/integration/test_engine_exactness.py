@@ -49,7 +49,7 @@ class Lab:
         self.ops = ops
         self.model = load_model(directory, self.ops, SingleRank(), torch.device("cpu")).model
 
-    def engine(self, policy: Policy, num_blocks: int = 64, **config: Any) -> Engine:
+    def engine(self, policy: Policy, num_blocks: int = 64, steps_ahead: int = 0, **config: Any) -> Engine:
         kv_cache_bytes = num_blocks * self.model.kv_layout(BLOCK_SIZE).block_bytes
         settings = {"max_num_sequences": 16, "max_batched_tokens": 64, **config}
         return Engine(
@@ -57,6 +57,7 @@ class Lab:
             EngineConfig(block_size=BLOCK_SIZE, kv_cache_bytes=kv_cache_bytes, **settings),
             self.ops,
             policy,
+            steps_ahead=steps_ahead,
         )
 
 
@@ -89,10 +90,15 @@ def requests() -> list[Request]:
 
 def kv_digest(engine: Engine, sequence: Sequence) -> str:
     """Of the KV of every computed position but the last, whose row may be on its way."""
+    return kv_of(engine, sequence, sequence.prompt_length + MAX_TOKENS - 2)
+
+
+def kv_of(engine: Engine, sequence: Sequence, num_tokens: int) -> str:
+    """Digest of the KV of the sequence's first tokens."""
     assert sequence.table is not None
     kv = engine.kv_cache.kv_NL2HSD[list(sequence.table.block_ids)]  # (M, L, 2, H, S, D)
     by_token = kv.permute(0, 4, 1, 2, 3, 5).reshape(-1, *kv.shape[1:4], kv.shape[5])
-    stored = by_token[: sequence.prompt_length + MAX_TOKENS - 2].contiguous()
+    stored = by_token[:num_tokens].contiguous()
     return hashlib.sha256(stored.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 

@@ -22,8 +22,10 @@ OF_WORKERS = (
 )
 
 
-async def samples_after_requests() -> dict[tuple[str, ...], float]:
+async def samples_after_requests(tokens_per_chunk: int = 1) -> dict[tuple[str, ...], float]:
     decode, prefill = [FakeWorker(Role.DECODE, "d0")], [FakeWorker(Role.PREFILL, "p0")]
+    decode[0].tokens_per_chunk = tokens_per_chunk
+    decode[0].accepted_per_position = (7, 2)
     async with running_router(decode, prefill) as router, http_client(router) as client:
         for fields in ({"max_tokens": 5}, {"max_tokens": 3, "n": 2}):
             await client.post("/v1/completions", json={"prompt": list(range(32)), **fields})
@@ -37,8 +39,9 @@ async def samples_after_requests() -> dict[tuple[str, ...], float]:
     return found
 
 
-async def test_metrics_have_vllms_names_and_count_requests() -> None:
-    samples = await samples_after_requests()
+@pytest.mark.parametrize("tokens_per_chunk", [1, 3])
+async def test_metrics_have_vllms_names_and_count_requests(tokens_per_chunk: int) -> None:
+    samples = await samples_after_requests(tokens_per_chunk)
     for name in OF_WORKERS:
         assert (name, "decode-0") in samples
         assert (name, "prefill-0") in samples
@@ -57,6 +60,9 @@ async def test_metrics_have_vllms_names_and_count_requests() -> None:
         assert samples[f"{name}_count", "router"] == count
     assert samples["vllm:request_generation_tokens_bucket", "router", "2.0"] == 0
     assert samples["vllm:request_generation_tokens_bucket", "router", "5.0"] == 3
+    assert samples["vllm:spec_decode_num_accepted_tokens_total", "decode-0"] == 9
+    for position, count in (("0", 7), ("1", 2)):
+        assert samples["vllm:spec_decode_num_accepted_tokens_per_pos_total", "decode-0", position] == count
 
 
 @pytest.mark.parametrize("lost", ["d0", "p0"])

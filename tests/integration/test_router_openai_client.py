@@ -18,9 +18,11 @@ CHAT = [{"role": "user", "content": "What is the capital of France?"}]
 CHAT_IDS = list(b"<user>What is the capital of France?")
 
 
-@pytest.fixture(params=["monolithic", "split"])
+@pytest.fixture(params=["monolithic", "split", "speculating"])
 async def router(request: pytest.FixtureRequest) -> AsyncIterator[RunningRouter]:
     decode = [FakeWorker(Role.DECODE, "d0"), FakeWorker(Role.DECODE, "d1")]
+    for worker in decode:
+        worker.tokens_per_chunk = 3 if request.param == "speculating" else 1
     prefill = [FakeWorker(Role.PREFILL, "p0"), FakeWorker(Role.PREFILL, "p1")] if request.param == "split" else None
     async with running_router(decode, prefill) as running:
         yield running
@@ -59,7 +61,8 @@ async def test_chat_stream(router: RunningRouter) -> None:
         chunks = [chunk async for chunk in stream]
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == text_of(CHAT_IDS, 7, 12)
     assert chunks[0].choices[0].delta.role == "assistant"
-    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * 11 + ["length"]
+    num_events = 12 // router.workers[0].tokens_per_chunk
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (num_events - 1) + ["length"]
     assert chunks[-1].choices == []
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == 12

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 
-from cluster.engine.config import EngineConfig
+from cluster.engine.config import EngineConfig, SpeculationConfig
 from cluster.engine.engine import Engine
 from cluster.engine.events import EngineEvent
 from cluster.engine.kernels.ops import AttentionMetadata, Ops
@@ -45,7 +45,10 @@ class FakeShape:
 
 @dataclass
 class FakeModel:
+    """`period` above 0: the token that lies so far back is likely to come again, so texts repeat themselves."""
+
     config: FakeShape = field(default_factory=FakeShape)
+    period: int = 0
     num_rows: list[int] = field(default_factory=list)  # of each step
 
     def kv_layout(self, block_size: int) -> KVLayout:
@@ -83,6 +86,8 @@ class FakeModel:
         logits = ((digest + 17) * (ids + 3) * (ids + 11) % _PRIME).float() / 100_000.0
         logits[NAN_TOKEN] = -50.0
         logits[EOS] -= 4.0
+        if self.period and length > self.period and digest % 16:
+            logits[tokens[length - self.period]] += 9.0
         return logits
 
 
@@ -96,8 +101,10 @@ def make_engine(
     enable_prefix_caching: bool = True,
     steps_ahead: int = 0,
     clock: itertools.count[int] | None = None,
+    period: int = 0,
+    speculation: SpeculationConfig | None = None,
 ) -> Engine:
-    model = FakeModel()
+    model = FakeModel(period=period)
     config = EngineConfig(
         block_size=BLOCK_SIZE,
         kv_cache_bytes=num_blocks * model.kv_layout(BLOCK_SIZE).block_bytes,
@@ -105,6 +112,7 @@ def make_engine(
         max_batched_tokens=max_batched_tokens,
         max_model_len=max_model_len,
         enable_prefix_caching=enable_prefix_caching,
+        speculation=speculation or SpeculationConfig(),
     )
     ops = cast(Ops, FakeOps())
     return Engine(model, config, ops, policy, steps_ahead=steps_ahead, clock=lambda: next(clock) if clock else 0)

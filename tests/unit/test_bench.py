@@ -112,6 +112,12 @@ def test_goodput_counts_requests_that_meet_every_bound() -> None:
     assert summary.output_tokens_per_s == pytest.approx(4 * 5 / 5.0)
 
 
+def test_chunks_of_several_tokens_count_as_that_many_in_the_curve() -> None:
+    meter = Meter(Slo())
+    meter.add(record(0, num_output_tokens=12), array("d", [0.1, 0.1, 1.0]))
+    assert sum(meter.tokens_by_second.values()) == pytest.approx(12)
+
+
 def event(text: str, finish: str = "null") -> bytes:
     return f'data: {{"choices":[{{"index":0,"text":"{text}","finish_reason":{finish}}}]}}\n\n'.encode()
 

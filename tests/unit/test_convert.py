@@ -128,12 +128,16 @@ def test_info_load_and_inspection_round_trip() -> None:
     )
     assert convert.info_from_pb(convert.info_to_pb(info)) == info
     readings = (HistogramReading("vllm:a", (0.5, 1.0), (1, 2, 3), 4.25), HistogramReading("b", (), (7,), 0.0))
-    numbers = {name: at + 1 for at, name in enumerate(WorkerLoad.__struct_fields__) if name != "histograms"}
-    load = msgspec.structs.replace(msgspec.convert(numbers, WorkerLoad), histograms=readings)
+    others = {"histograms": readings, "spec_accepted_per_position": (5, 3, 0)}
+    numbers = {name: at + 1 for at, name in enumerate(WorkerLoad.__struct_fields__) if name not in others}
+    load = msgspec.structs.replace(msgspec.convert(numbers, WorkerLoad), **others)
     assert convert.load_from_pb(convert.load_to_pb(load)) == load
     unchanged = convert.load_to_pb(load, with_histograms=False)
     assert convert.load_from_pb(unchanged, earlier=readings) == load
     assert convert.load_from_pb(unchanged).histograms == ()
+    too_long = convert.load_to_pb(msgspec.structs.replace(load, spec_accepted_per_position=(1,) * 129))
+    with pytest.raises(InvalidRequest, match="spec_accepted_per_position"):
+        convert.load_from_pb(too_long)
     inspection = Inspection(num_blocks=9, num_free=8, num_owned=1, kv_digests=(2**64 - 1, 0), num_digest_tokens=32)
     assert convert.inspection_from_pb(convert.inspection_to_pb(inspection)) == inspection
 

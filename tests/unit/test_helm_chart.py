@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from cluster.control.worker_config import WorkerConfig
-from cluster.engine.config import EngineConfig
+from cluster.engine.config import EngineConfig, SpeculationConfig
 from cluster.errors import ConfigError
 from cluster.router.config import RouterConfig, check_config
 from tests.helm_bad_values import BAD_VALUES
@@ -226,7 +226,9 @@ def test_a_drain_does_not_look_like_death() -> None:
 
 def test_schema_has_every_key_of_the_configs_and_no_other() -> None:
     schema = json.loads((CHART / "values.schema.json").read_text())
-    assert set(schema["definitions"]["engine"]["properties"]) == set(EngineConfig.__struct_fields__)
+    engine = schema["definitions"]["engine"]["properties"]
+    assert set(engine) == set(EngineConfig.__struct_fields__)
+    assert set(engine["speculation"]["properties"]) == set(SpeculationConfig.__struct_fields__)
     ours = {"model_name", "model_path", "prefill", "decode", "host", "port", "drain_timeout_s", "log_level"}
     tuning = set(schema["properties"]["router"]["properties"]["config"]["properties"])
     assert tuning <= set(RouterConfig.__struct_fields__) - ours

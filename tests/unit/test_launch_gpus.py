@@ -70,9 +70,8 @@ def test_visible_gpus_are_counted() -> None:
 
 def fake_control(tmp_path: Path, exit_code: int) -> None:
     tool = tmp_path / mps.CONTROL
-    tool.write_text(
-        f'#!/bin/sh\necho "$1|$(cat)|$CUDA_MPS_PIPE_DIRECTORY" >> {tmp_path}/calls\necho trouble >&2\nexit {exit_code}\n'
-    )
+    note = f'echo "$1|$(cat)|$CUDA_MPS_PIPE_DIRECTORY" >> {tmp_path}/calls'
+    tool.write_text(f"#!/bin/sh\n{note}\necho trouble >&2\nexit {exit_code}\n")
     tool.chmod(0o755)
 
 

@@ -67,6 +67,22 @@ def test_token_that_ends_the_sequence(include_stop: bool, expected: str) -> None
     assert (ended.text, ended.stop_reason) == ("", None), "the model's own end is no stop reason"
 
 
+def test_a_chunk_of_several_tokens_is_cut_where_its_stop_string_ends() -> None:
+    logprobs = tuple(TokenLogprob(token, -float(token), 1) for token in b"oneENDtwo")
+    text = choice_text(stop=("END",), logprobs=0)
+    first = text.push(chunk(b"oneE", logprobs=logprobs[:4]))
+    last = text.push(chunk(b"NDtwo", 4, logprobs=logprobs[4:]))
+    assert (first.text, last.text) == ("one", "")
+    assert (last.token_ids, last.logprobs) == (tuple(b"ND"), logprobs[4:6])
+    assert (last.finish_reason, last.stop_reason) == (FinishReason.STOP, "END")
+
+
+def test_a_chunk_of_several_tokens_that_ends_with_a_stop_token() -> None:
+    text = choice_text(stop_token_ids=(ord("c"),), stop=("zz",))
+    delta = text.push(chunk(b"abc", finish_reason=FinishReason.STOP, stop_token_id=ord("c")))
+    assert (delta.text, delta.token_ids, delta.stop_reason) == ("ab", tuple(b"abc"), ord("c"))
+
+
 def make_job(*, is_chat: bool = True, n: int = 1, want_logprobs: bool = False, **output: bool) -> Job:
     return Job(
         is_chat=is_chat,
@@ -146,3 +162,17 @@ def test_siblings_have_distinct_seeds_that_depend_on_the_first() -> None:
     assert [request.token_ids for request in requests] == [(1,), (1,), (2,), (2,)]
     assert [request.sampling.seed for request in requests] == [3, sibling_seed(3, 1)] * 2
     assert len({request.request_id for request in requests}) == 4
+
+
+@pytest.mark.parametrize("is_chat", [True, False])
+def test_one_event_carries_all_tokens_of_a_chunk(is_chat: bool) -> None:
+    writer = writer_of(make_job(is_chat=is_chat, want_logprobs=True, return_token_ids=True))
+    logprobs = tuple(TokenLogprob(token, -1.5, 1) for token in b"abc")
+    writer.delta(0, Delta(text="x", token_ids=(120,), logprobs=(TokenLogprob(120, -0.5, 1),)), None)
+    [choice] = parsed(writer.delta(0, Delta(text="abc", token_ids=tuple(b"abc"), logprobs=logprobs), None))["choices"]
+    assert choice["token_ids"] == list(b"abc")
+    if is_chat:
+        assert [entry["token"] for entry in choice["logprobs"]["content"]] == ["a", "b", "c"]
+    else:
+        assert choice["logprobs"]["tokens"] == ["a", "b", "c"]
+        assert choice["logprobs"]["text_offset"] == [1, 2, 3]

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.engine.batch import SampledToken, ScheduledSequence
+from cluster.engine.batch import DrawnRow, SampledToken
 from cluster.engine.kernels.cpu.arithmetic import InstructionClass
 from cluster.engine.kernels.cpu.library import VARIANTS, open_library, supports
 from cluster.engine.kernels.ops import Ops
@@ -41,8 +41,7 @@ def sequence_of(
 
 
 def sample(logits: torch.Tensor, *sequences: Sequence) -> list[SampledToken]:
-    entries = [ScheduledSequence(each, 0, len(each.token_ids), samples=True) for each in sequences]
-    return Sampler(OPS, CPU).sample(logits, entries).to_host()
+    return Sampler(OPS, CPU).sample(logits, [DrawnRow(each, len(each.token_ids)) for each in sequences]).to_host()
 
 
 def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:

@@ -14,17 +14,18 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from cluster.engine.batch import Batch, SampledToken, ScheduledSequence, StepResult
+from cluster.engine.batch import Batch, DrawnRow, SampledToken, ScheduledSequence, StepResult
 from cluster.engine.forward_input import prompt_logprob_range
 from cluster.engine.gpu.graphs import GraphStore, StepOutput
 from cluster.engine.gpu.host_copy import Moment, to_device
 from cluster.engine.gpu.sampler import DrawnRows, GpuSampler, HostLogprobs, RowStats
-from cluster.engine.gpu.shapes import StepShape
+from cluster.engine.gpu.shapes import FEW_ROWS, MANY_ROWS, StepShape, round_up
 from cluster.engine.gpu.staging import StagedStep, StepStaging
 from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.kernels.ops import AttentionMetadata
@@ -34,6 +35,7 @@ from cluster.types import TokenLogprob
 
 logger = logging.getLogger(__name__)
 
+_DRAFTING_SEQUENCES = (1, 2, 4, 8)  # speculation pays where few run: their verification replays graphs, too
 _LOGIT_ROWS_AT_ONCE = 512  # of prompts whose logprobs are wanted: bounds the memory of the logits
 
 
@@ -62,7 +64,7 @@ class _PromptRows:
 
 @dataclass(frozen=True, slots=True)
 class LaunchedGpuStep:
-    """A step on its way. `row_drawn` finds a sequence's row among the drawn ones, by identity."""
+    """A step on its way. `row_drawn` finds a sequence's first row among the drawn ones, by identity."""
 
     batch: Batch
     drawn: DrawnRows | None
@@ -85,6 +87,7 @@ class GpuModelRunner:
         max_batched_tokens: int,
         max_num_sequences: int,
         max_model_len: int,
+        max_drafts: int = 0,
         use_graphs: bool = True,
     ) -> None:
         self._model = model
@@ -102,7 +105,9 @@ class GpuModelRunner:
         )
         # Where many contexts are longer than a split, their partial results are bounded by what the pool holds.
         self._max_pool_keys = kv_cache.num_blocks * block_size
-        self._tokens_R = torch.zeros(max_num_sequences, dtype=torch.int64, device=device)
+        self._max_drafts = max_drafts
+        max_drawn = min(max_num_sequences * (1 + max_drafts), max_batched_tokens)
+        self._tokens_R = torch.zeros(max_drawn, dtype=torch.int64, device=device)
         self._row_drawn: dict[int, int] = {}
         self._sampler = GpuSampler(ops)
         self._graphs = GraphStore() if use_graphs else None
@@ -122,13 +127,17 @@ class GpuModelRunner:
     def _launch(self, batch: Batch) -> LaunchedGpuStep:
         staged, longest, num_keys = self._staging.stage(batch, self._row_drawn, self._tokens_R)
         prompts: list[_PromptRows] = []
-        samples = [entry for entry in batch.scheduled if entry.samples]
-        if staged.shape.num_logits and any(len(rows) > entry.samples for rows, entry in _entries(staged, batch)):
+        draws: list[DrawnRow] = []
+        self._row_drawn = {}
+        for entry in batch.scheduled:
+            if entry.samples:
+                self._row_drawn[id(entry.sequence)] = len(draws)
+                draws.extend(DrawnRow(entry.sequence, position) for position in entry.drawn_positions)
+        if staged.logits_of_entry[-1].stop > len(draws):
             output = self._forward_with_prompts(staged, batch, longest, num_keys, prompts)
         else:
             output = self._forward(staged.shape, longest, num_keys)
-        drawn = self._sample(output, samples) if samples else None
-        self._row_drawn = {id(entry.sequence): row for row, entry in enumerate(samples)}
+        drawn = self._sample(output, draws) if draws else None
         is_done = Moment(self._device)
         is_done.record()
         return LaunchedGpuStep(batch, drawn, self._row_drawn, prompts, is_done)
@@ -157,17 +166,20 @@ class GpuModelRunner:
 
     def warm_up(self) -> None:
         """Compare the library's products, compile every kernel that a step may need, capture the graphs."""
-        self.compile(self._staging.row_sizes, self._staging.sequence_sizes)
+        drawn_sizes = [
+            size for size in self._staging.row_sizes if size <= max(len(self._tokens_R), _LOGIT_ROWS_AT_ONCE)
+        ]
+        self.compile(self._staging.row_sizes, drawn_sizes)
         if self._graphs is not None:
             self._capture(self._graphs)
             logger.info("%d graphs captured", len(self._graphs))
 
     @torch.inference_mode()
-    def compile(self, row_sizes: Sequence[int], sequence_sizes: Sequence[int]) -> None:
+    def compile(self, row_sizes: Sequence[int], logits_sizes: Sequence[int]) -> None:
         """Use what steps of these sizes use, on steps of padding."""
-        self._model.warm_up(row_sizes, sequence_sizes)
-        for size in sequence_sizes:
-            for num_rows_max in (1, self._max_model_len):
+        self._model.warm_up(row_sizes, logits_sizes)
+        for size in self._staging.sequence_sizes:
+            for num_rows_max in (1, FEW_ROWS, MANY_ROWS):
                 shape = StepShape(size, size, size, num_rows_max, has_many_splits=False)
                 self._stage_padding()
                 self._forward_eagerly(shape, *self._bounds(shape))
@@ -177,12 +189,23 @@ class GpuModelRunner:
     def _capture(self, graphs: GraphStore) -> None:
         kinds = (True, False) if self._max_model_len > SPLIT_KEYS else (False,)
         for has_many_splits in kinds:
-            for size in reversed(self._staging.sequence_sizes):
-                shape = StepShape(size, size, size, 1, has_many_splits)
+            for shape in self._graph_shapes(has_many_splits):
                 self._stage_padding()
                 self._forward_eagerly(shape, *self._bounds(shape))
                 graphs.capture(shape, partial(self._forward_eagerly, shape, *self._bounds(shape)))
         torch.cuda.synchronize()
+
+    def _graph_shapes(self, has_many_splits: bool) -> list[StepShape]:
+        """Steps of one row per sequence; few sequences with drafts. Largest first."""
+        staging = self._staging
+        shapes = [StepShape(size, size, size, 1, has_many_splits) for size in staging.sequence_sizes]
+        for count in _DRAFTING_SEQUENCES if self._max_drafts else ():
+            shapes += [
+                StepShape(rows, count, rows, FEW_ROWS, has_many_splits)
+                for rows in staging.row_sizes
+                if count < rows <= round_up(count * (1 + self._max_drafts), staging.row_sizes)
+            ]
+        return sorted(shapes, key=lambda shape: shape.num_rows, reverse=True)
 
     def _bounds(self, shape: StepShape) -> tuple[int, int]:
         """The longest context and the sum of contexts that a graph of this shape is made for."""
@@ -193,9 +216,7 @@ class GpuModelRunner:
     def run_largest(self) -> None:
         """One step as large as any, of padding: what it allocates at its peak is what steps need."""
         sizes = self._staging.row_sizes, self._staging.sequence_sizes
-        shape = StepShape(
-            sizes[0][-1], sizes[1][-1], sizes[1][-1], self._max_model_len, self._max_model_len > SPLIT_KEYS
-        )
+        shape = StepShape(sizes[0][-1], sizes[1][-1], len(self._tokens_R), MANY_ROWS, self._max_model_len > SPLIT_KEYS)
         self._stage_padding()
         output = self._forward_eagerly(shape, self._max_model_len, self._max_pool_keys)
         output.logits_RV.clone()
@@ -240,15 +261,16 @@ class GpuModelRunner:
         hidden_TK = self._hidden(staged.shape, longest, num_keys)
         sampled_rows: list[int] = []
         for index, (rows, entry) in enumerate(_entries(staged, batch)):
-            positions = prompt_logprob_range(entry) if len(rows) > entry.samples else range(0)
+            drawn_rows = range(rows.stop - len(entry.drawn_positions), rows.stop)
+            positions = prompt_logprob_range(entry) if drawn_rows.start > rows.start else range(0)
             asked = entry.sequence.request.sampling.prompt_logprobs
             if positions and asked is not None:
                 parts = self._prompt_parts(hidden_TK, rows.start, positions, entry, asked)
                 prompts.append(_PromptRows(index, asked, parts))
-            if entry.samples:
-                sampled_rows.append(rows.stop - 1)
-        indices_R = self._staging.logits_R[to_device(np.asarray(sampled_rows, np.int64), self._device)]
-        return self._output(self._model.logits(hidden_TK, indices_R))
+            sampled_rows.extend(drawn_rows)
+        padding = [0] * (round_up(len(sampled_rows), self._staging.row_sizes) - len(sampled_rows))
+        places_R = to_device(np.asarray(sampled_rows + padding, np.int64), self._device)
+        return self._output(self._model.logits(hidden_TK, self._staging.logits_R[places_R]))
 
     def _prompt_parts(
         self, hidden_TK: torch.Tensor, first_row: int, positions: range, entry: ScheduledSequence, asked: int
@@ -256,17 +278,20 @@ class GpuModelRunner:
         parts = []
         for start in range(0, len(positions), _LOGIT_ROWS_AT_ONCE):
             part = positions[start : start + _LOGIT_ROWS_AT_ONCE]
-            indices_R = self._staging.logits_R[first_row + start : first_row + start + len(part)]
+            count = len(part)
+            indices_R = torch.zeros(round_up(count, self._staging.row_sizes), dtype=torch.int64, device=self._device)
+            indices_R[:count] = self._staging.logits_R[first_row + start : first_row + start + count]
             output = self._output(self._model.logits(hidden_TK, indices_R))
             told = entry.sequence.token_ids[part.start + 1 : part.stop + 1]
-            parts.append(self._sampler.prompt_logprobs(output.logits_RV, output.stats, told, asked))
+            stats = output.stats.rows(0, count)
+            parts.append(self._sampler.prompt_logprobs(output.logits_RV[:count], stats, told, asked))
         return parts
 
-    def _sample(self, output: StepOutput, samples: list[ScheduledSequence]) -> DrawnRows:
-        """The first rows of the output are those of `samples`; padding follows."""
-        count = len(samples)
+    def _sample(self, output: StepOutput, draws: list[DrawnRow]) -> DrawnRows:
+        """The first rows of the output are those of `draws`; padding follows."""
+        count = len(draws)
         return self._sampler.sample(
-            output.logits_RV[:count], output.stats.rows(0, count), samples, self._tokens_R[:count]
+            output.logits_RV[:count], output.stats.rows(0, count), draws, self._tokens_R[:count]
         )
 
 
@@ -274,20 +299,17 @@ def _entries(staged: StagedStep, batch: Batch) -> list[tuple[range, ScheduledSeq
     return list(zip(staged.logits_of_entry, batch.scheduled, strict=True))
 
 
-def _sampled_tokens(step: LaunchedGpuStep) -> tuple[SampledToken | None, ...]:
-    """Parallel to the batch's entries."""
+def _sampled_tokens(step: LaunchedGpuStep) -> tuple[tuple[SampledToken, ...], ...]:
+    """Parallel to the batch's entries, each parallel to its drawn positions."""
     drawn = step.drawn
     if drawn is None:
-        return (None,) * len(step.batch.scheduled)
+        return ((),) * len(step.batch.scheduled)
     token_ids, is_broken = drawn.token_ids_R.host.tolist(), drawn.is_broken_R.host.tolist()
     logprobs = drawn.logprobs.arrived().to_host(drawn.num_top) if drawn.logprobs is not None else []
+    places = drawn.logprob_places
     rows = [
-        SampledToken(
-            token_id,
-            logprobs[drawn.logprob_places[row]] if row in drawn.logprob_places and not broken else None,
-            broken,
-        )
+        SampledToken(token_id, logprobs[places[row]] if row in places and not broken else None, broken)
         for row, (token_id, broken) in enumerate(zip(token_ids, is_broken, strict=True))
     ]
     taken = iter(rows)
-    return tuple(next(taken) if entry.samples else None for entry in step.batch.scheduled)
+    return tuple(tuple(islice(taken, len(entry.drawn_positions))) for entry in step.batch.scheduled)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cluster.engine.batch import ScheduledSequence
+from cluster.engine.batch import DrawnRow
 from cluster.engine.gpu.host_copy import HostCopy, to_device
 from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.kernels.triton.draw import draw_tokens, ranks
@@ -82,22 +82,22 @@ class GpuSampler:
         self._processor = LogitsProcessor()
 
     def sample(
-        self, logits_RV: torch.Tensor, stats: RowStats, entries: Sequence[ScheduledSequence], tokens_R: torch.Tensor
+        self, logits_RV: torch.Tensor, stats: RowStats, drawn: Sequence[DrawnRow], tokens_R: torch.Tensor
     ) -> DrawnRows:
-        """Draw one token for each row into `tokens_R` (int64, on the device); row r has the logits of
-        `entries[r]`'s last position. The raw logits are not changed."""
+        """Draw one token for each row into `tokens_R` (int64, on the device); row r has the logits for
+        `drawn[r]`. The raw logits are not changed."""
         is_broken_R = ~torch.isfinite(stats.logsumexp_R)
-        chosen_from_RV, chosen_stats = self._processed(logits_RV, stats, entries)
+        chosen_from_RV, chosen_stats = self._processed(logits_RV, stats, drawn)
         if chosen_stats is not stats:
             is_broken_R |= ~torch.isfinite(chosen_stats.maximum_R)
         tokens_R.copy_(chosen_stats.argmax_R)
-        drawn = [row for row, entry in enumerate(entries) if not entry.sequence.request.sampling.is_greedy]
-        if drawn:
-            self._draw(chosen_from_RV, chosen_stats.maximum_R, entries, drawn, tokens_R)
+        noisy = [row for row, draw in enumerate(drawn) if not draw.sequence.request.sampling.is_greedy]
+        if noisy:
+            self._draw(chosen_from_RV, chosen_stats.maximum_R, drawn, noisy, tokens_R)
         places: dict[int, int] = {}
         num_top: list[int] = []
-        for row, entry in enumerate(entries):
-            asked = entry.sequence.request.sampling.logprobs
+        for row, draw in enumerate(drawn):
+            asked = draw.sequence.request.sampling.logprobs
             if asked is not None:
                 places[row] = len(num_top)
                 num_top.append(asked)
@@ -114,29 +114,27 @@ class GpuSampler:
         return HostLogprobs.of(logprob_rows(logits_RV, stats.logsumexp_R, tokens_R, num_top))
 
     def _processed(
-        self, logits_RV: torch.Tensor, stats: RowStats, entries: Sequence[ScheduledSequence]
+        self, logits_RV: torch.Tensor, stats: RowStats, drawn: Sequence[DrawnRow]
     ) -> tuple[torch.Tensor, RowStats]:
         """Logits after bias, penalties and minimum length, and their statistics; the raw ones if no row asks."""
-        rows = [
-            row for row, entry in enumerate(entries) if self._processor.is_needed(entry.sequence, _num_output(entry))
-        ]
+        rows = [row for row, draw in enumerate(drawn) if self._processor.is_needed(draw.sequence, _num_output(draw))]
         if not rows:
             return logits_RV, stats
         logits_RV = logits_RV.clone()
         for row in rows:
-            self._processor.apply(logits_RV[row], entries[row].sequence, _num_output(entries[row]))
+            self._processor.apply(logits_RV[row], drawn[row].sequence, _num_output(drawn[row]))
         return logits_RV, RowStats(*self._ops.vocab_stats(logits_RV))
 
     def _draw(
         self,
         logits_RV: torch.Tensor,
         top_R: torch.Tensor,
-        entries: Sequence[ScheduledSequence],
+        drawn: Sequence[DrawnRow],
         rows: list[int],
         tokens_R: torch.Tensor,
     ) -> None:
         device = logits_RV.device
-        params = [entries[row].sequence.request.sampling for row in rows]
+        params = [drawn[row].sequence.request.sampling for row in rows]
         numbers_D2 = np.full((len(rows), 2), -math.inf, np.float32)
         numbers_D2[:, 0] = [filters.inverse_temperature(sampling) for sampling in params]
         numbers = to_device(numbers_D2, device)
@@ -153,7 +151,7 @@ class GpuSampler:
             to_device(np.asarray(rows, np.int32), device),
             numbers,
             to_device(np.asarray([sampling.seed for sampling in params], np.int64), device),
-            to_device(np.asarray([_position(entries[row]) for row in rows], np.int32), device),
+            to_device(np.asarray([drawn[row].position for row in rows], np.int32), device),
             tokens_R,
         )
 
@@ -172,14 +170,9 @@ class GpuSampler:
         return logprob_rows(logits_RV, logsumexp_R, tokens_R, num_top)
 
 
-def _position(entry: ScheduledSequence) -> int:
-    """Of the token to be drawn."""
-    return entry.start + entry.num_tokens
-
-
-def _num_output(entry: ScheduledSequence) -> int:
+def _num_output(draw: DrawnRow) -> int:
     """Tokens put out before the one to be drawn."""
-    return _position(entry) - entry.sequence.prompt_length
+    return draw.position - draw.sequence.prompt_length
 
 
 def logprob_rows(

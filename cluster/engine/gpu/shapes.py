@@ -23,7 +23,7 @@ class StepShape:
     num_rows: int
     num_sequences: int
     num_logits: int
-    num_rows_max: int  # longest query of the batch
+    num_rows_max: int  # bound of the longest query of the batch, one of `rows_class`
     has_many_splits: bool  # some context is longer than one attention split
 
 
@@ -40,3 +40,11 @@ def padded_sizes(largest: int) -> tuple[int, ...]:
 def round_up(size: int, sizes: Sequence[int]) -> int:
     """The first of the ascending sizes that holds `size`."""
     return sizes[bisect_left(sizes, size)]
+
+
+FEW_ROWS, MANY_ROWS = 16, 1 << 20
+
+
+def rows_class(longest: int) -> int:
+    """1, a few (drafts that are verified), or many: what decides how attention is computed."""
+    return 1 if longest == 1 else FEW_ROWS if longest <= FEW_ROWS else MANY_ROWS

@@ -22,7 +22,7 @@ from cluster.engine.batch import Batch, ScheduledSequence
 from cluster.engine.forward_input import prompt_logprob_range
 from cluster.engine.gpu.block_rows import BlockRows
 from cluster.engine.gpu.host_copy import Moment, pinned_zeros
-from cluster.engine.gpu.shapes import StepShape, padded_sizes, round_up
+from cluster.engine.gpu.shapes import StepShape, padded_sizes, round_up, rows_class
 from cluster.engine.kernels.ops import AttentionMetadata
 from cluster.engine.kernels.triton.plans import SPLIT_KEYS
 from cluster.engine.kernels.triton.step import unpack_step
@@ -37,7 +37,7 @@ class StagedStep:
 
     shape: StepShape
     num_rows: int  # without padding
-    logits_of_entry: tuple[range, ...]  # rows of logits of each entry: prompt rows that are owed, then the sampled one
+    logits_of_entry: tuple[range, ...]  # rows of logits of each entry: prompt rows that are owed, then the drawn ones
 
 
 @dataclass(slots=True)
@@ -106,10 +106,8 @@ class StepStaging:
         shape = StepShape(
             num_rows=round_up(num_rows, self.row_sizes),
             num_sequences=round_up(len(scheduled), self.sequence_sizes),
-            num_logits=round_up(num_logits, self.sequence_sizes)
-            if num_logits <= self.sequence_sizes[-1]
-            else num_logits,
-            num_rows_max=int(rows_B.max()),
+            num_logits=round_up(num_logits, self.row_sizes),
+            num_rows_max=rows_class(int(rows_B.max())),
             has_many_splits=int(contexts_B.max()) > SPLIT_KEYS,
         )
         if shape.num_rows_max == 1:  # every sequence has one row: one padding serves both
@@ -145,7 +143,7 @@ def _decode_shape(shape: StepShape) -> StepShape:
 def _logits_rows(scheduled: tuple[ScheduledSequence, ...]) -> Iterator[range]:
     start = 0
     for entry in scheduled:
-        stop = start + entry.samples + (len(prompt_logprob_range(entry)) if entry.num_tokens > 1 else 0)
+        stop = start + len(entry.drawn_positions) + (len(prompt_logprob_range(entry)) if entry.num_tokens > 1 else 0)
         yield range(start, stop)
         start = stop
 
@@ -191,7 +189,10 @@ class _Packer:
     def _copy_tokens(self, scheduled: tuple[ScheduledSequence, ...], row_drawn: dict[int, int]) -> None:
         place = 0
         for entry in scheduled:
-            stop = place + entry.num_tokens
+            end = stop = place + entry.num_tokens
+            if entry.drafts:  # never behind a pending token
+                stop -= len(entry.drafts)
+                self._token_T[stop:end] = entry.drafts
             if entry.reads_pending_token:
                 self._source_T[stop - 1] = row_drawn[id(entry.sequence)]
                 stop -= 1
@@ -201,7 +202,7 @@ class _Packer:
                 self._token_T[place:stop] = np.frombuffer(entry.sequence.token_ids, np.int32)[
                     first : first + stop - place
                 ]
-            place += entry.num_tokens
+            place = end
 
     def _fill_logits(self, scheduled: tuple[ScheduledSequence, ...], logits_of_entry: tuple[range, ...]) -> None:
         self._logits_R[:] = 0
@@ -212,8 +213,7 @@ class _Packer:
             return
         for entry, rows, end in zip(scheduled, logits_of_entry, ends_B.tolist(), strict=True):
             wanted = [end - entry.num_tokens - entry.start + position for position in prompt_logprob_range(entry)]
-            if entry.samples:
-                wanted.append(end - 1)
+            wanted.extend(end - entry.num_tokens - entry.start + position - 1 for position in entry.drawn_positions)
             self._logits_R[rows.start : rows.stop] = wanted
 
     def fill_slots(self, table_BM: _Int32, block_size: int) -> None:

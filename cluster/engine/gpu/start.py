@@ -46,6 +46,7 @@ def _runner(
         max_batched_tokens=config.limits.max_batched_tokens,
         max_num_sequences=config.limits.max_num_sequences,
         max_model_len=max_model_len,
+        max_drafts=config.speculation.num_tokens if config.speculation.method != "none" else 0,
         use_graphs=config.cuda_graphs,
     )
 

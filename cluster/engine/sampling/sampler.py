@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cluster.engine.batch import SampledToken, ScheduledSequence
+from cluster.engine.batch import DrawnRow, SampledToken
 from cluster.engine.kernels.ops import Ops
 from cluster.engine.sampling.draw import choose_draw
 from cluster.engine.sampling.logprobs import LogprobRows, logprob_rows
@@ -49,23 +49,23 @@ class Sampler:
         self._draw = choose_draw(device)
         self._processor = LogitsProcessor()
 
-    def sample(self, logits_RV: torch.Tensor, entries: list[ScheduledSequence]) -> SampledRows:
-        """Draw one token for each row; row r has the logits of `entries[r]`'s last position. The raw
-        logits are not changed."""
+    def sample(self, logits_RV: torch.Tensor, drawn: list[DrawnRow]) -> SampledRows:
+        """Draw one token for each row; row r has the logits for `drawn[r]`. The raw logits are not
+        changed."""
         chosen_R = argmax(logits_RV)
         is_broken_R = ~torch.isfinite(logits_RV.gather(1, chosen_R.unsqueeze(1)).squeeze(1))
-        for row, entry in enumerate(entries):
-            if self._is_plain(entry):
+        for row, draw in enumerate(drawn):
+            if self._is_plain(draw):
                 continue
-            token_id = self._sample_row(logits_RV[row], entry)
+            token_id = self._sample_row(logits_RV[row], draw)
             if token_id is None:
                 is_broken_R[row] = True
             else:
                 chosen_R[row] = token_id
         places: dict[int, int] = {}
         num_top: list[int] = []
-        for row, entry in enumerate(entries):
-            asked = entry.sequence.request.sampling.logprobs
+        for row, draw in enumerate(drawn):
+            asked = draw.sequence.request.sampling.logprobs
             if asked is not None:
                 places[row] = len(num_top)
                 num_top.append(asked)
@@ -75,34 +75,30 @@ class Sampler:
             logprobs = logprob_rows(self._ops, logits_RV[rows], chosen_R[rows], max(num_top))
         return SampledRows(chosen_R, is_broken_R, logprobs, places, num_top)
 
-    def _is_plain(self, entry: ScheduledSequence) -> bool:
+    def _is_plain(self, draw: DrawnRow) -> bool:
         """The token is the argmax of the raw logits."""
-        sequence = entry.sequence
-        return sequence.request.sampling.is_greedy and not self._processor.is_needed(sequence, _num_output(entry))
+        return draw.sequence.request.sampling.is_greedy and not self._processor.is_needed(
+            draw.sequence, _num_output(draw)
+        )
 
-    def _sample_row(self, logits_V: torch.Tensor, entry: ScheduledSequence) -> int | None:
+    def _sample_row(self, logits_V: torch.Tensor, draw: DrawnRow) -> int | None:
         """The token; None if no token can be drawn, because the row holds NaN or all is masked."""
-        sequence, sampling = entry.sequence, entry.sequence.request.sampling
-        if self._processor.is_needed(sequence, _num_output(entry)):
+        sequence, sampling = draw.sequence, draw.sequence.request.sampling
+        if self._processor.is_needed(sequence, _num_output(draw)):
             logits_V = logits_V.clone()
-            self._processor.apply(logits_V, sequence, _num_output(entry))
+            self._processor.apply(logits_V, sequence, _num_output(draw))
         best = int(argmax(logits_V))
         top = float(logits_V[best])
         if not math.isfinite(top):
             return None
         if sampling.is_greedy:
             return best
-        return self._draw(logits_V, top, sampling, _position(entry))
+        return self._draw(logits_V, top, sampling, draw.position)
 
 
-def _position(entry: ScheduledSequence) -> int:
-    """Of the token to be drawn."""
-    return entry.start + entry.num_tokens
-
-
-def _num_output(entry: ScheduledSequence) -> int:
+def _num_output(draw: DrawnRow) -> int:
     """Tokens put out before the one to be drawn."""
-    return _position(entry) - entry.sequence.prompt_length
+    return draw.position - draw.sequence.prompt_length
 
 
 def argmax(values: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,10 @@
 {{- if and $prefill $decode (gt (int $prefill) (int $decode)) -}}
 {{- fail (printf "prefill.engine.max_model_len (%v) is larger than decode.engine.max_model_len (%v): prompts would be computed that no decode worker can take" $prefill $decode) -}}
 {{- end -}}
+{{- $speculation := default (dict) $values.prefill.engine.speculation -}}
+{{- if ne (default "none" $speculation.method) "none" -}}
+{{- fail "prefill.engine.speculation.method is set: a prefill worker draws one token of a request, there is nothing to guess; set speculation under decode.engine" -}}
+{{- end -}}
 {{- if and (not $values.serviceAccount.create) (eq $values.serviceAccount.router $values.serviceAccount.worker) (eq $values.discovery.type "kubernetes") -}}
 {{- fail "serviceAccount.router and serviceAccount.worker are the same account, and discovery.type is kubernetes: workers would get a right that only routers need" -}}
 {{- end -}}

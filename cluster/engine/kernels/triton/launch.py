@@ -138,6 +138,9 @@ def run_rope_and_cache(
     return q_out
 
 
+_FEW_SEQUENCES = 8  # that take the split kernels with several rows each: partial results of rows take memory
+
+
 def run_attention(
     q_THD: torch.Tensor,
     kv_N2GSD: torch.Tensor,
@@ -163,7 +166,7 @@ def run_attention(
     if num_rows == 0:
         return out
     call = _AttentionCall(q_THD, kv_N2GSD, metadata, out, scale / math.log(2.0), pdl)
-    split_rows_max = max(1, plan.split_block_rows // call.group)
+    split_rows_max = max(1, plan.split_block_rows // call.group) if call.num_sequences <= _FEW_SEQUENCES else 1
     if metadata.num_rows_max <= split_rows_max:
         _run_split(call, plan, metadata.num_rows_max, num_multiprocessors)
     elif call.num_sequences == 1:

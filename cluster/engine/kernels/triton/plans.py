@@ -43,7 +43,7 @@ REFERENCE_LINEAR = LinearPlan(block_m=64, block_n=64, block_k=64, num_warps=4, n
 class AttentionPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Tiles of the two attention paths."""
 
-    split_block_rows: int = 16  # rows x grouped heads of a sequence served by the split kernels
+    split_block_rows: int = 64  # rows x grouped heads of a sequence served by the split kernels
     split_num_warps: int = 4
     split_num_stages: int = 3
     split_programs_per_multiprocessor: int = 2

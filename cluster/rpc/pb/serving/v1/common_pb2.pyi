@@ -180,7 +180,7 @@ class WorkerInfo(_message.Message):
     def __init__(self, engine_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., model_name: _Optional[str] = ..., model_digest: _Optional[str] = ..., numeric_fingerprint: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., weight_version: _Optional[str] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_free_blocks", "num_blocks", "num_leased_blocks", "num_draining_blocks", "prompt_tokens", "generation_tokens", "cached_tokens", "cache_queries", "preemptions", "kv_bytes_pulled", "kv_transfers", "kv_transfer_failures", "kv_leases_expired", "handshake_refusals", "kv_leases_granted", "kv_loads_failed", "kv_failed_notifications", "stale_reads_rejected", "digests_rejected", "external_cache_queries", "external_cache_hits", "histograms")
+    __slots__ = ("num_running", "num_waiting", "num_free_blocks", "num_blocks", "num_leased_blocks", "num_draining_blocks", "prompt_tokens", "generation_tokens", "cached_tokens", "cache_queries", "preemptions", "kv_bytes_pulled", "kv_transfers", "kv_transfer_failures", "kv_leases_expired", "handshake_refusals", "kv_leases_granted", "kv_loads_failed", "kv_failed_notifications", "stale_reads_rejected", "digests_rejected", "external_cache_queries", "external_cache_hits", "histograms", "spec_drafts", "spec_draft_tokens", "spec_accepted_tokens", "spec_accepted_per_position")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -205,6 +205,10 @@ class WorkerLoad(_message.Message):
     EXTERNAL_CACHE_QUERIES_FIELD_NUMBER: _ClassVar[int]
     EXTERNAL_CACHE_HITS_FIELD_NUMBER: _ClassVar[int]
     HISTOGRAMS_FIELD_NUMBER: _ClassVar[int]
+    SPEC_DRAFTS_FIELD_NUMBER: _ClassVar[int]
+    SPEC_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SPEC_ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SPEC_ACCEPTED_PER_POSITION_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_free_blocks: int
@@ -229,7 +233,11 @@ class WorkerLoad(_message.Message):
     external_cache_queries: int
     external_cache_hits: int
     histograms: WorkerHistograms
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_leased_blocks: _Optional[int] = ..., num_draining_blocks: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., cache_queries: _Optional[int] = ..., preemptions: _Optional[int] = ..., kv_bytes_pulled: _Optional[int] = ..., kv_transfers: _Optional[int] = ..., kv_transfer_failures: _Optional[int] = ..., kv_leases_expired: _Optional[int] = ..., handshake_refusals: _Optional[int] = ..., kv_leases_granted: _Optional[int] = ..., kv_loads_failed: _Optional[int] = ..., kv_failed_notifications: _Optional[int] = ..., stale_reads_rejected: _Optional[int] = ..., digests_rejected: _Optional[int] = ..., external_cache_queries: _Optional[int] = ..., external_cache_hits: _Optional[int] = ..., histograms: _Optional[_Union[WorkerHistograms, _Mapping]] = ...) -> None: ...
+    spec_drafts: int
+    spec_draft_tokens: int
+    spec_accepted_tokens: int
+    spec_accepted_per_position: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_leased_blocks: _Optional[int] = ..., num_draining_blocks: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., cache_queries: _Optional[int] = ..., preemptions: _Optional[int] = ..., kv_bytes_pulled: _Optional[int] = ..., kv_transfers: _Optional[int] = ..., kv_transfer_failures: _Optional[int] = ..., kv_leases_expired: _Optional[int] = ..., handshake_refusals: _Optional[int] = ..., kv_leases_granted: _Optional[int] = ..., kv_loads_failed: _Optional[int] = ..., kv_failed_notifications: _Optional[int] = ..., stale_reads_rejected: _Optional[int] = ..., digests_rejected: _Optional[int] = ..., external_cache_queries: _Optional[int] = ..., external_cache_hits: _Optional[int] = ..., histograms: _Optional[_Union[WorkerHistograms, _Mapping]] = ..., spec_drafts: _Optional[int] = ..., spec_draft_tokens: _Optional[int] = ..., spec_accepted_tokens: _Optional[int] = ..., spec_accepted_per_position: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class HistogramReading(_message.Message):
     __slots__ = ("name", "bounds", "counts", "sum")
