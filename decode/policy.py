@@ -21,8 +21,10 @@ class DecodePolicy:
 
     def schedule(self, scheduler: Scheduler) -> list[ScheduledSequence]:
         runnable = self._secure_blocks(scheduler)
-        decoding = [sequence for sequence in runnable if sequence.num_unscheduled_tokens == 1]
-        prompts = [sequence for sequence in runnable if sequence.num_unscheduled_tokens > 1]
+        decoding: list[Sequence] = []
+        prompts: list[Sequence] = []
+        for sequence in runnable:
+            (decoding if sequence.num_unscheduled_tokens == 1 else prompts).append(sequence)
         decoding = decoding[: min(scheduler.max_num_sequences, scheduler.max_batched_tokens)]
         budget = scheduler.max_batched_tokens - len(decoding)
         drafts = scheduler.propose_drafts(decoding, budget // 2 if prompts or scheduler.waiting else budget)

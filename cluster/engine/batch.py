@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import msgspec
+
 from cluster.engine.sequence import Sequence
 from cluster.types import TokenLogprob
 
@@ -16,8 +18,7 @@ class DrawnRow(NamedTuple):
     position: int
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledSequence:
+class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):  # made for every row of every step
     """Rows `start : start + num_tokens` (absolute positions) of one sequence in this step.
 
     If the rows reach the sequence's newest token, a next token is sampled (`samples`). A row whose
@@ -40,6 +41,10 @@ class ScheduledSequence:
     drafts: tuple[int, ...] = ()
 
     @property
+    def num_drawn(self) -> int:
+        return 1 + len(self.drafts) if self.samples else 0
+
+    @property
     def drawn_positions(self) -> range:
         """Of the tokens that are sampled; the row before each of them has its logits."""
         end = self.start + self.num_tokens + 1
@@ -57,9 +62,16 @@ class Batch:
     def num_tokens(self) -> int:
         return sum(entry.num_tokens for entry in self.scheduled)
 
+    @property
+    def is_decode(self) -> bool:
+        """Every entry is one row from which one token is drawn, and nothing else."""
+        return all(
+            entry.num_tokens == 1 and entry.samples and not entry.sequence.wants_prompt_logprobs
+            for entry in self.scheduled
+        )
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
+
+class SampledToken(msgspec.Struct, frozen=True, gc=False):
     """The runner's answer for one drawn row."""
 
     token_id: int

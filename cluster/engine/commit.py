@@ -75,7 +75,36 @@ class Committer:
                 if sequence.num_in_flight == 0:
                     self._scheduler.release_blocks(sequence)
                 continue
+            if sequence.draws_plainly and entry.num_tokens == 1 and sequence.has_emitted and not self._hands_over:
+                self._commit_plain(entry, result.sampled[index][0], now)
+                continue
             self._commit_entry(entry, result.sampled[index], result.prompt_logprobs[index], now)
+
+    def _commit_plain(self, entry: ScheduledSequence, drawn: SampledToken, now: float) -> None:
+        """`_commit_entry` of one drawn token behind the first one, and of nothing else: most of all entries."""
+        sequence, token_id = entry.sequence, drawn.token_id
+        if drawn.is_nan:
+            self._end_broken(sequence)
+            return
+        table, token_ids = sequence.table, sequence.token_ids
+        assert table is not None
+        token_ids.append(token_id)
+        sequence.num_computed_tokens = entry.start + 1
+        if sequence.num_computed_tokens % self._scheduler.blocks.block_size == 0:
+            self._scheduler.blocks.register_computed(table, sequence.chain, sequence.num_computed_tokens)
+        self.num_generated_tokens += 1
+        if token_id in sequence.stop_token_ids or len(token_ids) >= sequence.max_total_tokens:
+            self._end_regularly(sequence, self._make_chunk(sequence, (drawn,)), now)
+            return
+        request = sequence.request
+        self._events.append(
+            TokenChunk(
+                request_id=request.request_id,
+                attempt=request.attempt,
+                index=len(token_ids) - sequence.prompt_length - 1,
+                token_ids=(token_id,),
+            )
+        )
 
     def _commit_entry(
         self,
@@ -132,13 +161,17 @@ class Committer:
         self.num_generated_tokens += len(tokens)
         self._timings.on_tokens(sequence, len(tokens), now)
         chunk = self._make_chunk(sequence, tokens)
-        if self._hands_over or chunk.finish_reason is not None:
-            self._timings.on_end(sequence, now, hands_over=self._hands_over)
         if self._hands_over:
+            self._timings.on_end(sequence, now, hands_over=True)
             self._hand_over(sequence, chunk)
-            return
-        if chunk.finish_reason is not None:
-            self._leave(sequence)
+        elif chunk.finish_reason is not None:
+            self._end_regularly(sequence, chunk, now)
+        else:
+            self._events.append(chunk)
+
+    def _end_regularly(self, sequence: Sequence, chunk: TokenChunk, now: float) -> None:
+        self._timings.on_end(sequence, now, hands_over=False)
+        self._leave(sequence)
         self._events.append(chunk)
 
     def _make_chunk(self, sequence: Sequence, tokens: tuple[SampledToken, ...]) -> TokenChunk:

@@ -61,6 +61,7 @@ class Scheduler:
         self.num_cached_tokens = 0  # tokens found there
         self._policy = policy
         self._just_admitted: list[Sequence] = []
+        self._num_by_history = 0  # running sequences that draw by their history
         self._num_steps = 0
 
     # ---- the engine's side
@@ -72,7 +73,7 @@ class Scheduler:
         """A sequence that comes with its blocks, their KV stored already."""
         assert sequence.table is not None
         sequence.was_admitted = True
-        self.running.append(sequence)
+        self._enter(sequence)
 
     def schedule(self) -> Batch | None:
         """The next step, or None if nothing can run now."""
@@ -93,6 +94,8 @@ class Scheduler:
         sequences that sits out every second step meanwhile, each worth 1 + a tokens a step, costs
         f (1 + a) / 2, which is more from about f = 1/8 on.
         """
+        if self.speculator is None and self._num_by_history == 0:
+            return False
         num_waiting = sum(
             sequence.num_pending_tokens > 0
             and sequence.num_tokens < sequence.max_total_tokens
@@ -117,6 +120,7 @@ class Scheduler:
             self.waiting.remove(sequence)
         else:
             self.running.remove(sequence)
+            self._num_by_history -= sequence.draws_by_history
         if sequence.num_in_flight == 0:
             self.release_blocks(sequence)
 
@@ -130,9 +134,11 @@ class Scheduler:
 
     def can_run(self, sequence: Sequence) -> bool:
         """False while a running sequence must or had better wait for tokens that are on the device."""
+        if sequence.num_pending_tokens == 0:
+            return True
         if not sequence.can_run:
             return False
-        if sequence.num_pending_tokens == 0 or self.speculator is None:
+        if self.speculator is None:
             return True
         return not self.speculator.awaits_token(sequence)
 
@@ -157,7 +163,7 @@ class Scheduler:
         if table is None:
             return None
         self.waiting.popleft()
-        self.running.append(sequence)
+        self._enter(sequence)
         sequence.table = table
         sequence.num_computed_tokens = sequence.num_scheduled_tokens = table.num_cached_tokens
         self.count_cache_query(len(sequence.token_ids), table.num_cached_tokens)
@@ -186,8 +192,10 @@ class Scheduler:
 
     def grow(self, sequence: Sequence) -> bool:
         """Make room for all tokens of a running sequence; False if blocks lack."""
-        assert sequence.table is not None
-        return self.blocks.grow(sequence.table, sequence.num_tokens)
+        table, num_tokens = sequence.table, len(sequence.token_ids) + sequence.num_pending_tokens
+        assert table is not None
+        has_room = num_tokens <= len(table.block_ids) * self.blocks.block_size  # the usual case, and cheap
+        return has_room or self.blocks.grow(table, num_tokens)
 
     def preempt_newest(self) -> bool:
         """Send the newest running sequence back to the head of the queue, without its blocks. False if
@@ -196,6 +204,7 @@ class Scheduler:
         if victim.num_in_flight:
             return False
         self.running.pop()
+        self._num_by_history -= victim.draws_by_history
         self.release_blocks(victim)
         victim.num_computed_tokens = victim.num_scheduled_tokens = 0
         self.waiting.appendleft(victim)
@@ -204,22 +213,16 @@ class Scheduler:
 
     def take(self, sequence: Sequence, max_rows: int, drafts: tuple[int, ...] = ()) -> ScheduledSequence:
         """Schedule the next rows of a running sequence that has room for them, its drafts behind them."""
-        num_rows = min(sequence.num_unscheduled_tokens, max_rows)
-        assert num_rows > 0
-        start = sequence.num_scheduled_tokens
-        end = start + num_rows
-        entry = ScheduledSequence(
-            sequence=sequence,
-            start=start,
-            num_tokens=num_rows + len(drafts),
-            samples=end == sequence.num_tokens,
-            reads_pending_token=end > len(sequence.token_ids),
-            drafts=drafts,
-        )
-        assert not drafts or (entry.samples and not entry.reads_pending_token)
+        start, num_known = sequence.num_scheduled_tokens, len(sequence.token_ids)
+        num_tokens = num_known + sequence.num_pending_tokens
+        end = min(num_tokens, start + max_rows)
+        assert end > start
+        samples = end == num_tokens
+        entry = ScheduledSequence(sequence, start, end - start + len(drafts), samples, end > num_known, drafts)
+        assert not drafts or (samples and not entry.reads_pending_token)
         sequence.num_scheduled_tokens = end
         sequence.num_in_flight += 1
-        sequence.num_pending_tokens += entry.samples
+        sequence.num_pending_tokens += samples
         sequence.num_pending_drafts = len(drafts)
         return entry
 
@@ -231,6 +234,10 @@ class Scheduler:
         assert sequence.num_in_flight == 0
         sequence.num_scheduled_tokens = sequence.num_computed_tokens
         self.blocks.shrink(sequence.table, sequence.num_tokens)
+
+    def _enter(self, sequence: Sequence) -> None:
+        self.running.append(sequence)
+        self._num_by_history += sequence.draws_by_history
 
     def take_prompt_chunks(self, prompts: Iterable[Sequence], budget: int, max_count: int) -> list[ScheduledSequence]:
         """Share `budget` rows among sequences that have several rows to compute, oldest first in

@@ -42,6 +42,8 @@ class Sequence:
     num_cached_tokens: int = 0  # of the prompt, at the first admission
     was_admitted: bool = False
     has_emitted: bool = False
+    draws_by_history: bool = False  # the next token depends on which came before, beside through the logits
+    draws_plainly: bool = False  # greedily from raw logits, and nothing but the token is asked for
     queued_at: float = 0.0  # these three on the engine's clock, see `timings.py`
     admitted_at: float = 0.0
     first_token_at: float | None = None
@@ -80,14 +82,6 @@ class Sequence:
         return self.num_pending_tokens > 0 and (self.draws_by_history or self.num_pending_drafts > 0)
 
     @property
-    def draws_by_history(self) -> bool:
-        """The next token depends on which tokens came before it, beside through the logits."""
-        sampling = self.request.sampling
-        return (
-            sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0 or sampling.repetition_penalty != 1.0
-        )
-
-    @property
     def max_reusable_tokens(self) -> int:
         """How much of a cached prefix may be reused: never the newest token, whose logits are needed,
         and no position whose prompt logprob is still owed."""
@@ -111,7 +105,7 @@ def make_sequence(
     end_of_sequence = () if sampling.ignore_eos else eos_token_ids
     is_continuation = len(token_ids) > request.prompt_length
     wants_prompt_logprobs = sampling.prompt_logprobs is not None and not is_continuation and not is_loaded
-    return Sequence(
+    sequence = Sequence(
         request=request,
         token_ids=token_ids,
         prompt_length=request.prompt_length,
@@ -120,4 +114,16 @@ def make_sequence(
         chain=BlockHashChain(token_ids, block_size, request.cache_salt),
         wants_prompt_logprobs=wants_prompt_logprobs,
         prompt_logprobs=[None] if wants_prompt_logprobs else [],
+        draws_by_history=(
+            sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0 or sampling.repetition_penalty != 1.0
+        ),
     )
+    sequence.draws_plainly = (
+        sampling.is_greedy
+        and sampling.logprobs is None
+        and sampling.min_tokens == 0
+        and not sampling.logit_bias
+        and not wants_prompt_logprobs
+        and not sequence.draws_by_history
+    )
+    return sequence

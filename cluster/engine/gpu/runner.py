@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, repeat
 from typing import Protocol
 
 import numpy as np
@@ -127,13 +127,8 @@ class GpuModelRunner:
     def _launch(self, batch: Batch) -> LaunchedGpuStep:
         staged, longest, num_keys = self._staging.stage(batch, self._row_drawn, self._tokens_R)
         prompts: list[_PromptRows] = []
-        draws: list[DrawnRow] = []
-        self._row_drawn = {}
-        for entry in batch.scheduled:
-            if entry.samples:
-                self._row_drawn[id(entry.sequence)] = len(draws)
-                draws.extend(DrawnRow(entry.sequence, position) for position in entry.drawn_positions)
-        if staged.logits_of_entry[-1].stop > len(draws):
+        draws = self._draws(batch, staged)
+        if not staged.is_decode and staged.logits_of_entry[-1].stop > len(draws):
             output = self._forward_with_prompts(staged, batch, longest, num_keys, prompts)
         else:
             output = self._forward(staged.shape, longest, num_keys)
@@ -141,6 +136,20 @@ class GpuModelRunner:
         is_done = Moment(self._device)
         is_done.record()
         return LaunchedGpuStep(batch, drawn, self._row_drawn, prompts, is_done)
+
+    def _draws(self, batch: Batch, staged: StagedStep) -> list[DrawnRow]:
+        """One per drawn row, in the order of the rows; remembers where each sequence's row is."""
+        scheduled = batch.scheduled
+        if staged.is_decode:
+            self._row_drawn = {id(entry.sequence): row for row, entry in enumerate(scheduled)}
+            return [DrawnRow(entry.sequence, entry.start + 1) for entry in scheduled]
+        draws: list[DrawnRow] = []
+        self._row_drawn = {}
+        for entry in scheduled:
+            if entry.samples:
+                self._row_drawn[id(entry.sequence)] = len(draws)
+                draws.extend(DrawnRow(entry.sequence, position) for position in entry.drawn_positions)
+        return draws
 
     def is_done(self, step: LaunchedGpuStep) -> bool:
         return step.is_done.is_past()
@@ -307,9 +316,11 @@ def _sampled_tokens(step: LaunchedGpuStep) -> tuple[tuple[SampledToken, ...], ..
     token_ids, is_broken = drawn.token_ids_R.host.tolist(), drawn.is_broken_R.host.tolist()
     logprobs = drawn.logprobs.arrived().to_host(drawn.num_top) if drawn.logprobs is not None else []
     places = drawn.logprob_places
+    if not places and len(token_ids) == len(step.batch.scheduled):
+        return tuple([(SampledToken(*each),) for each in zip(token_ids, repeat(None), is_broken)])
     rows = [
         SampledToken(token_id, logprobs[places[row]] if row in places and not broken else None, broken)
         for row, (token_id, broken) in enumerate(zip(token_ids, is_broken, strict=True))
     ]
     taken = iter(rows)
-    return tuple(tuple(islice(taken, len(entry.drawn_positions))) for entry in step.batch.scheduled)
+    return tuple(tuple(islice(taken, entry.num_drawn)) for entry in step.batch.scheduled)

@@ -87,6 +87,9 @@ class GpuSampler:
         """Draw one token for each row into `tokens_R` (int64, on the device); row r has the logits for
         `drawn[r]`. The raw logits are not changed."""
         is_broken_R = ~torch.isfinite(stats.logsumexp_R)
+        if all(draw.sequence.draws_plainly for draw in drawn):
+            tokens_R.copy_(stats.argmax_R)
+            return DrawnRows(HostCopy(tokens_R), HostCopy(is_broken_R), None, {}, [])
         chosen_from_RV, chosen_stats = self._processed(logits_RV, stats, drawn)
         if chosen_stats is not stats:
             is_broken_R |= ~torch.isfinite(chosen_stats.maximum_R)

@@ -37,7 +37,8 @@ class StagedStep:
 
     shape: StepShape
     num_rows: int  # without padding
-    logits_of_entry: tuple[range, ...]  # rows of logits of each entry: prompt rows that are owed, then the drawn ones
+    is_decode: bool  # `Batch.is_decode`: each entry has the row of logits of its own number
+    logits_of_entry: tuple[range, ...]  # else the rows of each entry: prompt rows that are owed, then the drawn ones
 
 
 @dataclass(slots=True)
@@ -100,8 +101,9 @@ class StepStaging:
         buffer = self._next_buffer()
         rows_B = np.fromiter((entry.num_tokens for entry in scheduled), np.int32, len(scheduled))
         starts_B = np.fromiter((entry.start for entry in scheduled), np.int32, len(scheduled))
-        logits_of_entry = tuple(_logits_rows(scheduled))
-        num_logits = logits_of_entry[-1].stop if logits_of_entry else 0
+        is_decode = batch.is_decode
+        logits_of_entry = () if is_decode else tuple(_logits_rows(scheduled))
+        num_logits = logits_of_entry[-1].stop if logits_of_entry else len(scheduled)
         num_rows, contexts_B = int(rows_B.sum()), starts_B + rows_B
         shape = StepShape(
             num_rows=round_up(num_rows, self.row_sizes),
@@ -125,7 +127,7 @@ class StepStaging:
             num_rows=shape.num_rows, num_sequences=shape.num_sequences, num_logits=shape.num_logits,
             num_columns=table_BM.shape[1],
         )  # fmt: skip
-        return StagedStep(shape, num_rows, logits_of_entry), int(contexts_B.max()), int(contexts_B.sum())
+        return StagedStep(shape, num_rows, is_decode, logits_of_entry), int(contexts_B.max()), int(contexts_B.sum())
 
     def _next_buffer(self) -> _Buffer:
         self._turn = (self._turn + 1) % NUM_BUFFERS
@@ -143,7 +145,7 @@ def _decode_shape(shape: StepShape) -> StepShape:
 def _logits_rows(scheduled: tuple[ScheduledSequence, ...]) -> Iterator[range]:
     start = 0
     for entry in scheduled:
-        stop = start + len(entry.drawn_positions) + (len(prompt_logprob_range(entry)) if entry.num_tokens > 1 else 0)
+        stop = start + entry.num_drawn + (len(prompt_logprob_range(entry)) if entry.num_tokens > 1 else 0)
         yield range(start, stop)
         start = stop
 
@@ -187,6 +189,9 @@ class _Packer:
         self._fill_logits(scheduled, logits_of_entry)
 
     def _copy_tokens(self, scheduled: tuple[ScheduledSequence, ...], row_drawn: dict[int, int]) -> None:
+        if all(entry.reads_pending_token and entry.num_tokens == 1 for entry in scheduled):
+            self._source_T[: len(scheduled)] = [row_drawn[id(entry.sequence)] for entry in scheduled]
+            return
         place = 0
         for entry in scheduled:
             end = stop = place + entry.num_tokens
@@ -207,9 +212,8 @@ class _Packer:
     def _fill_logits(self, scheduled: tuple[ScheduledSequence, ...], logits_of_entry: tuple[range, ...]) -> None:
         self._logits_R[:] = 0
         ends_B = self._query_start[1 : len(scheduled) + 1]
-        count = logits_of_entry[-1].stop if logits_of_entry else 0
-        if count == len(scheduled) and all(entry.samples for entry in scheduled):
-            self._logits_R[:count] = ends_B - 1
+        if not logits_of_entry:
+            self._logits_R[: len(scheduled)] = ends_B - 1
             return
         for entry, rows, end in zip(scheduled, logits_of_entry, ends_B.tolist(), strict=True):
             wanted = [end - entry.num_tokens - entry.start + position for position in prompt_logprob_range(entry)]
