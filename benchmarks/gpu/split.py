@@ -1,0 +1,171 @@
+"""Prefill and decode as two processes on one GPU against one process that does both, under the same load.
+
+    python -m benchmarks.gpu.split --rate 8 --duration 25
+
+Each deployment is started as a user starts it, gets the same open-loop load from `cluster bench`, and answers
+the same prompts, whose tokens and logprob bits must be equal everywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import torch
+
+from benchmarks.deployment import Deployment, DeploymentFailed, deployment
+from benchmarks.gpu.random_model import LLAMA_8B
+from benchmarks.model_directory import write_llama_directory
+from benchmarks.results import append_result, processor_name
+from cluster.bench.measure import PERCENTILES, Statistics, Summary
+from cluster.bench.prompts import WORDS
+from cluster.bench.result_file import read_result
+from cluster.engine.models.config import ModelConfig
+
+NUM_COMPARED = 12
+
+
+class Variant(NamedTuple):
+    name: str
+    settings: tuple[str, ...]
+
+
+def variants(shares: Sequence[int], chunks: Sequence[int]) -> list[Variant]:
+    found = [
+        Variant(f"monolithic, chunks of {chunk}", ("monolithic=true", f"decode.engine.max_batched_tokens={chunk}"))
+        for chunk in chunks
+    ]
+    return found + [Variant(f"split, prefill {share} %", (f"prefill.gpu_percent={share}",)) for share in shares]
+
+
+class Measured(NamedTuple):
+    name: str
+    summary: Summary
+    answers: list[Any]
+
+
+def compared_answers(url: str) -> list[Any]:
+    """Tokens and logprobs of some prompts, asked for at once."""
+    answers = []
+    with httpx.Client(base_url=url, timeout=120.0) as client:
+        model = client.get("/v1/models").json()["data"][0]["id"]
+        for index in range(NUM_COMPARED):
+            words = [WORDS[(index * 37 + i * i) % len(WORDS)] for i in range(5 + 61 * index)]
+            body = {
+                "model": model, "prompt": " " + " ".join(words), "max_tokens": 24, "logprobs": 3, "seed": index,
+                "temperature": 0.0 if index % 2 else 0.9, "ignore_eos": True,
+            }  # fmt: skip
+            reply = client.post("/v1/completions", json=body)
+            reply.raise_for_status()
+            choice = reply.json()["choices"][0]
+            answers.append((choice["text"], choice["logprobs"]))
+    return answers
+
+
+def measure(variant: Variant, model: Path, device: str, load: Sequence[str], more: Sequence[str]) -> Measured:
+    engine = [f"{role}.engine.device={device}" for role in ("prefill", "decode")]
+    with deployment(str(model), [*engine, *more, *variant.settings]) as running:
+        answers = compared_answers(running.url)
+        with tempfile.TemporaryDirectory() as directory:
+            output = Path(directory) / "result.jsonl"
+            run_load(running, [*load, "--output", str(output)])
+            _, line = read_result(output)
+        for row in running.log.read_text(errors="replace").splitlines():
+            if "warning" in row.lower():
+                print(f"  {row.strip()[:300]}")
+    return Measured(variant.name, line.summary, answers)
+
+
+def run_load(running: Deployment, load: Sequence[str]) -> None:
+    command = [sys.executable, "-m", "cluster", "bench", "run", running.url, *load]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode:
+        raise DeploymentFailed(
+            f"the load ended with {done.returncode}: {done.stdout[-800:]} {done.stderr[-800:]}\n{running.log_tail()}"
+        )
+
+
+def show(measured: Measured) -> None:
+    s = measured.summary
+    assert s.ttft is not None
+    assert s.itl is not None
+    print(
+        f"{measured.name:32} ttft p50 {_at(s.ttft, 50) * 1e3:8.1f} p99 {_at(s.ttft, 99) * 1e3:8.1f} ms   itl p50 "
+        f"{_at(s.itl, 50) * 1e3:7.2f} p99 {_at(s.itl, 99) * 1e3:7.2f} ms   in {s.input_tokens_per_s:8.0f} out "
+        f"{s.output_tokens_per_s:7.0f} tok/s   {s.num_requests} requests, {s.num_failed} failed",
+        flush=True,
+    )
+
+
+def record(all_measured: Sequence[Measured], device_name: str, params: dict[str, Any], out: Path) -> None:
+    baseline = min(
+        (each for each in all_measured if each.name.startswith("monolithic")), key=lambda each: _itl_p99(each)
+    )
+    for each in all_measured:
+        s = each.summary
+        total = s.input_tokens_per_s + s.output_tokens_per_s
+        base = baseline.summary.input_tokens_per_s + baseline.summary.output_tokens_per_s
+        same_bits = each.answers == all_measured[0].answers
+        details = {
+            **params, "variant": each.name, "baseline": baseline.name, "same_bits": same_bits, "failed": s.num_failed,
+            "ttft_p50_ms": round(1e3 * _at(s.ttft, 50), 2) if s.ttft else None,
+            "itl_p50_ms": round(1e3 * _at(s.itl, 50), 3) if s.itl else None,
+            "itl_p99_ms": round(1e3 * _itl_p99(each), 3),
+        }  # fmt: skip
+        for metric, value in (
+            ("throughput_ratio", total / base),
+            ("itl_p99_ratio", _itl_p99(each) / _itl_p99(baseline)),
+        ):
+            append_result("split_gpu", metric, value, "x", details, device=device_name, directory=out)
+        print(f"{each.name:32} throughput {total / base:.3f}x, itl p99 {_itl_p99(each) / _itl_p99(baseline):.3f}x, "
+              f"same bits: {same_bits}")  # fmt: skip
+
+
+def _at(statistics: Statistics, percent: float) -> float:
+    return statistics.percentiles[PERCENTILES.index(percent)]
+
+
+def _itl_p99(measured: Measured) -> float:
+    assert measured.summary.itl is not None
+    return _at(measured.summary.itl, 99)
+
+
+def main(config: ModelConfig = LLAMA_8B) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.split", description=__doc__)
+    parser.add_argument("--rate", type=float, default=8.0, help="requests a second")
+    parser.add_argument("--duration", type=float, default=25.0, help="seconds")
+    parser.add_argument("--shares", type=int, nargs="*", default=[40, 60, 80], help="percent of the GPU for prefill")
+    parser.add_argument("--chunks", type=int, nargs="*", default=[8192, 1024], help="of the monolithic engine")
+    parser.add_argument("--prompt-tokens", default="uniform:64:2048")
+    parser.add_argument("--output-tokens", default="uniform:64:256")
+    parser.add_argument("--model", type=Path, help="a directory; by default an 8B shape with random weights is made")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--set", action="append", default=[], help="more configuration, KEY=VALUE")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        model = options.model or write_llama_directory(Path(directory) / "llama-8b", config, device=options.device)
+        load = [
+            *("--rate", str(options.rate), "--duration", str(options.duration), "--warmup", "8"),
+            *("--prompt-tokens", options.prompt_tokens, "--output-tokens", options.output_tokens),
+        ]
+        measured = []
+        for variant in variants(options.shares, options.chunks):
+            try:
+                measured.append(measure(variant, model, options.device, load, options.set))
+                show(measured[-1])
+            except (DeploymentFailed, subprocess.TimeoutExpired, httpx.HTTPError) as error:
+                print(f"{variant.name}: {error}", flush=True)
+        device_name = torch.cuda.get_device_name() if options.device.startswith("cuda") else processor_name()
+        params = {"rate": options.rate, "prompt_tokens": options.prompt_tokens, "output_tokens": options.output_tokens}
+        record(measured, device_name, params, options.out)
+
+
+if __name__ == "__main__":
+    main()
