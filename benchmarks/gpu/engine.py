@@ -16,9 +16,10 @@ import msgspec
 import torch
 
 from benchmarks.gpu.random_model import LLAMA_8B, random_decoder
+from cluster.engine.batch import StepResult
 from cluster.engine.config import EngineConfig
 from cluster.engine.engine import Engine
-from cluster.engine.gpu.runner import GpuModelRunner
+from cluster.engine.gpu.runner import GpuModelRunner, LaunchedGpuStep
 from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.kv_cache import KVCache
 from cluster.engine.models.llama import DecoderModel
@@ -87,6 +88,28 @@ class EngineBench:
         one = min(self.run(prompts, [1] * batch, **sampling) for _ in range(rounds))
         full = min(self.run(prompts, [out] * batch, **sampling) for _ in range(rounds))
         return 1e3 * (full - one) / (out - 1)
+
+    def host_fraction(self, batch: int, prompt: int = 128, out: int = 128) -> float:
+        """Share of a decode step in which the host does not wait for the device."""
+        runner = self.engine._runner
+        assert isinstance(runner, GpuModelRunner)
+        collect, waited = runner.collect, [0.0]
+
+        def timed(step: LaunchedGpuStep) -> StepResult:
+            start = time.perf_counter()
+            step.is_done.wait()
+            waited[0] += time.perf_counter() - start
+            return collect(step)
+
+        prompts = [random_prompt(prompt, 7000 + i) for i in range(batch)]
+        self.run(prompts, [out] * batch)
+        one = self.run(prompts, [1] * batch)
+        runner.collect = timed  # type: ignore[method-assign]
+        self.run(prompts, [1] * batch)
+        waited_of_one, waited[0] = waited[0], 0.0
+        full = self.run(prompts, [out] * batch)
+        runner.collect = collect  # type: ignore[method-assign]
+        return 1.0 - (waited[0] - waited_of_one) / (full - one)
 
     def mixed(self, count: int, rounds: int = 2) -> Mixed:
         source = random.Random(MIXED_SEED)
