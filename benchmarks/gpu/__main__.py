@@ -3,6 +3,11 @@
 gemm, attention, decode-step   the published figures, appended as JSON lines in --out
 tune                           measure every GEMM plan, write the device's plan table to --out
 sweep-attention                time attention plans, as JSON lines in --out
+engine                         the whole engine on an 8B shape; --peer FILE adds ratios to a peer's figures
+exactness                      every way to compute the same requests, bit for bit
+compile-share, compile-engine  compile a share of the kernels of `tune` or `engine` (for several processes)
+
+Prefill and decode on one GPU: `python -m benchmarks.gpu.split`.
 """
 
 from __future__ import annotations
@@ -10,15 +15,20 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks.gpu import record, sweeps
+from benchmarks.gpu import engine, record, record_engine, sweeps
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument(
-        "what", choices=["gemm", "attention", "decode-step", "tune", "sweep-attention", "compile-share"]
+        "what",
+        choices=[
+            *("gemm", "attention", "decode-step", "tune", "sweep-attention", "engine", "exactness"),
+            *("compile-share", "compile-engine"),
+        ],
     )
-    parser.add_argument("share", nargs="*", type=int, help="compile-share: which share, of how many")
+    parser.add_argument("share", nargs="*", type=int, help="compile-*: which share, of how many")
+    parser.add_argument("--peer", type=Path, help="JSON lines of the peer's script on the same machine")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="a directory")
     parser.add_argument("--budget", type=float, default=400, help="seconds")
     options = parser.parse_args()
@@ -33,8 +43,14 @@ def main() -> None:
             sweeps.tune(options.out, options.budget)
         case "sweep-attention":
             sweeps.sweep_attention(options.out, options.budget)
+        case "engine":
+            record_engine.record_engine(options.out, options.peer)
+        case "exactness":
+            record_engine.record_exactness(options.out)
         case "compile-share":
             sweeps.compile_share(*options.share)
+        case "compile-engine":
+            engine.compile_share(*options.share)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -21,7 +21,9 @@ from cluster.engine.config import EngineConfig
 from cluster.engine.engine import Engine
 from cluster.engine.gpu.runner import GpuModelRunner, LaunchedGpuStep
 from cluster.engine.kernels.cuda_ops import CudaOps
+from cluster.engine.kernels.ops import LinearWeight
 from cluster.engine.kv_cache import KVCache
+from cluster.engine.models.feed_forward import DenseFeedForward
 from cluster.engine.models.llama import DecoderModel
 from cluster.types import Request, SamplingParams, TokenChunk
 from decode.policy import DecodePolicy
@@ -53,6 +55,7 @@ class EngineBench:
         settings = msgspec.convert(
             {"device": "cuda", "max_model_len": 8192, "enable_prefix_caching": False, **config}, EngineConfig
         )
+        self.weight_bytes = sum(weight.num_bytes for weight in _linear_weights(model))
         self.engine = Engine(model, settings, ops, DecodePolicy())
         self._number = 0
 
@@ -117,6 +120,14 @@ class EngineBench:
         prompts = [random_prompt(length, 20000 + i) for i, (length, _) in enumerate(shape)]
         seconds = min(self.run(prompts, [out for _, out in shape]) for _ in range(rounds))
         return Mixed(seconds, sum(length for length, _ in shape), sum(out for _, out in shape))
+
+
+def _linear_weights(model: DecoderModel) -> Iterator[LinearWeight]:
+    """What every step reads: all but the embedding, of which it reads a row per token."""
+    for layer in model.weights.layers:
+        assert isinstance(layer.feed_forward, DenseFeedForward)
+        yield from (layer.qkv, layer.output, layer.feed_forward.gate_up, layer.feed_forward.down)
+    yield model.weights.lm_head
 
 
 def make_bench(*, pdl: bool = True, residual_dtype: torch.dtype = torch.bfloat16, **config: object) -> EngineBench:
