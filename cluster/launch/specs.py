@@ -96,6 +96,7 @@ def worker_config(
         model=str(model.path),
         model_name=model_name,
         model_revision=model.revision,
+        model_quantization=config.model.quantization,
         host=group.host,
         port=group.port,
         engine=msgspec.structs.replace(pool.engine, num_threads=rank.num_threads, device=rank.device),

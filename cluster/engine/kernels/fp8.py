@@ -24,6 +24,7 @@ import torch
 
 GROUP = 128  # input features that are summed by the tensor core before they meet the fp32 accumulator
 E4M3_MAX = 448.0
+_CHUNK_ELEMENTS = 1 << 24  # of a weight quantised at once: bounds the fp32 temporaries
 SMALLEST_AMAX = 2.0**-100  # amax below counts as this, so that scales and their inverses are normal numbers
 
 
@@ -82,8 +83,19 @@ def quantize_rows(x_TK: torch.Tensor, scaling: Scaling) -> torch.Tensor:
 def quantize_weight(weight_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(N, K) float8_e4m3fn and (N,) float32 scales, one per output row: a shard of rows has the bits it has
     in the whole. A row with NaN or infinity gets the scale NaN."""
-    values, scales = _quantize(weight_NK[:, None, :])
-    return values[:, 0], scales[:, 0, 0]
+    rows_at_once = max(1, _CHUNK_ELEMENTS // weight_NK.shape[1])
+    parts = [_quantize(rows) for rows in torch.split(weight_NK, rows_at_once)]
+    return torch.cat([values for values, _ in parts]), torch.cat([scales[:, 0] for _, scales in parts])
+
+
+def quantize_weight_blocks(weight_NK: torch.Tensor, rows: int = GROUP) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N, K) float8_e4m3fn and (N / rows, ceil(K / 128)) float32 scales; N is a multiple of `rows`."""
+    out_features, in_features = weight_NK.shape
+    padded = torch.nn.functional.pad(weight_NK, (0, padded_features(in_features) - in_features))
+    blocks = padded.view(out_features // rows, rows, -1, GROUP).transpose(1, 2)
+    values, scales = _quantize(blocks.flatten(2))
+    values_NP = values.view(torch.uint8).view(blocks.shape).transpose(1, 2).reshape(padded.shape)
+    return values_NP[:, :in_features].view(torch.float8_e4m3fn), scales[:, :, 0]
 
 
 def _quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

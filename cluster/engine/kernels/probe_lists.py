@@ -15,6 +15,7 @@ from cluster.engine.kernels.probes import (
     silu_probe,
     softmax_probe,
 )
+from cluster.engine.kernels.probes_fp8 import fp8_layers_probe, fp8_linear_probe
 
 LINEAR_PROBES = (
     linear_probe(1, 48, 64, Magnitudes.NORMAL),
@@ -49,6 +50,16 @@ NORM_PROBES = (
 )
 EMBEDDING_PROBES = (embedding_probe(7, 72),)
 SOFTMAX_PROBES = (softmax_probe(3, 1000), softmax_probe(1, 515))
+FP8_PROBES = (
+    fp8_linear_probe(1, 96, 64, Magnitudes.NORMAL),
+    fp8_linear_probe(9, 160, 300, Magnitudes.WIDE),
+    fp8_linear_probe(40, 64, 576, Magnitudes.CANCELLING),
+    fp8_linear_probe(3, 32, 1100, Magnitudes.DENORMAL),
+    fp8_linear_probe(17, 320, 384, Magnitudes.WIDE, block_rows=64),
+    fp8_linear_probe(70, 128, 1000, Magnitudes.CANCELLING, block_rows=128),
+    fp8_layers_probe(5, 96, 160),
+    fp8_layers_probe(2, 576, 1536, block_rows=32),
+)
 ALL_PROBES = (
     *LINEAR_PROBES,
     *ATTENTION_PROBES,

@@ -24,6 +24,17 @@ class Architecture(str, Enum):
     QWEN3 = "qwen3"
 
 
+class WeightFormat(str, Enum):
+    """Of the linear layers between embedding and lm_head, which stay bf16 as do the norms.
+
+    FP8 is e4m3 with activations quantised per token. Each format has bits of its own.
+    """
+
+    BF16 = "bf16"
+    FP8 = "fp8"  # one scale per output row
+    FP8_BLOCK = "fp8_block"  # one scale per 128 x 128 block, activations per 128 features
+
+
 class NoScaling(msgspec.Struct, frozen=True, tag="none"):
     """Plain rotary embedding."""
 
@@ -83,6 +94,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     max_position: int  # the longest context: prompt and output together
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    weight_format: WeightFormat = WeightFormat.BF16
 
     @property
     def attention_scale(self) -> float:

@@ -88,14 +88,17 @@ class DecoderModel:
         """
         weights, ops, eps = self.weights, self.ops, self.config.rms_norm_eps
         residual_TK = self._embed(token_ids_T)
-        normed_TK = ops.rms_norm(residual_TK, weights.layers[0].input_norm_K, eps)
+        normed_TK = ops.rms_norm(residual_TK, weights.layers[0].input_norm_K, eps, input_of=weights.layers[0].qkv)
         for index, layer in enumerate(weights.layers):
             attended_TK = self._attention(layer, normed_TK, kv_cache.layer(index), metadata)
-            normed_TK = ops.add_rms_norm(residual_TK, attended_TK, layer.post_attention_norm_K, eps)
+            normed_TK = ops.add_rms_norm(
+                residual_TK, attended_TK, layer.post_attention_norm_K, eps, input_of=layer.gate_up
+            )
             update_TK = self._feed_forward(layer, normed_TK)
             is_last = index + 1 == len(weights.layers)
             norm_K = weights.final_norm_K if is_last else weights.layers[index + 1].input_norm_K
-            normed_TK = ops.add_rms_norm(residual_TK, update_TK, norm_K, eps)
+            reader = weights.lm_head if is_last else weights.layers[index + 1].qkv
+            normed_TK = ops.add_rms_norm(residual_TK, update_TK, norm_K, eps, input_of=reader)
         if ops.residual_dtype == torch.float32:
             logits_RVl = self._wide_logits(_rows(residual_TK, logits_indices))
         else:
@@ -141,8 +144,11 @@ class DecoderModel:
         return self._into_residual(mixed_TC, layer.output)
 
     def _feed_forward(self, layer: LayerWeights, normed_TK: torch.Tensor) -> torch.Tensor:
-        active_TFl = self.ops.linear_silu_mul(normed_TK, layer.gate_up)
-        active_TF = self.group.all_gather_columns(active_TFl, self.plan.ffn_widths)
+        if self.group.size == 1:
+            active_TF = self.ops.linear_silu_mul(normed_TK, layer.gate_up, input_of=layer.down)
+        else:  # an FP8 layer quantises whole rows, so after the gather
+            active_TFl = self.ops.linear_silu_mul(normed_TK, layer.gate_up)
+            active_TF = self.group.all_gather_columns(active_TFl, self.plan.ffn_widths)
         return self._into_residual(active_TF, layer.down)
 
     def _into_residual(self, x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
