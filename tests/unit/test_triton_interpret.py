@@ -1,4 +1,4 @@
-"""Starts `triton_interpret_cases.py` in a process where Triton interprets kernels on the CPU."""
+"""Starts the `triton_interpret_*cases.py` in a process where Triton interprets kernels on the CPU."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-CASES = Path(__file__).with_name("triton_interpret_cases.py")
+CASES = sorted(str(path) for path in Path(__file__).parent.glob("triton_interpret_*cases.py"))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_kernels_in_the_interpreter() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *CASES]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
     assert " passed" in result.stdout

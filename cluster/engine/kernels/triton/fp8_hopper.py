@@ -16,7 +16,9 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from cluster.engine.kernels.triton.gluon_names import async_load, barrier
 
 
 @gluon.jit
@@ -55,13 +57,13 @@ def _produce(
             stage = index % STAGES
             mbarrier.wait(free.index(stage), (index // STAGES + 1) & 1)
             bar = ready.index(stage)
-            mbarrier.expect(bar, 2 * x_desc.block_type.nbytes + HALVES * w_desc.block_type.nbytes)
+            mbarrier.expect(bar, (2 * 64 + HALVES * 128) * GROUP_K)
             k = group * GROUP_K
-            tma.async_copy_global_to_shared(x_desc, [row, k], bar, x_ring.index(2 * stage))
-            tma.async_copy_global_to_shared(x_desc, [row + 64, k], bar, x_ring.index(2 * stage + 1))
-            tma.async_copy_global_to_shared(w_desc, [column, k], bar, w_ring.index(HALVES * stage))
+            async_load(x_desc, [row, k], bar, x_ring.index(2 * stage))
+            async_load(x_desc, [row + 64, k], bar, x_ring.index(2 * stage + 1))
+            async_load(w_desc, [column, k], bar, w_ring.index(HALVES * stage))
             if HALVES == 2:
-                tma.async_copy_global_to_shared(w_desc, [second, k], bar, w_ring.index(HALVES * stage + 1))
+                async_load(w_desc, [second, k], bar, w_ring.index(HALVES * stage + 1))
             index += 1
 
 
@@ -132,7 +134,7 @@ def _consume(
             if HALVES == 2:
                 acc = acc + part
                 part = _group_sum(x, w_ring.index(HALVES * stage + 1), zeros)
-            gl.thread_barrier()
+            barrier()
             mbarrier.arrive(free.index(stage), count=1)
             if HALVES == 2:
                 second = second + part
@@ -220,14 +222,14 @@ def _stream_produce(
             stage = index % STAGES
             mbarrier.wait(free.index(stage), (index // STAGES + 1) & 1)
             bar = ready.index(stage)
-            mbarrier.expect(bar, 4 * (x_desc.block_type.nbytes + WEIGHTS * w_desc.block_type.nbytes))
+            mbarrier.expect(bar, 4 * (BLOCK_M + WEIGHTS * 64) * GROUP_K)
             for part in gl.static_range(4):
                 k = (batch * 4 + part) * GROUP_K
                 slot = stage * 4 + part
-                tma.async_copy_global_to_shared(w_desc, [column, k], bar, w_ring.index(WEIGHTS * slot))
+                async_load(w_desc, [column, k], bar, w_ring.index(WEIGHTS * slot))
                 if SILU_MUL:
-                    tma.async_copy_global_to_shared(w_desc, [N + column, k], bar, w_ring.index(WEIGHTS * slot + 1))
-                tma.async_copy_global_to_shared(x_desc, [row, k], bar, x_ring.index(slot))
+                    async_load(w_desc, [N + column, k], bar, w_ring.index(WEIGHTS * slot + 1))
+                async_load(x_desc, [row, k], bar, x_ring.index(slot))
             index += 1
 
 
@@ -300,7 +302,7 @@ def _stream_consume(
                 a0, a1, a2, a3, b0, b1, b2, b3 = warpgroup_mma_wait(0, deps=[a0, a1, a2, a3, b0, b1, b2, b3])
             else:
                 a0, a1, a2, a3 = warpgroup_mma_wait(0, deps=[a0, a1, a2, a3])
-            gl.thread_barrier()
+            barrier()
             mbarrier.arrive(free.index(stage), count=1)
             acc = _stream_add(acc, a0, x_scale_rows, w_scales, group, num_groups, SCALE_ROWS)
             acc = _stream_add(acc, a1, x_scale_rows, w_scales, group + 1, num_groups, SCALE_ROWS)
