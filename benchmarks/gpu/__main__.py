@@ -3,6 +3,7 @@
 gemm, attention, decode-step   the published figures, appended as JSON lines in --out
 tune                           measure every GEMM plan, write the device's plan table to --out
 sweep-attention                time attention plans, as JSON lines in --out
+fp8                            try, time and compare FP8 products, write their plan table to --out
 """
 
 from __future__ import annotations
@@ -10,17 +11,18 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks.gpu import record, sweeps
+from benchmarks.gpu import fp8, fp8_vet, record, sweeps
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument(
-        "what", choices=["gemm", "attention", "decode-step", "tune", "sweep-attention", "compile-share"]
+        "what",
+        choices=["gemm", "attention", "decode-step", "tune", "sweep-attention", "compile-share", "fp8", "fp8-vet"],
     )
-    parser.add_argument("share", nargs="*", type=int, help="compile-share: which share, of how many")
+    parser.add_argument("share", nargs="*", type=int, help="compile-share: which share, of how many; fp8-vet: plans")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="a directory")
-    parser.add_argument("--budget", type=float, default=400, help="seconds")
+    parser.add_argument("--budget", type=float, help="seconds (default 400; fp8: 60)")
     options = parser.parse_args()
     match options.what:
         case "gemm":
@@ -30,11 +32,15 @@ def main() -> None:
         case "decode-step":
             record.record_steps(options.out)
         case "tune":
-            sweeps.tune(options.out, options.budget)
+            sweeps.tune(options.out, options.budget or 400)
         case "sweep-attention":
-            sweeps.sweep_attention(options.out, options.budget)
+            sweeps.sweep_attention(options.out, options.budget or 400)
         case "compile-share":
             sweeps.compile_share(*options.share)
+        case "fp8":
+            fp8.run(options.out, options.budget or 60)
+        case "fp8-vet":
+            fp8_vet.vet_share(options.share, options.out)
 
 
 if __name__ == "__main__":
