@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Literal
 
 import msgspec
 
@@ -40,10 +41,21 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
 class LLM:
     """A model and its engine. Owns their memory until `close`, or the end of the `with` block."""
 
-    def __init__(self, model: str = "demo", *, engine: EngineConfig | None = None) -> None:
-        """`model`: `demo`, a directory, a .gguf file or a Hugging Face id. Blocks while it loads; raises
-        errors of our tree."""
-        config = WorkerConfig(model=model, engine=engine or EngineConfig(), transport="loopback")
+    def __init__(
+        self,
+        model: str = "demo",
+        *,
+        engine: EngineConfig | None = None,
+        quantization: Literal["fp8"] | None = None,
+    ) -> None:
+        """`model`: `demo`, a directory, a .gguf file or a Hugging Face id; `quantization` makes FP8 of a bf16
+        one. Blocks while it loads; raises errors of our tree."""
+        config = WorkerConfig(
+            model=model,
+            engine=engine or EngineConfig(),
+            model_quantization=quantization,
+            transport="loopback",
+        )
         self._tokenizer = Tokenizer.load(model)
         worker = load_worker(config, DecodeParts())
         self._driver = worker.driver

@@ -3,6 +3,7 @@
 gemm, attention, decode-step   the published figures, appended as JSON lines in --out
 tune                           measure every GEMM plan, write the device's plan table to --out
 sweep-attention                time attention plans, as JSON lines in --out
+fp8                            try, time and compare FP8 products, write their plan table to --out
 engine                         the whole engine on an 8B shape; --peer FILE adds ratios to a peer's figures
 exactness                      every way to compute the same requests, bit for bit
 compile-share, compile-engine  compile a share of the kernels of `tune` or `engine` (for several processes)
@@ -15,7 +16,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks.gpu import engine, record, record_engine, sweeps
+from benchmarks.gpu import engine, fp8, fp8_vet, record, record_engine, sweeps
 
 
 def main() -> None:
@@ -24,13 +25,13 @@ def main() -> None:
         "what",
         choices=[
             *("gemm", "attention", "decode-step", "tune", "sweep-attention", "engine", "exactness"),
-            *("compile-share", "compile-engine"),
+            *("compile-share", "compile-engine", "fp8", "fp8-vet"),
         ],
     )
-    parser.add_argument("share", nargs="*", type=int, help="compile-*: which share, of how many")
+    parser.add_argument("share", nargs="*", type=int, help="compile-*: which share, of how many; fp8-vet: plans")
     parser.add_argument("--peer", type=Path, help="JSON lines of the peer's script on the same machine")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="a directory")
-    parser.add_argument("--budget", type=float, default=400, help="seconds")
+    parser.add_argument("--budget", type=float, help="seconds (default 400; fp8: 60)")
     options = parser.parse_args()
     match options.what:
         case "gemm":
@@ -40,15 +41,19 @@ def main() -> None:
         case "decode-step":
             record.record_steps(options.out)
         case "tune":
-            sweeps.tune(options.out, options.budget)
+            sweeps.tune(options.out, options.budget or 400)
         case "sweep-attention":
-            sweeps.sweep_attention(options.out, options.budget)
+            sweeps.sweep_attention(options.out, options.budget or 400)
         case "engine":
             record_engine.record_engine(options.out, options.peer)
         case "exactness":
             record_engine.record_exactness(options.out)
         case "compile-share":
             sweeps.compile_share(*options.share)
+        case "fp8":
+            fp8.run(options.out, options.budget or 60)
+        case "fp8-vet":
+            fp8_vet.vet_share(options.share, options.out)
         case "compile-engine":
             engine.compile_share(*options.share)
 

@@ -28,6 +28,7 @@ from cluster.control.identity import kv_identity
 from cluster.control.worker_config import WorkerConfig, read_cluster_key, read_config
 from cluster.engine.engine import Engine
 from cluster.engine.kernels import fingerprint, get_ops
+from cluster.engine.models.config import WeightFormat
 from cluster.engine.models.loader import load_model
 from cluster.engine.parallel.group import SingleRank
 from cluster.engine.scheduler import Policy
@@ -97,7 +98,6 @@ def load_worker(
     ops = get_ops(config.engine.device, config.engine.num_threads)
     if ops.device.type == "cuda":
         torch.cuda.set_device(ops.device)  # where kernels start that are not told
-    numeric_fingerprint = fingerprint(ops)
     source = resolve_model(config.model, lambda done, total: show("fetching the model", done, total))
     source = msgspec.structs.replace(source, revision=config.model_revision or source.revision)
     loaded = load_model(
@@ -106,8 +106,10 @@ def load_worker(
         SingleRank(),
         torch.device(config.engine.device),
         max_position=config.engine.max_model_len,
+        quantization=config.model_quantization,
         progress=lambda done, total: show("loading weights", done, total),
     )
+    numeric_fingerprint = fingerprint(ops, with_fp8=loaded.config.weight_format is not WeightFormat.BF16)
     show("allocating the KV pool", 0, 0)
     engine = Engine(loaded.model, config.engine, ops, parts.make_policy())
     transport = _make_transport(config, engine_id)

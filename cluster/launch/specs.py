@@ -98,6 +98,7 @@ def worker_config(
         model=str(model.path),
         model_name=model_name,
         model_revision=model.revision,
+        model_quantization=config.model.quantization,
         host=group.host,
         port=group.port,
         engine=_engine(pool.engine, rank),

@@ -13,7 +13,7 @@ from cluster.errors import ModelError
 from cluster.model_files.huggingface import decode_json_file
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-_ELEMENT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_ELEMENT_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
 _INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
 

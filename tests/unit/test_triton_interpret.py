@@ -10,12 +10,7 @@ from pathlib import Path
 
 import pytest
 
-CASES = (
-    "triton_interpret_cases.py",
-    "triton_interpret_draw_cases.py",
-    "triton_interpret_moe_cases.py",
-    "triton_interpret_runner_cases.py",
-)
+CASES = sorted(path.name for path in Path(__file__).parent.glob("triton_interpret_*cases.py"))
 
 
 @pytest.mark.parametrize("cases", CASES)

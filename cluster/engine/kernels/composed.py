@@ -27,6 +27,9 @@ class ComposedOps:
     def pack_linear(self, weight_NK: torch.Tensor) -> LinearWeight:
         return self.linear_family.pack_linear(weight_NK)
 
+    def pack_fp8(self, values_NK: torch.Tensor, scale: torch.Tensor) -> LinearWeight:
+        return self.linear_family.pack_fp8(values_NK, scale)
+
     def linear(
         self,
         x_TK: torch.Tensor,
@@ -37,21 +40,35 @@ class ComposedOps:
     ) -> torch.Tensor:
         return self.linear_family.linear(x_TK, weight, bias_N, out_dtype=out_dtype)
 
-    def linear_silu_mul(self, x_TK: torch.Tensor, gate_up: LinearWeight) -> torch.Tensor:
-        return self.linear_family.linear_silu_mul(x_TK, gate_up)
+    def linear_silu_mul(
+        self, x_TK: torch.Tensor, gate_up: LinearWeight, *, input_of: LinearWeight | None = None
+    ) -> torch.Tensor:
+        return self.linear_family.linear_silu_mul(x_TK, gate_up, input_of=input_of)
 
     def embedding(self, token_ids_T: torch.Tensor, table_VK: torch.Tensor) -> torch.Tensor:
         return self.embedding_family.embedding(token_ids_T, table_VK)
 
     def rms_norm(
-        self, x_TK: torch.Tensor, weight_K: torch.Tensor, eps: float, *, out_dtype: torch.dtype = torch.bfloat16
+        self,
+        x_TK: torch.Tensor,
+        weight_K: torch.Tensor,
+        eps: float,
+        *,
+        out_dtype: torch.dtype = torch.bfloat16,
+        input_of: LinearWeight | None = None,
     ) -> torch.Tensor:
-        return self.norm_family.rms_norm(x_TK, weight_K, eps, out_dtype=out_dtype)
+        return self.norm_family.rms_norm(x_TK, weight_K, eps, out_dtype=out_dtype, input_of=input_of)
 
     def add_rms_norm(
-        self, residual_TK: torch.Tensor, update_TK: torch.Tensor, weight_K: torch.Tensor, eps: float
+        self,
+        residual_TK: torch.Tensor,
+        update_TK: torch.Tensor,
+        weight_K: torch.Tensor,
+        eps: float,
+        *,
+        input_of: LinearWeight | None = None,
     ) -> torch.Tensor:
-        return self.norm_family.add_rms_norm(residual_TK, update_TK, weight_K, eps)
+        return self.norm_family.add_rms_norm(residual_TK, update_TK, weight_K, eps, input_of=input_of)
 
     def rope_and_cache(
         self,
@@ -101,3 +118,10 @@ class ComposedOps:
 
     def moe_combine(self, rows_TJK: torch.Tensor, weights_TJ: torch.Tensor) -> torch.Tensor:
         return self.moe_family.moe_combine(rows_TJK, weights_TJ)
+
+
+class DelegatingOps(ComposedOps):
+    """All families from one implementation; a subclass overrides some operations."""
+
+    def __init__(self, ops: Ops) -> None:
+        super().__init__(ops.name, ops.device, ops.residual_dtype, *[ops] * 7)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from cluster.engine.kernels.cuda_fp8 import CudaFp8, CudaFp8Weight
 from cluster.engine.kernels.library_admission import LibraryAdmission, library_linear
 from cluster.engine.kernels.ops import AttentionMetadata, ExpertChoice, ExpertWeight, LinearWeight
 from cluster.engine.kernels.triton import launch, moe_launch
@@ -78,6 +79,7 @@ class CudaOps:
         self.pdl = pdl
         self.library = LibraryAdmission()
         self.moe_plans = load_moe_plan_index(torch.cuda.get_device_name(device))
+        self.fp8 = CudaFp8(device)
         self._num_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         torch.backends.cuda.preferred_blas_library("cublaslt")
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (False, False)
@@ -85,6 +87,9 @@ class CudaOps:
     def pack_linear(self, weight_NK: torch.Tensor) -> CudaLinearWeight:
         weight = weight_NK.to(self.device).contiguous()
         return CudaLinearWeight(weight if weight.data_ptr() % 16 == 0 else weight.clone())
+
+    def pack_fp8(self, values_NK: torch.Tensor, scale: torch.Tensor) -> CudaFp8Weight:
+        return self.fp8.pack(values_NK, scale)
 
     def linear(
         self,
@@ -94,17 +99,23 @@ class CudaOps:
         *,
         out_dtype: torch.dtype = torch.bfloat16,
     ) -> torch.Tensor:
+        if isinstance(weight, CudaFp8Weight):
+            return self.fp8.linear(x_TK, weight, bias_N, out_dtype)
         out = torch.empty((x_TK.shape[0], weight.out_features), dtype=out_dtype, device=x_TK.device)
         plan = self.plans.linear(weight.out_features, weight.in_features, x_TK.shape[0], silu_mul=False)
         self.run_linear(x_TK, weight, bias_N, out, plan, silu_mul=False)
         return out
 
-    def linear_silu_mul(self, x_TK: torch.Tensor, gate_up: LinearWeight) -> torch.Tensor:
+    def linear_silu_mul(
+        self, x_TK: torch.Tensor, gate_up: LinearWeight, *, input_of: LinearWeight | None = None
+    ) -> torch.Tensor:
+        if isinstance(gate_up, CudaFp8Weight):
+            return self.fp8.linear_silu_mul(x_TK, gate_up, input_of)
         features = gate_up.out_features // 2
         out = torch.empty((x_TK.shape[0], features), dtype=torch.bfloat16, device=x_TK.device)
         plan = self.plans.linear(features, gate_up.in_features, x_TK.shape[0], silu_mul=True)
         self.run_linear(x_TK, gate_up, None, out, plan, silu_mul=True)
-        return out
+        return self.fp8.quantized(out, input_of)
 
     def run_linear(
         self,
@@ -134,13 +145,29 @@ class CudaOps:
         return torch.nn.functional.embedding(token_ids_T, table_VK).to(self.residual_dtype)
 
     def rms_norm(
-        self, x_TK: torch.Tensor, weight_K: torch.Tensor, eps: float, *, out_dtype: torch.dtype = torch.bfloat16
+        self,
+        x_TK: torch.Tensor,
+        weight_K: torch.Tensor,
+        eps: float,
+        *,
+        out_dtype: torch.dtype = torch.bfloat16,
+        input_of: LinearWeight | None = None,
     ) -> torch.Tensor:
+        if isinstance(input_of, CudaFp8Weight):
+            return self.fp8.rms_norm(x_TK, None, weight_K, eps, input_of)
         return launch.run_rms_norm(x_TK, None, weight_K, eps, out_dtype, pdl=self.pdl)
 
     def add_rms_norm(
-        self, residual_TK: torch.Tensor, update_TK: torch.Tensor, weight_K: torch.Tensor, eps: float
+        self,
+        residual_TK: torch.Tensor,
+        update_TK: torch.Tensor,
+        weight_K: torch.Tensor,
+        eps: float,
+        *,
+        input_of: LinearWeight | None = None,
     ) -> torch.Tensor:
+        if isinstance(input_of, CudaFp8Weight):
+            return self.fp8.rms_norm(residual_TK, update_TK, weight_K, eps, input_of)
         return launch.run_rms_norm(residual_TK, update_TK, weight_K, eps, torch.bfloat16, pdl=self.pdl)
 
     def rope_and_cache(

@@ -8,18 +8,19 @@ from __future__ import annotations
 import hashlib
 
 from cluster.engine.kernels.ops import Ops
-from cluster.engine.kernels.probe_lists import ALL_PROBES
+from cluster.engine.kernels.probe_lists import ALL_PROBES, FP8_PROBES
 from cluster.engine.kernels.registry import bits, one_torch_thread
 
 
-def fingerprint(ops: Ops) -> str:
+def fingerprint(ops: Ops, *, with_fp8: bool = False) -> str:
     """`<name of the instruction class>/<hash>` of every operation's bits on seeded inputs.
 
-    The same for any process and thread count, and whether a kernel or its reference serves.
+    The same for any process and thread count, and whether a kernel or its reference serves. `with_fp8` is for
+    a worker whose model has FP8 layers: only such a one needs a device that multiplies FP8.
     """
     digest = hashlib.sha256()
     with one_torch_thread():
-        for probe in ALL_PROBES:
+        for probe in (*ALL_PROBES, *(FP8_PROBES if with_fp8 else ())):
             digest.update(probe.name.encode())
             for output in probe.run(ops):
                 digest.update(bits(output.cpu()).numpy().tobytes())

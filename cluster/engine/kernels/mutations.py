@@ -11,7 +11,7 @@ import logging
 
 import torch
 
-from cluster.engine.kernels.composed import ComposedOps
+from cluster.engine.kernels.composed import DelegatingOps
 from cluster.engine.kernels.ops import AttentionMetadata, LinearWeight, Ops
 from cluster.errors import ConfigError
 
@@ -35,15 +35,8 @@ class _TwoOrders:
         return self.forward.rows(indices_T)
 
 
-class _Delegating(ComposedOps):
-    """All families from one implementation; a mutant overrides some operations."""
-
-    def __init__(self, ops: Ops) -> None:
-        super().__init__(ops.name, ops.device, ops.residual_dtype, *[ops] * 7)
-
-
-class ReversedSingleRowLinear(_Delegating):
-    """`linear` sums K downwards when there is one row."""
+class ReversedSingleRowLinear(DelegatingOps):
+    """`linear` sums K downwards when there is one row. FP8 layers are left alone."""
 
     def pack_linear(self, weight_NK: torch.Tensor) -> LinearWeight:
         return _TwoOrders(super().pack_linear(weight_NK), super().pack_linear(weight_NK.flip(1)))
@@ -56,17 +49,20 @@ class ReversedSingleRowLinear(_Delegating):
         *,
         out_dtype: torch.dtype = torch.bfloat16,
     ) -> torch.Tensor:
-        assert isinstance(weight, _TwoOrders)
+        if not isinstance(weight, _TwoOrders):
+            return super().linear(x_TK, weight, bias_N, out_dtype=out_dtype)
         if x_TK.shape[0] == 1:
             return super().linear(x_TK.flip(1).contiguous(), weight.backward, bias_N, out_dtype=out_dtype)
         return super().linear(x_TK, weight.forward, bias_N, out_dtype=out_dtype)
 
-    def linear_silu_mul(self, x_TK: torch.Tensor, gate_up: LinearWeight) -> torch.Tensor:
-        assert isinstance(gate_up, _TwoOrders)
-        return super().linear_silu_mul(x_TK, gate_up.forward)
+    def linear_silu_mul(
+        self, x_TK: torch.Tensor, gate_up: LinearWeight, *, input_of: LinearWeight | None = None
+    ) -> torch.Tensor:
+        inner = gate_up.forward if isinstance(gate_up, _TwoOrders) else gate_up
+        return super().linear_silu_mul(x_TK, inner, input_of=input_of)
 
 
-class UnsplitSingleRowAttention(_Delegating):
+class UnsplitSingleRowAttention(DelegatingOps):
     """Attention of a sequence with one row sums all keys at once, in float64: better, and different."""
 
     def attention(
@@ -86,7 +82,7 @@ class UnsplitSingleRowAttention(_Delegating):
         return out_TC
 
 
-class RankOrderSingleRowCombine(_Delegating):
+class RankOrderSingleRowCombine(DelegatingOps):
     """A single row's experts are added by falling weight instead of by index."""
 
     def moe_combine(self, rows_TJK: torch.Tensor, weights_TJ: torch.Tensor) -> torch.Tensor:

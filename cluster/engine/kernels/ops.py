@@ -104,6 +104,15 @@ class Ops(Protocol):
         """Take an (N, K) bf16 weight into the device's layout. Any N, any K."""
         ...
 
+    def pack_fp8(self, values_NK: torch.Tensor, scale: torch.Tensor) -> LinearWeight:
+        """Take an (N, K) float8_e4m3fn weight (`kernels/fp8.py`) into the device's layout. Any N, any K.
+
+        `scale` is fp32: (N,), one per row, or (N / R, ceil(K / 128)), one per R rows (a power of two up to 128)
+        and 128 columns; matrices laid one below the other share no scale. Raises `ConfigError` on a device
+        without FP8 kernels.
+        """
+        ...
+
     def linear(
         self,
         x_TK: torch.Tensor,
@@ -113,12 +122,21 @@ class Ops(Protocol):
         out_dtype: torch.dtype = torch.bfloat16,
     ) -> torch.Tensor:
         """y = x Wᵀ (+ bias): one fp32 chain over K ascending per output, bias added in fp32, one
-        rounding to `out_dtype` (float32: none)."""
+        rounding to `out_dtype` (float32: none).
+
+        With an FP8 weight, x is quantised first unless the operation that made it has done so (`input_of`),
+        and the chain is that of docs/numerics.md, "FP8"."""
         ...
 
-    def linear_silu_mul(self, x_TK: torch.Tensor, gate_up: LinearWeight) -> torch.Tensor:
+    def linear_silu_mul(
+        self, x_TK: torch.Tensor, gate_up: LinearWeight, *, input_of: LinearWeight | None = None
+    ) -> torch.Tensor:
         """(T, F) bf16: silu(gate) * up in fp32 from the two chains, one rounding. `gate_up` was packed
-        from the (2F, K) concatenation [gate; up]. silu(x) = x / (1 + exp(-x))."""
+        from the (2F, K) concatenation [gate; up]. silu(x) = x / (1 + exp(-x)). An FP8 layer rounds gate and
+        up to bf16 first.
+
+        `input_of`, here and below: the layer that alone will read the result, whole. If it has FP8 weights the
+        result comes quantised for it (rows of bytes, `kernels/fp8.py`), with the bits of quantising it later."""
         ...
 
     def embedding(self, token_ids_T: torch.Tensor, table_VK: torch.Tensor) -> torch.Tensor:
@@ -126,14 +144,26 @@ class Ops(Protocol):
         ...
 
     def rms_norm(
-        self, x_TK: torch.Tensor, weight_K: torch.Tensor, eps: float, *, out_dtype: torch.dtype = torch.bfloat16
+        self,
+        x_TK: torch.Tensor,
+        weight_K: torch.Tensor,
+        eps: float,
+        *,
+        out_dtype: torch.dtype = torch.bfloat16,
+        input_of: LinearWeight | None = None,
     ) -> torch.Tensor:
         """(T, K): x / sqrt(mean(x²) + eps) * weight, in fp32 with a fixed order of the sum, one rounding to
         `out_dtype` (float32: none)."""
         ...
 
     def add_rms_norm(
-        self, residual_TK: torch.Tensor, update_TK: torch.Tensor, weight_K: torch.Tensor, eps: float
+        self,
+        residual_TK: torch.Tensor,
+        update_TK: torch.Tensor,
+        weight_K: torch.Tensor,
+        eps: float,
+        *,
+        input_of: LinearWeight | None = None,
     ) -> torch.Tensor:
         """residual += update (in place, in `residual_dtype`), then `rms_norm(residual)`."""
         ...

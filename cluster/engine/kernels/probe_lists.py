@@ -15,6 +15,7 @@ from cluster.engine.kernels.probes import (
     silu_probe,
     softmax_probe,
 )
+from cluster.engine.kernels.probes_fp8 import fp8_layers_probe, fp8_linear_probe
 from cluster.engine.kernels.probes_moe import combine_probe, experts_probe, route_probe
 
 LINEAR_PROBES = (
@@ -60,6 +61,16 @@ MOE_PROBES = (
     combine_probe(1, 8, 64, Magnitudes.NORMAL),
     combine_probe(5, 8, 100, Magnitudes.WIDE),
     combine_probe(3, 2, 64, Magnitudes.DENORMAL),
+)
+FP8_PROBES = (
+    fp8_linear_probe(1, 96, 64, Magnitudes.NORMAL),
+    fp8_linear_probe(9, 160, 300, Magnitudes.WIDE),
+    fp8_linear_probe(40, 64, 576, Magnitudes.CANCELLING),
+    fp8_linear_probe(3, 32, 1100, Magnitudes.DENORMAL),
+    fp8_linear_probe(17, 320, 384, Magnitudes.WIDE, block_rows=64),
+    fp8_linear_probe(70, 128, 1000, Magnitudes.CANCELLING, block_rows=128),
+    fp8_layers_probe(5, 96, 160),
+    fp8_layers_probe(2, 576, 1536, block_rows=32),
 )
 ALL_PROBES = (
     *LINEAR_PROBES,

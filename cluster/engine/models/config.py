@@ -27,6 +27,17 @@ class Architecture(str, Enum):
     QWEN3_MOE = "qwen3_moe"
 
 
+class WeightFormat(str, Enum):
+    """Of the linear layers between embedding and lm_head, which stay bf16 as do the norms.
+
+    FP8 is e4m3 with activations quantised per token. Each format has bits of its own.
+    """
+
+    BF16 = "bf16"
+    FP8 = "fp8"  # one scale per output row
+    FP8_BLOCK = "fp8_block"  # one scale per 128 x 128 block, activations per 128 features
+
+
 class NoScaling(msgspec.Struct, frozen=True, tag="none"):
     """Plain rotary embedding."""
 
@@ -97,6 +108,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     experts: ExpertsConfig | None = None  # None: a dense model
+    weight_format: WeightFormat = WeightFormat.BF16
 
     def experts_of_layer(self, index: int) -> ExpertsConfig | None:
         """None: the layer has an ordinary feed-forward network."""

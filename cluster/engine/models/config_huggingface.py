@@ -17,6 +17,7 @@ from cluster.engine.models.config import (
     YarnScaling,
     check_config,
 )
+from cluster.engine.models.config_quantization import QuantizationConfig, weight_format_of
 from cluster.errors import ModelError
 from cluster.model_files.huggingface import GenerationDefaults, decode_json_file
 
@@ -38,10 +39,6 @@ class _Rope(msgspec.Struct):
     mscale_all_dim: float | None = None
     truncate: bool = True
     partial_rotary_factor: float = 1.0
-
-
-class _Quantization(msgspec.Struct):
-    quant_method: str = "unnamed"
 
 
 class _HuggingFaceConfig(msgspec.Struct):
@@ -67,7 +64,7 @@ class _HuggingFaceConfig(msgspec.Struct):
     hidden_act: str = "silu"
     sliding_window: int | None = None
     use_sliding_window: bool = False
-    quantization_config: _Quantization | None = None
+    quantization_config: QuantizationConfig | None = None
     num_experts: int | None = None
     num_local_experts: int | None = None  # Mixtral's name of it, and of transformers 5 for all
     num_experts_per_tok: int | None = None
@@ -113,6 +110,7 @@ def config_from_directory(directory: Path) -> ModelConfig:
         bos_token_id=raw.bos_token_id,
         eos_token_ids=GenerationDefaults.of_directory(directory).eos_token_ids,
         experts=_experts(raw, architecture, path),
+        weight_format=weight_format_of(raw.quantization_config, path),
     )
     return check_config(config, path)
 
@@ -126,9 +124,6 @@ def _architecture(raw: _HuggingFaceConfig, path: Path) -> Architecture:
 
 
 def _refuse_unsupported(raw: _HuggingFaceConfig, architecture: Architecture, path: Path) -> None:
-    if raw.quantization_config is not None:
-        method = raw.quantization_config.quant_method
-        raise ModelError(f"{path}: quantization_config {method!r} is not supported; use bf16 safetensors or GGUF")
     if raw.hidden_act != "silu":
         raise ModelError(f"{path}: hidden_act {raw.hidden_act!r} is not supported (supported: silu)")
     if raw.attention_bias and architecture is not Architecture.QWEN2:

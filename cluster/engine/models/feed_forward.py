@@ -32,6 +32,11 @@ class Placement:
 class FeedForward(Protocol):
     """Owns the weights of one layer's network on one rank."""
 
+    @property
+    def first_weight(self) -> LinearWeight | None:
+        """What alone reads the input of `update`, which may come prepared for it; None: several do."""
+        ...
+
     def update(self, normed_TK: torch.Tensor, placement: Placement) -> torch.Tensor:
         """(T, K), whole on every rank, in the dtype of the residual stream: what the network adds to it."""
         ...
@@ -44,7 +49,14 @@ class DenseFeedForward:
     gate_up: LinearWeight  # rows [gate; up] of this rank
     down: LinearWeight
 
+    @property
+    def first_weight(self) -> LinearWeight:
+        return self.gate_up
+
     def update(self, normed_TK: torch.Tensor, placement: Placement) -> torch.Tensor:
-        active_TFl = placement.ops.linear_silu_mul(normed_TK, self.gate_up)
-        active_TF = placement.group.all_gather_columns(active_TFl, placement.plan.ffn_widths)
+        if placement.group.size == 1:
+            active_TF = placement.ops.linear_silu_mul(normed_TK, self.gate_up, input_of=self.down)
+        else:  # an FP8 layer quantises whole rows, so after the gather
+            active_TFl = placement.ops.linear_silu_mul(normed_TK, self.gate_up)
+            active_TF = placement.group.all_gather_columns(active_TFl, placement.plan.ffn_widths)
         return placement.into_residual(active_TF, self.down)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from cluster.engine.models.config import ModelConfig
+from cluster.engine.models.config import ModelConfig, WeightFormat
 from cluster.model_files.cache import file_sha256
 from cluster.model_files.gguf_header import GGUFHeader
 from cluster.model_files.safetensors_header import SafetensorsTensor
@@ -18,7 +18,7 @@ class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     config_digest: str
     weights_digest: str  # of the manifest: names, shapes, encodings, and the content of the files
-    quantisation: str  # encodings in the file, e.g. "F32+Q4_1+Q8_0"; computed in bf16 all the same
+    quantisation: str  # encodings in the file, e.g. "F32+Q4_1+Q8_0", computed in bf16; else as in "BF16>fp8"
     revision: str = ""  # the commit, for models fetched by Hugging Face id
     adapters: tuple[str, ...] = ()
 
@@ -51,9 +51,10 @@ def _identity(
     encodings: Iterable[str],
     revision: str,
 ) -> ModelIdentity:
+    computed_in = "" if config.weight_format is WeightFormat.BF16 else f">{config.weight_format.value}"
     return ModelIdentity(
         config_digest=hashlib.sha256(msgspec.json.encode(config, order="deterministic")).hexdigest(),
         weights_digest=hashlib.sha256(msgspec.json.encode((manifest, contents))).hexdigest(),
-        quantisation="+".join(sorted(encodings)),
+        quantisation="+".join(sorted(encodings)) + computed_in,
         revision=revision,
     )

@@ -94,14 +94,16 @@ class DecoderModel:
         """All layers: K and V of every row are stored; (T, K), which only `logits` knows how to read."""
         weights, ops, eps = self.weights, self.ops, self.config.rms_norm_eps
         residual_TK = self._embed(token_ids_T)
-        normed_TK = ops.rms_norm(residual_TK, weights.layers[0].input_norm_K, eps)
+        normed_TK = ops.rms_norm(residual_TK, weights.layers[0].input_norm_K, eps, input_of=weights.layers[0].qkv)
         for index, layer in enumerate(weights.layers):
             attended_TK = self._attention(layer, normed_TK, kv_cache.layer(index), metadata)
-            normed_TK = ops.add_rms_norm(residual_TK, attended_TK, layer.post_attention_norm_K, eps)
+            reader = layer.feed_forward.first_weight
+            normed_TK = ops.add_rms_norm(residual_TK, attended_TK, layer.post_attention_norm_K, eps, input_of=reader)
             update_TK = layer.feed_forward.update(normed_TK, self.placement)
             is_last = index + 1 == len(weights.layers)
             norm_K = weights.final_norm_K if is_last else weights.layers[index + 1].input_norm_K
-            normed_TK = ops.add_rms_norm(residual_TK, update_TK, norm_K, eps)
+            reader = weights.lm_head if is_last else weights.layers[index + 1].qkv
+            normed_TK = ops.add_rms_norm(residual_TK, update_TK, norm_K, eps, input_of=reader)
         return residual_TK if ops.residual_dtype == torch.float32 else normed_TK
 
     def logits(self, hidden_TK: torch.Tensor, indices_R: torch.Tensor | None = None) -> torch.Tensor:

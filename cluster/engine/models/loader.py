@@ -8,16 +8,18 @@ each holds the whole table too, because its lm_head is only a part of it.
 from __future__ import annotations
 
 import ctypes
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import msgspec
 import torch
 
 from cluster.engine.gpu.memory import check_weights_fit
 from cluster.engine.kernels.ops import ExpertWeight, LinearWeight, Ops
-from cluster.engine.models.config import ExpertsConfig, ModelConfig
+from cluster.engine.models.config import ExpertsConfig, ModelConfig, WeightFormat
 from cluster.engine.models.config_gguf import config_from_gguf
 from cluster.engine.models.config_huggingface import config_from_directory
 from cluster.engine.models.expert_names import ExpertPart, expert_name, router_name
@@ -28,6 +30,7 @@ from cluster.engine.models.moe import MoeFeedForward
 from cluster.engine.models.rope import rope_table
 from cluster.engine.models.sharding_plan import ShardingPlan
 from cluster.engine.models.weights import WeightSource
+from cluster.engine.models.weights_fp8 import FP8_ENCODING, Part, quantize_layer, read_layer
 from cluster.engine.models.weights_gguf import open_gguf_weights
 from cluster.engine.models.weights_safetensors import open_safetensors_weights
 from cluster.engine.parallel.group import ParallelGroup
@@ -37,6 +40,8 @@ from cluster.model_files.cache import Progress, no_progress
 from cluster.model_files.gguf_header import read_gguf_header
 from cluster.model_files.safetensors_header import read_safetensors_directory
 from cluster.model_files.source import ModelSource, SourceKind, resolve_model
+
+logger = logging.getLogger(__name__)
 
 _EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"  # old checkpoints store what the config says already
@@ -57,12 +62,14 @@ def load_model(
     device: torch.device,
     *,
     max_position: int | None = None,
+    quantization: Literal["fp8"] | None = None,
     progress: Progress = no_progress,
 ) -> LoadedModel:
     """Load the part of `group.rank` onto `device`.
 
-    `max_position` shortens the context (and the rotary table). `progress` counts first a download, if
-    there is one, then bf16 bytes loaded. Raises `ModelError` naming the file, tensor or field.
+    `max_position` shortens the context (and the rotary table). `quantization` makes FP8 of a checkpoint that
+    is not FP8 already. `progress` counts first a download, if there is one, then bf16 bytes loaded. Raises
+    `ModelError` naming the file, tensor or field.
     """
     if not isinstance(source, ModelSource):
         source = resolve_model(source, progress)
@@ -71,19 +78,26 @@ def load_model(
             header = read_gguf_header(source.path)
             config = config_from_gguf(header)
             weights = open_gguf_weights(header, config)
-            identify = partial(identity_of_gguf, header, config, source.revision)
+            identify = partial(identity_of_gguf, header)
         case SourceKind.DIRECTORY:
             config = config_from_directory(source.path)
             tensors = read_safetensors_directory(source.path)
             weights = open_safetensors_weights(source.path, tensors)
-            identify = partial(identity_of_safetensors, tensors, config, source.revision)
+            identify = partial(identity_of_safetensors, tensors)
+    is_made_fp8 = quantization == "fp8" and config.weight_format is WeightFormat.BF16
+    if is_made_fp8:
+        config = msgspec.structs.replace(config, weight_format=WeightFormat.FP8)
+    if config.weight_format is not WeightFormat.BF16 and config.experts is not None:
+        raise ModelError(f"{source.path}: FP8 is served for dense models only, this one has experts; leave it in bf16")
+    if config.weight_format is not WeightFormat.BF16 and device.type == "cpu":
+        logger.warning("%s: FP8 on a CPU is emulated: slow, for tests", source.path)
     num_positions = min(max_position or config.max_position, config.max_position)
     try:
         with ThreadPoolExecutor(max_workers=1) as pool:  # hashing leaves the interpreter to the loader
-            identity = pool.submit(identify)
+            identity = pool.submit(identify, config, source.revision)
             if device.type == "cuda":
                 check_weights_fit(device, config.weight_bytes // group.size)
-            loader = _RankLoader(config, weights, ops, group, device, progress)
+            loader = _RankLoader(config, weights, ops, group, device, progress, is_made_fp8)
             model = DecoderModel(config, loader.load(num_positions), ops, group)
             return LoadedModel(model, config, identity.result())
     finally:
@@ -103,8 +117,10 @@ class _RankLoader:
         group: ParallelGroup,
         device: torch.device,
         progress: Progress,
+        is_made_fp8: bool,
     ) -> None:
         self.config = config
+        self.is_made_fp8 = is_made_fp8
         self.source = source
         self.ops = ops
         self.device = device
@@ -148,11 +164,13 @@ class _RankLoader:
         qkv_biases = [(f"{attention}.{name}.bias", total, rows) for name, total, rows in qkv]
         return LayerWeights(
             input_norm_K=self._vector(f"{prefix}.input_layernorm.weight", hidden),
-            qkv=self._linear(qkv_weights, hidden),
+            qkv=self._layer_linear(qkv_weights, hidden),
             qkv_bias_C=self._bias(qkv_biases) if config.qkv_bias else None,
             q_norm_D=self._vector(f"{attention}.q_norm.weight", head_size) if config.qk_norm else None,
             k_norm_D=self._vector(f"{attention}.k_norm.weight", head_size) if config.qk_norm else None,
-            output=self._linear([(f"{attention}.o_proj.weight", hidden, plan.hidden)], config.num_heads * head_size),
+            output=self._layer_linear(
+                [(f"{attention}.o_proj.weight", hidden, plan.hidden)], config.num_heads * head_size
+            ),
             post_attention_norm_K=self._vector(f"{prefix}.post_attention_layernorm.weight", hidden),
             feed_forward=self._dense(f"{prefix}.mlp") if experts is None else self._moe(prefix, experts),
         )
@@ -161,8 +179,8 @@ class _RankLoader:
         hidden, ffn = self.config.hidden_size, self.config.ffn_size
         gate_up = [(f"{prefix}.{name}.weight", ffn, self.plan.ffn) for name in ("gate_proj", "up_proj")]
         return DenseFeedForward(
-            gate_up=self._linear(gate_up, hidden),
-            down=self._linear([(f"{prefix}.down_proj.weight", hidden, self.plan.hidden)], ffn),
+            gate_up=self._layer_linear(gate_up, hidden),
+            down=self._layer_linear([(f"{prefix}.down_proj.weight", hidden, self.plan.hidden)], ffn),
         )
 
     def _moe(self, prefix: str, experts: ExpertsConfig) -> MoeFeedForward:
@@ -192,14 +210,32 @@ class _RankLoader:
                     self.used.add(name)
         return self.ops.pack_experts(fused_EPNK.flatten(1, 2).to(self.device))
 
+    def _layer_linear(self, parts: list[tuple[str, int, Range]], in_features: int) -> LinearWeight:
+        """`_linear` in the model's weight format; what an FP8 checkpoint has in bf16 stays bf16."""
+        encodings = {self.source.encoding(name) for name, _, _ in parts}
+        fp8_parts = [Part(*part) for part in parts]
+        if self.config.weight_format is not WeightFormat.BF16 and encodings == {FP8_ENCODING}:
+            layer = read_layer(self._copy, fp8_parts, in_features, self.config.weight_format, self.source.path)
+        elif self.config.weight_format is not WeightFormat.BF16 and FP8_ENCODING in encodings:
+            raise ModelError(f"{self.source.path}: of {[name for name, _, _ in parts]} some are FP8 and some are not")
+        elif self.is_made_fp8:
+            weight_NK = self._fused(parts, in_features).to(self.device)
+            layer = quantize_layer(weight_NK, fp8_parts, self.source.path)
+        else:
+            return self._linear(parts, in_features)
+        return self.ops.pack_fp8(*layer)
+
     def _linear(self, parts: list[tuple[str, int, Range]], in_features: int) -> LinearWeight:
         """Pack rows of several (total, in_features) tensors, one below the other."""
+        return self.ops.pack_linear(self._fused(parts, in_features).to(self.device))
+
+    def _fused(self, parts: list[tuple[str, int, Range]], in_features: int) -> torch.Tensor:
         fused_NK = torch.empty((sum(rows.length for _, _, rows in parts), in_features), dtype=torch.bfloat16)
         start = 0
         for name, total, rows in parts:
             self._copy(name, (total, in_features), rows, fused_NK[start : start + rows.length])
             start += rows.length
-        return self.ops.pack_linear(fused_NK.to(self.device))
+        return fused_NK
 
     def _bias(self, parts: list[tuple[str, int, Range]]) -> torch.Tensor:
         fused_N = torch.empty(sum(rows.length for _, _, rows in parts), dtype=torch.float32)

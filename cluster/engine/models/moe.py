@@ -29,6 +29,11 @@ class MoeFeedForward:
     top_k: int
     renormalise: bool
 
+    @property
+    def first_weight(self) -> None:
+        """The router and the experts read the input."""
+        return None
+
     def update(self, normed_TK: torch.Tensor, placement: Placement) -> torch.Tensor:
         ops, plan = placement.ops, placement.plan
         logits_TE = ops.linear(normed_TK, self.router, out_dtype=torch.float32)

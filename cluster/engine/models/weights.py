@@ -52,7 +52,7 @@ class StoredTensor(NamedTuple):
 
     file: MappedFile
     shape: tuple[int, ...]
-    encoding: str  # F32, F16, BF16 or the name of a GGUF quantisation
+    encoding: str  # F32, F16, BF16, F8_E4M3 or the name of a GGUF quantisation
     offset: int
     row_bytes: int
     interleaved_head_size: int = 0
@@ -80,12 +80,22 @@ class WeightSource:
                 f"{self._tensors[name].file.path}: tensor {name!r} has the shape {found}, the config needs {shape}"
             )
 
+    def encoding(self, name: str) -> str:
+        """Of the tensor's elements, as the file calls it; empty if there is no such tensor."""
+        return self._tensors[name].encoding if name in self._tensors else ""
+
     def copy_rows(self, name: str, rows: Range, out: torch.Tensor) -> None:
         """Fill `out` (rows.length, ...) with rows of a tensor, rounded once to the dtype of `out`.
 
-        A vector's elements count as rows. `rows` covers whole heads where heads are interleaved.
+        A vector's elements count as rows. `rows` covers whole heads where heads are interleaved. FP8 values
+        mean nothing without their scales: only an FP8 `out` takes them. Raises `ModelError`.
         """
         stored = self._tensors[name]
+        if (stored.encoding == "F8_E4M3") != (out.dtype == torch.float8_e4m3fn):
+            raise ModelError(
+                f"{stored.file.path}: tensor {name!r} is {stored.encoding}, where {out.dtype} is needed; FP8 is served "
+                "for the linear layers between embedding and lm_head, if config.json has a quantization_config"
+            )
         row_elements = stored.shape[1] if len(stored.shape) == 2 else 1
         step = max(_CHUNK_ELEMENTS // row_elements, 1)
         head_size = stored.interleaved_head_size
@@ -112,6 +122,8 @@ def _decode(stored: StoredTensor, rows: Range) -> torch.Tensor:
             return torch.from_numpy(raw.view(np.int16)).view(torch.bfloat16)
         case "F16":
             return torch.from_numpy(raw.view(np.float16))
+        case "F8_E4M3":
+            return torch.from_numpy(raw).view(torch.float8_e4m3fn)
         case "F32":
             return torch.from_numpy(raw.view(np.float32))
         case quantised:

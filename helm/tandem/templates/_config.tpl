@@ -33,6 +33,9 @@
   "allow_plaintext_network" $values.security.allowPlaintextNetwork
   "log_level" $values.logging.level
 -}}
+{{- with $values.model.quantization -}}
+{{- $_ := set $config "model_quantization" . -}}
+{{- end -}}
 {{- if gt (include "tandem.numRanks" $pool | int) 1 -}}
 {{- $_ := set $config "parallel" (omit $pool.group "ranksPerPod") -}}
 {{- end -}}

@@ -68,6 +68,9 @@ class NativeOps(ExpertLoop):
         )
         return PackedWeight(packed, out_features, in_features)
 
+    def pack_fp8(self, values_NK: torch.Tensor, scale: torch.Tensor) -> LinearWeight:
+        raise NotImplementedError("FP8 layers are CpuFp8Ops' business")
+
     def linear(
         self,
         x_TK: torch.Tensor,
@@ -98,7 +101,9 @@ class NativeOps(ExpertLoop):
         )
         return out
 
-    def linear_silu_mul(self, x_TK: torch.Tensor, gate_up: LinearWeight) -> torch.Tensor:
+    def linear_silu_mul(
+        self, x_TK: torch.Tensor, gate_up: LinearWeight, *, input_of: LinearWeight | None = None
+    ) -> torch.Tensor:
         assert isinstance(gate_up, PackedWeight)
         num_rows, num_columns = x_TK.shape[0], gate_up.out_features // 2
         _check(x_TK, _BF16, gate_up.in_features)
@@ -132,7 +137,13 @@ class NativeOps(ExpertLoop):
         return out
 
     def rms_norm(
-        self, x_TK: torch.Tensor, weight_K: torch.Tensor, eps: float, *, out_dtype: torch.dtype = torch.bfloat16
+        self,
+        x_TK: torch.Tensor,
+        weight_K: torch.Tensor,
+        eps: float,
+        *,
+        out_dtype: torch.dtype = torch.bfloat16,
+        input_of: LinearWeight | None = None,
     ) -> torch.Tensor:
         num_rows, width = x_TK.shape
         out = torch.empty((num_rows, width), dtype=out_dtype)
@@ -151,7 +162,13 @@ class NativeOps(ExpertLoop):
         return out
 
     def add_rms_norm(
-        self, residual_TK: torch.Tensor, update_TK: torch.Tensor, weight_K: torch.Tensor, eps: float
+        self,
+        residual_TK: torch.Tensor,
+        update_TK: torch.Tensor,
+        weight_K: torch.Tensor,
+        eps: float,
+        *,
+        input_of: LinearWeight | None = None,
     ) -> torch.Tensor:
         num_rows, width = residual_TK.shape
         _check(residual_TK, _F32, width)

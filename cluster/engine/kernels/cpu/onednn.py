@@ -30,6 +30,8 @@ class OneDnnOps(ReferenceOps):
             y_TN = y_TN.float() + bias_N.float()
         return y_TN.to(out_dtype)
 
-    def linear_silu_mul(self, x_TK: torch.Tensor, gate_up: LinearWeight) -> torch.Tensor:
+    def linear_silu_mul(
+        self, x_TK: torch.Tensor, gate_up: LinearWeight, *, input_of: LinearWeight | None = None
+    ) -> torch.Tensor:
         gate, up = self.linear(x_TK, gate_up, out_dtype=torch.float32).chunk(2, dim=1)
         return silu_mul(gate, up).bfloat16()

@@ -48,6 +48,9 @@ class ReferenceOps(ExpertLoop):
     def pack_linear(self, weight_NK: torch.Tensor) -> ReferenceWeight:
         return ReferenceWeight(weight_NK.to(torch.bfloat16).contiguous())
 
+    def pack_fp8(self, values_NK: torch.Tensor, scale: torch.Tensor) -> LinearWeight:
+        raise NotImplementedError("FP8 layers are CpuFp8Ops' business")
+
     def linear(
         self,
         x_TK: torch.Tensor,
@@ -62,7 +65,9 @@ class ReferenceOps(ExpertLoop):
             y_TN = y_TN + bias_N.float()
         return y_TN.to(out_dtype)
 
-    def linear_silu_mul(self, x_TK: torch.Tensor, gate_up: LinearWeight) -> torch.Tensor:
+    def linear_silu_mul(
+        self, x_TK: torch.Tensor, gate_up: LinearWeight, *, input_of: LinearWeight | None = None
+    ) -> torch.Tensor:
         gate, up = self.linear(x_TK, gate_up, out_dtype=torch.float32).chunk(2, dim=1)
         return silu_mul(gate, up).bfloat16()
 
@@ -70,12 +75,24 @@ class ReferenceOps(ExpertLoop):
         return table_VK[token_ids_T].float()
 
     def rms_norm(
-        self, x_TK: torch.Tensor, weight_K: torch.Tensor, eps: float, *, out_dtype: torch.dtype = torch.bfloat16
+        self,
+        x_TK: torch.Tensor,
+        weight_K: torch.Tensor,
+        eps: float,
+        *,
+        out_dtype: torch.dtype = torch.bfloat16,
+        input_of: LinearWeight | None = None,
     ) -> torch.Tensor:
         return _normalise(x_TK.float(), weight_K, eps).to(out_dtype)
 
     def add_rms_norm(
-        self, residual_TK: torch.Tensor, update_TK: torch.Tensor, weight_K: torch.Tensor, eps: float
+        self,
+        residual_TK: torch.Tensor,
+        update_TK: torch.Tensor,
+        weight_K: torch.Tensor,
+        eps: float,
+        *,
+        input_of: LinearWeight | None = None,
     ) -> torch.Tensor:
         residual_TK += update_TK.float()
         return self.rms_norm(residual_TK, weight_K, eps)

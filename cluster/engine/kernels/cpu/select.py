@@ -11,6 +11,7 @@ import torch
 
 from cluster.engine.kernels.composed import ComposedOps
 from cluster.engine.kernels.cpu.arithmetic import InstructionClass
+from cluster.engine.kernels.cpu.fp8 import CpuFp8Ops
 from cluster.engine.kernels.cpu.library import (
     VARIANTS,
     Functions,
@@ -46,6 +47,11 @@ def make_cpu_ops(num_threads: int | None = None) -> Ops:
     selection = _Selection(num_threads)
     chosen = {operation.name: selection.registry.admit(operation) for operation in selection.operations}
     selection.registry.save()
+    return CpuFp8Ops(_composed(chosen))
+
+
+def _composed(chosen: dict[str, Ops]) -> Ops:
+    """One implementation out of those chosen for each family."""
     first = chosen["linear"]
     if all(ops is first for ops in chosen.values()):
         return first

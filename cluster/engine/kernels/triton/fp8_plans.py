@@ -1,0 +1,67 @@
+"""How an FP8 product is launched for a shape. Data, chosen by measurement; a plan never decides bits.
+
+One thing would: on Hopper `wgmma` accumulates e4m3 products with fewer bits than `mma.sync`, and Triton
+takes `mma.sync` where a tile is too small for the other. So a plan whose tile is that small is refused
+here, when it is made.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+_WGMMA_ROWS = 64  # the tall side of every wgmma instruction
+
+
+class Fp8Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One way to compute an FP8 GEMM; every step along K is one group of 128.
+
+    `block_m` counts rows of x and `block_n` outputs of a tile (of each half, with SwiGLU). `swap` puts the
+    weight on the tall side of the instruction, for few rows.
+
+    chain     loads through pointers
+    tma       loads through the bulk copy engine
+    hopper    one producer warp and two consumer warp groups; 128 rows of x, 128 or 256 outputs
+    stream    few rows: a producer warp fills a deep ring, one warp group sums four groups side by side
+    library   torch._scaled_mm, where its bits were admitted
+    separate  SwiGLU only: the plain product by its own plan, then one kernel that quantises too
+    """
+
+    kind: Literal["chain", "tma", "hopper", "stream", "library", "separate"] = "chain"
+    block_m: int = 64
+    block_n: int = 64
+    num_warps: int = 4
+    num_stages: int = 3
+    group_m: int = 8
+    swap: bool = False
+    evict_first: bool = False  # chain: do not keep weights in L2
+    persistent: bool = True  # tma, hopper: as many programs as multiprocessors
+    flatten: bool = False  # tma: overlap a tile's store with the next tile's loads
+    store_parts: int = 1  # tma: 1 or 2
+
+    def __post_init__(self) -> None:
+        tall, narrow = (self.block_n, self.block_m) if self.swap else (self.block_m, self.block_n)
+        if self.kind in ("chain", "tma"):
+            if tall < _WGMMA_ROWS or self.num_warps not in (4, 8):
+                raise ValueError(f"{self}: wgmma needs a tall side of 64 or more, and 4 or 8 warps")
+            if not 16 <= narrow <= 256 or narrow & (narrow - 1) or tall & (tall - 1):
+                raise ValueError(f"{self}: tile sides are powers of two, the narrow one from 16 to 256")
+        if self.kind == "hopper" and (self.block_m != 128 or self.block_n not in (128, 256)):
+            raise ValueError(f"{self}: the warp-group kernel has tiles of 128 x 128 and 128 x 256")
+        if self.kind == "stream" and (self.block_n != 64 or self.block_m not in (8, 16, 32, 64)):
+            raise ValueError(f"{self}: the streaming kernel has 64 outputs and 8, 16, 32 or 64 rows to a tile")
+
+
+REFERENCE_FP8 = Fp8Plan(num_stages=1)
+UNMEASURED_FP8: tuple[tuple[int, Fp8Plan], ...] = (
+    (16, Fp8Plan(block_m=16, block_n=64, num_stages=8, swap=True, evict_first=True)),
+    (32, Fp8Plan(block_m=32, block_n=64, num_stages=8, swap=True, evict_first=True)),
+    (64, Fp8Plan(block_m=64, block_n=64, num_stages=6, swap=True, evict_first=True)),
+    (1 << 30, Fp8Plan(block_m=128, block_n=64, num_warps=8, num_stages=4)),
+)
+
+
+def unmeasured_plan(num_rows: int) -> Fp8Plan:
+    """A chain that runs for any shape, scaling and epilogue."""
+    return next(plan for max_rows, plan in UNMEASURED_FP8 if num_rows <= max_rows)

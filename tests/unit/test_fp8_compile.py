@@ -1,0 +1,113 @@
+"""FP8 kernels as machine code, without a GPU: the instruction that decides bits, registers, the order of sums."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import msgspec
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from cluster.engine.kernels import fp8
+from cluster.engine.kernels.fp8 import Scaling
+from cluster.engine.kernels.triton import fp8_launch, launch
+from cluster.engine.kernels.triton.fp8_plans import REFERENCE_FP8, UNMEASURED_FP8, Fp8Plan
+from tests.unit.triton_compile import compiled_for_hopper, spilled_bytes, sum_layouts
+
+STREAM = Fp8Plan(kind="stream", block_m=8, num_stages=3)
+HOPPER = Fp8Plan(kind="hopper", block_m=128, block_n=256, num_stages=4)
+NARROW_HOPPER = Fp8Plan(kind="hopper", block_m=128, block_n=128, num_stages=4)
+CASES = {
+    "reference": (REFERENCE_FP8, 0, False, 0),
+    "few rows": (UNMEASURED_FP8[0][1], 0, True, 0),
+    "few rows, blocks": (UNMEASURED_FP8[0][1], 128, False, 0),
+    "tma": (Fp8Plan(kind="tma", block_m=128, block_n=128, num_warps=8, num_stages=4), 0, False, 0),
+    "hopper": (HOPPER, 0, False, 0),
+    "hopper, SwiGLU": (NARROW_HOPPER, 0, True, 160),  # its epilogue alone spills
+    "hopper, blocks": (NARROW_HOPPER, 128, False, 0),
+    "stream": (STREAM, 0, False, 0),
+    "stream, blocks, SwiGLU": (STREAM, 64, True, 0),
+}
+
+
+def start(plan: Fp8Plan, scale_rows: int, silu_mul: bool) -> None:
+    num_rows, outputs, inputs = 40, 1024, 512
+    scaling = Scaling.BLOCK if scale_rows else Scaling.CHANNEL
+    rows = torch.zeros((num_rows, fp8.row_bytes(inputs, scaling)), dtype=torch.uint8)
+    weight_rows = outputs * (2 if silu_mul else 1)
+    values = torch.zeros((weight_rows, inputs), dtype=torch.uint8).view(torch.float8_e4m3fn)
+    scale = torch.ones((weight_rows // scale_rows, inputs // 128) if scale_rows else (weight_rows,))
+    operands = fp8_launch.Fp8Operands(*fp8.split_rows(rows, inputs, scaling), values, scale, scale_rows)
+    out = torch.empty((num_rows, outputs), dtype=torch.bfloat16)
+    fp8_launch.run_linear(operands, None, out, plan, silu_mul=silu_mul, num_programs=4)
+
+
+@pytest.mark.parametrize(("plan", "scale_rows", "silu_mul", "spills"), CASES.values(), ids=CASES)
+def test_products_run_on_wgmma_alone(
+    plan: Fp8Plan, scale_rows: int, silu_mul: bool, spills: int, tmp_path: Path
+) -> None:
+    with compiled_for_hopper(tmp_path) as kernels:
+        start(plan, scale_rows, silu_mul)
+    (kernel,) = kernels
+    ptx = kernel.asm["ptx"]
+    assert "wgmma.mma_async" in ptx
+    assert "e4m3.e4m3" in ptx
+    assert "mma.sync" not in ptx  # it accumulates e4m3 otherwise
+    assert "fma.rn.f32" not in ptx or scale_rows  # no product fuses with the sum after it, save where it shall
+    assert spilled_bytes(kernel) <= spills
+
+
+def test_a_tile_too_small_for_wgmma_would_run_on_another_instruction(tmp_path: Path) -> None:
+    """Why plans are refused: without the check Triton takes mma.sync and says nothing."""
+    with pytest.raises(ValueError, match="wgmma needs a tall side"):
+        Fp8Plan(block_m=16, block_n=64)
+    with pytest.raises(ValueError, match="the narrow one from 16"):
+        Fp8Plan(block_m=8, block_n=64, swap=True)
+    unchecked = SimpleNamespace(**msgspec.structs.asdict(Fp8Plan()) | {"block_m": 16})
+    with compiled_for_hopper(tmp_path) as kernels:
+        start(cast("Fp8Plan", unchecked), 0, False)
+    assert "mma.sync" in kernels[0].asm["ptx"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kind": "hopper", "block_m": 64, "block_n": 128},
+        {"kind": "hopper", "block_m": 128, "block_n": 64},
+        {"kind": "stream", "block_m": 8, "block_n": 128},
+        {"kind": "stream", "block_m": 128, "block_n": 64},
+        {"kind": "tma", "block_m": 128, "block_n": 96},
+        {"kind": "chain", "block_m": 64, "block_n": 64, "num_warps": 2},
+    ],
+)
+def test_impossible_plans_are_refused_when_they_are_made(options: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="Fp8Plan"):
+        Fp8Plan(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("scaling", "width", "has_update"),
+    [
+        (Scaling.CHANNEL, 576, False),
+        (Scaling.BLOCK, 576, True),
+        (Scaling.CHANNEL, 4096, True),
+        (Scaling.BLOCK, 100, False),
+    ],
+)
+def test_the_fused_norm_sums_in_the_order_of_the_plain_one(
+    scaling: Scaling, width: int, has_update: bool, tmp_path: Path
+) -> None:
+    """The store of a kernel can change how its elements are dealt to threads, and so the order of its sums."""
+    residual = torch.zeros((2, width), dtype=torch.bfloat16)
+    update = torch.zeros_like(residual) if has_update else None
+    norm = torch.ones(width)
+    with compiled_for_hopper(tmp_path) as kernels:
+        launch.run_rms_norm(residual, update, norm, 1e-5, torch.bfloat16)
+        fp8_launch.rms_norm_quantize(residual, update, norm, 1e-5, scaling)
+    plain, fused = (sum_layouts(kernel) for kernel in kernels)
+    assert plain == fused
+    assert len(plain) == 1
