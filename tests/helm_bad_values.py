@@ -24,6 +24,7 @@ BAD_VALUES: tuple[tuple[dict[str, Any], str], ...] = (
     ({"decode__podDisruptionBudget__maxUnavailable": 0}, "/decode/podDisruptionBudget/maxUnavailable"),
     ({"router__config__max_connections": 0}, "/router/config/max_connections"),
     ({"model__source": "s3"}, "/model/source"),
+    ({"model__quantization": "int4"}, "/model/quantization"),
     ({"model__huggingface__revision": "main"}, "/model/huggingface/revision"),
     ({"model__pvc__path": "../../etc"}, "/model/pvc/path"),
     ({"image__tag": "latest"}, "/image/tag"),

@@ -13,6 +13,7 @@ from cluster.errors import InvalidRequest, TandemError
 from cluster.model_files.source import resolve_model
 from cluster.types import Role
 from tests.integration.worker_processes import alone, connected, make_request, start
+from tests.unit.model_factory import random_model, save_safetensors, tiny_tokenizer
 
 ENGINE = EngineConfig(block_size=16, num_threads=1, max_batched_tokens=64, kv_cache_bytes=48 << 20, max_model_len=1024)
 LENGTHS = (1, 16, 33, 96)
@@ -41,6 +42,22 @@ async def test_the_bits_of_a_served_worker(demo: Path, tmp_path: Path) -> None:
     assert [list(completion.token_ids) for completion in completions] == [answer.tokens for answer in served]
     assert [list(completion.logprobs) for completion in completions] == [answer.logprobs for answer in served]
     assert all(len(completion.token_ids) == 12 for completion in completions)
+
+
+def test_an_fp8_model_has_the_same_bits_alone_and_among_others(tmp_path: Path) -> None:
+    """Prompts of several chunks and blocks; the model is tiny because FP8 on a CPU is emulated."""
+    path = save_safetensors(random_model("llama"), tmp_path)
+    tiny_tokenizer(320).save(str(path / "tokenizer.json"))
+    prompts = [[(7 * i + length) % 300 + 3 for i in range(length)] for length in (1, 17, 40, 90)]
+    sampling = SamplingParams(max_tokens=8, seed=5, temperature=0.9, ignore_eos=True, logprobs=2)
+    engine = EngineConfig(
+        block_size=16, num_threads=1, max_batched_tokens=32, max_num_sequences=4, kv_cache_bytes=4 << 20
+    )
+    with LLM(str(path), engine=engine, quantization="fp8") as llm:
+        together = llm.generate(prompts, sampling)
+        assert [llm.generate([prompt], sampling)[0] for prompt in prompts] == together
+    with LLM(str(path), engine=engine) as llm:
+        assert llm.generate(prompts, sampling) != together
 
 
 def test_text_errors_and_close(demo: Path) -> None:

@@ -138,6 +138,13 @@ def test_configs_are_those_of_the_processes(name: str) -> None:
         assert config.cluster_key_file == "/var/run/secrets/tandem/cluster-key"
 
 
+def test_the_quantization_reaches_the_workers() -> None:
+    for value, expected in (("", None), ("fp8", "fp8")):
+        manifests = render(changed(read_values("cpu-demo"), model__quantization=value))
+        configs = [msgspec.json.decode(_config(manifests, role), type=WorkerConfig) for role in ("prefill", "decode")]
+        assert [config.model_quantization for config in configs] == [expected, expected]
+
+
 @pytest.mark.parametrize("name", sorted(set(NAMES) - set(SINGLE_RANK)))
 def test_a_worker_refuses_the_config_of_a_group_of_ranks(name: str) -> None:
     manifests = render(read_values(name))

@@ -14,6 +14,7 @@ import torch
 from cluster.engine.kernels import fingerprint, get_ops, kernel_report
 from cluster.engine.kernels.cpu import library
 from cluster.engine.kernels.cpu.arithmetic import InstructionClass, dot_chain, exp
+from cluster.engine.kernels.cpu.fp8 import CpuFp8Ops
 from cluster.engine.kernels.cpu.reference import ReferenceOps, ReferenceWeight
 from cluster.engine.kernels.cpu.select import chosen_class
 from cluster.engine.kernels.mutations import MUTANTS, break_kernel
@@ -182,7 +183,9 @@ def test_without_library_the_reference_has_the_same_fingerprint(
     with caplog.at_level(logging.WARNING):
         ops = get_ops("cpu")
     library.open_library.cache_clear()
-    assert isinstance(ops, ReferenceOps)
+    assert isinstance(ops, CpuFp8Ops)
+    assert isinstance(ops.linear_family, ReferenceOps)
+    assert isinstance(ops.attention_family, ReferenceOps)
     assert fingerprint(ops) == native
     assert "no C++ compiler" in caplog.text
     assert "attention runs on its slow reference" in caplog.text

@@ -43,10 +43,14 @@ class Fp8PlanIndex:
             self._by_shape[entry.out_features, entry.in_features, entry.silu_mul].append(entry)
         self._nearest: dict[tuple[int, int, bool], list[Fp8Entry]] = {}
 
+    def entries(self) -> list[Fp8Entry]:
+        """Every measured plan."""
+        return [entry for entries in self._by_shape.values() for entry in entries]
+
     def linear(self, out_features: int, in_features: int, num_rows: int, *, silu_mul: bool) -> Fp8Plan:
         """Bounds ascend; the largest one serves all rows above it."""
         key = (out_features, in_features, silu_mul)
-        entries = self._by_shape.get(key) or self._nearest.get(key)
+        entries = self._by_shape.get(key, self._nearest.get(key))
         if entries is None:
             entries = self._nearest[key] = self._plans_of_nearest(key)
         position = bisect_left(entries, num_rows, key=lambda entry: entry.max_rows)
