@@ -28,7 +28,7 @@ from cluster.engine.request_check import check_request
 from cluster.engine.scheduler import Policy, Scheduler
 from cluster.engine.sequence import Sequence, SequenceKey, make_sequence
 from cluster.engine.speculation.setup import make_speculator
-from cluster.engine.speculation.speculator import SpeculationCounts
+from cluster.engine.speculation.speculator import SpeculationCounts, Speculator
 from cluster.engine.timings import EngineTimings
 from cluster.errors import DeadlineExceeded, InvalidRequest, StartupError
 from cluster.types import FinishReason, Request, WorkerLoad
@@ -38,7 +38,8 @@ class Engine:
     """Owns the KV pool, its books (`blocks`) and every sequence from `add_request` to its terminal event.
 
     `steps_ahead`: how many steps may be launched before their predecessor's tokens are known. 0 on a
-    CPU, which computes in `launch`; 1 hides the scheduling behind a GPU.
+    CPU, which computes in `launch`; 1 hides the scheduling behind a GPU. `draft_model`: guesses tokens if
+    `config.speculation` says so; it has the target's vocabulary.
     """
 
     def __init__(
@@ -48,16 +49,17 @@ class Engine:
         ops: Ops,
         policy: Policy,
         *,
+        draft_model: Model | None = None,
         steps_ahead: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        device = torch.device(config.device)
         self.config = config
         self.vocab_size = model.config.vocab_size
         self.max_model_len = _max_model_len(model, config)
         self.layout = model.kv_layout(config.block_size)
-        self.num_blocks = choose_num_blocks(self.layout, config, self.max_model_len)
-        self.kv_cache = KVCache(self.layout, self.num_blocks, device)
+        draft_layout = None if draft_model is None else draft_model.kv_layout(config.block_size)
+        self.num_blocks = choose_num_blocks(self.layout, config, self.max_model_len, draft_layout)
+        self.kv_cache = KVCache(self.layout, self.num_blocks, torch.device(config.device))
         self.blocks = BlockManager(
             self.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
         )
@@ -66,18 +68,10 @@ class Engine:
             policy,
             max_num_sequences=config.max_num_sequences,
             max_batched_tokens=config.max_batched_tokens,
-            speculator=None if policy.hands_over else make_speculator(config.speculation),
+            speculator=None if policy.hands_over else self._make_speculator(ops, draft_model),
         )
         self.is_blocked = False  # the last step found nothing it could run: all waits for blocks
-        self._runner = ModelRunner(
-            model,
-            ops,
-            self.kv_cache,
-            device=device,
-            max_batched_tokens=config.max_batched_tokens,
-            max_num_sequences=config.max_num_sequences,
-            max_blocks_per_sequence=self.blocks.num_blocks_for(self.max_model_len),
-        )
+        self._runner = self._make_runner(model, ops, self.kv_cache)
         self._eos_token_ids = model.config.eos_token_ids
         self._clock = clock
         self._steps_ahead = steps_ahead
@@ -86,6 +80,33 @@ class Engine:
         self._deadlines: list[tuple[float, SequenceKey]] = []  # a heap; ended requests drop out when due
         self.timings = EngineTimings()
         self._committer = Committer(self.scheduler, self._sequences, self.timings, hands_over=policy.hands_over)
+
+    def _make_runner(self, model: Model, ops: Ops, kv_cache: KVCache) -> ModelRunner:
+        return ModelRunner(
+            model,
+            ops,
+            kv_cache,
+            device=torch.device(self.config.device),
+            max_batched_tokens=self.config.max_batched_tokens,
+            max_num_sequences=self.config.max_num_sequences,
+            max_blocks_per_sequence=self.blocks.num_blocks_for(self.max_model_len),
+        )
+
+    def _make_speculator(self, ops: Ops, draft_model: Model | None) -> Speculator | None:
+        """A draft model gets a pool that mirrors the target's."""
+        draft_runner, max_position = None, self.max_model_len
+        if draft_model is not None:
+            draft_layout = draft_model.kv_layout(self.config.block_size)
+            draft_cache = KVCache(draft_layout, self.num_blocks, torch.device(self.config.device))
+            draft_runner = self._make_runner(draft_model, ops, draft_cache)
+            max_position = min(max_position, draft_model.config.max_position)
+        return make_speculator(
+            self.config.speculation,
+            self.blocks,
+            draft_runner,
+            max_position=max_position,
+            max_batched_tokens=self.config.max_batched_tokens,
+        )
 
     # ---- requests
 

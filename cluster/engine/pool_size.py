@@ -17,29 +17,34 @@ CPU_SHARE_OF_FREE = 0.25
 GPU_SHARE_OF_FREE = 0.90
 
 
-def choose_num_blocks(layout: KVLayout, config: EngineConfig, max_model_len: int) -> int:
+def choose_num_blocks(
+    layout: KVLayout, config: EngineConfig, max_model_len: int, draft_layout: KVLayout | None = None
+) -> int:
     """Number of blocks of the pool: `config.kv_cache_bytes` if given; otherwise on a CPU four contexts of
     `max_model_len` tokens within 25 % of the available memory, on a GPU 90 % of its free memory.
 
+    A draft model's pool has as many blocks, of `draft_layout`: both share the bytes.
     StartupError if one context does not fit: a request could then never run.
     """
     device = torch.device(config.device)
+    block_bytes = layout.block_bytes + (0 if draft_layout is None else draft_layout.block_bytes)
     blocks_per_context = -(-max_model_len // layout.block_size)
     if config.kv_cache_bytes is not None:
         num_bytes, source = config.kv_cache_bytes, "kv_cache_bytes"
     elif device.type == "cpu":
         available = available_memory_bytes()
         share = int(available * CPU_SHARE_OF_FREE)
-        num_bytes = min(share, CPU_NUM_CONTEXTS * blocks_per_context * layout.block_bytes)
+        num_bytes = min(share, CPU_NUM_CONTEXTS * blocks_per_context * block_bytes)
         source = f"{CPU_SHARE_OF_FREE:.0%} of {available / 2**30:.2f} GiB available memory"
     else:
         free, _total = torch.cuda.mem_get_info(device)
         num_bytes, source = int(free * GPU_SHARE_OF_FREE), f"{GPU_SHARE_OF_FREE:.0%} of {free / 2**30:.2f} GiB free"
-    num_blocks = num_bytes // layout.block_bytes
+    num_blocks = num_bytes // block_bytes
     if num_blocks < blocks_per_context:
+        with_draft = "" if draft_layout is None else ", the draft model's KV included"
         raise StartupError(
             f"the KV pool is too small: one context of max_model_len {max_model_len} tokens needs "
-            f"{blocks_per_context * layout.block_bytes} bytes, there are {num_bytes} ({source}, room for "
+            f"{blocks_per_context * block_bytes} bytes{with_draft}, there are {num_bytes} ({source}, room for "
             f"{num_blocks * layout.block_size} tokens); raise engine.kv_cache_bytes or lower engine.max_model_len"
         )
     return num_blocks
