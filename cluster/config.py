@@ -216,6 +216,14 @@ def _speculation_problems(path: str, speculation: SpeculationConfig) -> Iterator
     yield from _between(f"{path}.num_tokens", speculation.num_tokens, 1, 64, "`method: none` turns it off")
     yield from _between(f"{path}.ngram_min", speculation.ngram_min, 1, 32)
     yield from _between(f"{path}.ngram_max", speculation.ngram_max, 1, 32)
+    if (speculation.method == "draft") != (speculation.draft_model is not None):
+        fix = (
+            f"set {path}.draft_model"
+            if speculation.draft_model is None
+            else "set it to draft, or leave draft_model out"
+        )
+        has_model = "no" if speculation.draft_model is None else "a"
+        yield f"{path}.method: {speculation.method} with {has_model} draft_model; {fix}"
     if speculation.ngram_min > speculation.ngram_max:
         yield (
             f"{path}.ngram_min: {speculation.ngram_min} is more than ngram_max ({speculation.ngram_max}); "

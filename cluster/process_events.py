@@ -11,6 +11,7 @@ process dies. A line that is no event is shown as a log line and breaks nothing.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TextIO
 
 import msgspec
@@ -41,6 +42,7 @@ class Failed(msgspec.Struct, frozen=True, tag_field="event", tag="failed"):
 
 
 ProcessEvent = Progress | Ready | Failed
+ShowProgress = Callable[[str, int, int], None]  # what, done, total: the fields of a `Progress`
 
 _decoder: msgspec.json.Decoder[ProcessEvent] = msgspec.json.Decoder(ProcessEvent)
 

@@ -13,7 +13,7 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,6 +21,7 @@ from typing import Protocol
 import msgspec
 import torch
 
+from cluster.control.draft_model import load_draft_model
 from cluster.control.driver import WorkerDriver
 from cluster.control.handshake import HandshakeClient, HandshakeServer
 from cluster.control.host import WorkerHost
@@ -32,10 +33,10 @@ from cluster.engine.models.config import WeightFormat
 from cluster.engine.models.loader import load_model
 from cluster.engine.parallel.group import SingleRank
 from cluster.engine.scheduler import Policy
-from cluster.errors import StartupError, TandemError
+from cluster.errors import ConfigError, StartupError, TandemError
 from cluster.logs import configure_logging
 from cluster.model_files.source import resolve_model
-from cluster.process_events import Progress, Ready, emit, emit_failure
+from cluster.process_events import Progress, Ready, ShowProgress, emit, emit_failure
 from cluster.rpc.server import WorkerServer
 from cluster.types import Role, WorkerInfo
 from kvconnector.base import Transport
@@ -83,13 +84,11 @@ class ServedWorker:
     server: WorkerServer
 
 
-ShowProgress = Callable[[str, int, int], None]  # what, done, total
-
-
 def load_worker(
     config: WorkerConfig, parts: RoleParts, show: ShowProgress = lambda what, done, total: None
 ) -> LoadedWorker:
     """Load model and kernels, allocate the KV pool, register it. Blocks; raises errors of our tree."""
+    _refuse_idle_speculation(config, parts.role)
     cluster_key = read_cluster_key(config) if config.transport != "loopback" else secrets.token_bytes(32)
     _check_port_free(config.host, config.port)
     engine_id = f"{parts.role.value}-{secrets.token_hex(8)}"
@@ -110,8 +109,9 @@ def load_worker(
         progress=lambda done, total: show("loading weights", done, total),
     )
     numeric_fingerprint = fingerprint(ops, with_fp8=loaded.config.weight_format is not WeightFormat.BF16)
+    draft_model = load_draft_model(config.engine, source, loaded, ops, show)
     show("allocating the KV pool", 0, 0)
-    engine = Engine(loaded.model, config.engine, ops, parts.make_policy())
+    engine = Engine(loaded.model, config.engine, ops, parts.make_policy(), draft_model=draft_model)
     transport = _make_transport(config, engine_id)
     identity = kv_identity(loaded, engine.layout, numeric_fingerprint, transport.name)
     info = WorkerInfo(
@@ -228,6 +228,15 @@ def _make_transport(config: WorkerConfig, engine_id: str) -> Transport:
             from kvconnector.loopback import LoopbackHub, LoopbackTransport
 
             return LoopbackTransport(engine_id, LoopbackHub())
+
+
+def _refuse_idle_speculation(config: WorkerConfig, role: Role) -> None:
+    method = config.engine.speculation.method
+    if role is Role.PREFILL and method != "none":
+        raise ConfigError(
+            f"engine.speculation.method is {method}: a prefill worker draws one token of a request, there is nothing "
+            "to guess; set it for the decode workers only"
+        )
 
 
 def _check_port_free(host: str, port: int) -> None:

@@ -24,6 +24,7 @@ class BlockTable:
     num_registered: int  # leading full blocks that were found in the prefix cache or offered to it
     num_cached_tokens: int  # leading tokens whose KV was found in the prefix cache
     epoch: int
+    num_shrinks: int = 0  # how often blocks were given back: a copy of the table is stale then
 
 
 @dataclass(slots=True, eq=False)

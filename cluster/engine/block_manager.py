@@ -134,6 +134,7 @@ class BlockManager:
         """Give back the blocks behind the first `num_tokens` tokens: nothing that counts was stored there."""
         num_kept = self.num_blocks_for(num_tokens)
         assert num_kept >= table.num_registered, "a registered block holds tokens of the sequence"
+        table.num_shrinks += len(table.block_ids) > num_kept
         while len(table.block_ids) > num_kept:
             self._pool.drop_owner(table.block_ids.pop())
 

@@ -12,10 +12,11 @@ DEFAULT_GPU_FRACTION = 0.95  # of the memory of a GPU, for all workers on it
 class SpeculationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Guessing tokens that the model then verifies in one step. The output has the same bits with and without."""
 
-    method: Literal["none", "ngram"] = "none"  # ngram: as the text went on before (copies, edits, loops)
+    method: Literal["none", "ngram", "draft"] = "none"  # ngram: as the text went on before; draft: by a small model
     num_tokens: int = 8  # the most guesses of a sequence in a step; it adapts to how many come true
     ngram_min: int = 3  # tokens that must have occurred before
     ngram_max: int = 8  # tokens that are compared to choose among several occurrences
+    draft_model: str | None = None  # as `model.path`, with the same vocabulary; its KV shares `kv_cache_bytes`
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -29,7 +29,7 @@ from cluster.engine.request_check import check_request
 from cluster.engine.scheduler import Policy, Scheduler
 from cluster.engine.sequence import Sequence, SequenceKey, make_sequence
 from cluster.engine.speculation.setup import make_speculator
-from cluster.engine.speculation.speculator import SpeculationCounts
+from cluster.engine.speculation.speculator import SpeculationCounts, Speculator
 from cluster.engine.timings import EngineTimings
 from cluster.errors import DeadlineExceeded, InvalidRequest, StartupError
 from cluster.types import FinishReason, Request, WorkerLoad
@@ -43,7 +43,8 @@ class Engine:
     """Owns the KV pool, its books (`blocks`) and every sequence from `add_request` to its terminal event.
 
     `steps_ahead`: how many steps may be launched before their predecessor's tokens are known. None: 0 on
-    a CPU, which computes in `launch`; 1 on a GPU, behind which it hides the scheduling.
+    a CPU, which computes in `launch`; 1 on a GPU, behind which it hides the scheduling. `draft_model`: guesses
+    tokens if `config.speculation` says so; it has the target's vocabulary.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Engine:
         ops: Ops,
         policy: Policy,
         *,
+        draft_model: Model | None = None,
         steps_ahead: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -61,7 +63,8 @@ class Engine:
         self.max_model_len = _max_model_len(model, config)
         limits = config.limits
         self.layout = model.kv_layout(limits.block_size)
-        self.kv_cache, self._runner = _start(model, ops, self.layout, config, self.max_model_len)
+        draft_layout = None if draft_model is None else draft_model.kv_layout(limits.block_size)
+        self.kv_cache, self._runner = _start(model, ops, self.layout, config, self.max_model_len, draft_layout)
         self.num_blocks = self.kv_cache.num_blocks
         self.blocks = BlockManager(
             self.num_blocks, limits.block_size, enable_prefix_caching=config.enable_prefix_caching
@@ -71,7 +74,7 @@ class Engine:
             policy,
             max_num_sequences=limits.max_num_sequences,
             max_batched_tokens=limits.max_batched_tokens,
-            speculator=None if policy.hands_over else make_speculator(config.speculation),
+            speculator=None if policy.hands_over else self._make_speculator(ops, draft_model),
         )
         self.is_blocked = False  # the last step found nothing it could run: all waits for blocks
         self.is_computing = False  # the last step left one that is still running
@@ -83,6 +86,20 @@ class Engine:
         self._deadlines: list[tuple[float, SequenceKey]] = []  # a heap; ended requests drop out when due
         self.timings = EngineTimings()
         self._committer = Committer(self.scheduler, self._sequences, self.timings, hands_over=policy.hands_over)
+
+    def _make_speculator(self, ops: Ops, draft_model: Model | None) -> Speculator | None:
+        """A draft model gets a pool that mirrors the target's."""
+        draft_runner, max_position = None, self.max_model_len
+        if draft_model is not None:
+            draft_runner = _start_draft(draft_model, ops, self.config, self.num_blocks, self.max_model_len)
+            max_position = min(max_position, draft_model.config.max_position)
+        return make_speculator(
+            self.config.speculation,
+            self.blocks,
+            draft_runner,
+            max_position=max_position,
+            max_batched_tokens=self.config.limits.max_batched_tokens,
+        )
 
     # ---- requests
 
@@ -235,22 +252,40 @@ def _max_model_len(model: Model, config: EngineConfig) -> int:
 
 
 def _start(
-    model: Model, ops: Ops, layout: KVLayout, config: EngineConfig, max_model_len: int
+    model: Model,
+    ops: Ops,
+    layout: KVLayout,
+    config: EngineConfig,
+    max_model_len: int,
+    draft_layout: KVLayout | None,
 ) -> tuple[KVCache, Runner[Any]]:
-    """The KV pool and what runs steps over it."""
+    """The KV pool and what runs steps over it. A draft model's pool, as many blocks, is left room for."""
     device = torch.device(config.device)
     if device.type == "cuda":
         from cluster.engine.gpu.start import start_gpu  # needs Triton
 
-        return start_gpu(cast("GpuModel", model), cast("CudaOps", ops), layout, config, max_model_len)
-    kv_cache = KVCache(layout, choose_num_blocks(layout, config, max_model_len), device)
-    runner = ModelRunner(
+        return start_gpu(cast("GpuModel", model), cast("CudaOps", ops), layout, config, max_model_len, draft_layout)
+    kv_cache = KVCache(layout, choose_num_blocks(layout, config, max_model_len, draft_layout), device)
+    return kv_cache, _host_runner(model, ops, kv_cache, config, max_model_len)
+
+
+def _start_draft(model: Model, ops: Ops, config: EngineConfig, num_blocks: int, max_model_len: int) -> Runner[Any]:
+    """What runs the draft model, over a pool of its own."""
+    layout, device = model.kv_layout(config.limits.block_size), torch.device(config.device)
+    if device.type == "cuda":
+        from cluster.engine.gpu.start import start_draft  # needs Triton
+
+        return start_draft(cast("GpuModel", model), cast("CudaOps", ops), layout, config, num_blocks, max_model_len)
+    return _host_runner(model, ops, KVCache(layout, num_blocks, device), config, max_model_len)
+
+
+def _host_runner(model: Model, ops: Ops, kv_cache: KVCache, config: EngineConfig, max_model_len: int) -> ModelRunner:
+    return ModelRunner(
         model,
         ops,
         kv_cache,
-        device=device,
+        device=torch.device(config.device),
         max_batched_tokens=config.limits.max_batched_tokens,
         max_num_sequences=config.limits.max_num_sequences,
-        max_blocks_per_sequence=-(-max_model_len // layout.block_size),
+        max_blocks_per_sequence=-(-max_model_len // kv_cache.layout.block_size),
     )
-    return kv_cache, runner

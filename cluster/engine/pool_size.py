@@ -14,33 +14,44 @@ CPU_NUM_CONTEXTS = 4
 CPU_SHARE_OF_FREE = 0.25
 
 
-def choose_num_blocks(layout: KVLayout, config: EngineConfig, max_model_len: int) -> int:
+def choose_num_blocks(
+    layout: KVLayout, config: EngineConfig, max_model_len: int, draft_layout: KVLayout | None = None
+) -> int:
     """Number of blocks of a pool in host memory: `config.kv_cache_bytes` if given; otherwise four contexts of
     `max_model_len` tokens within 25 % of the available memory. Raises as `blocks_of` does."""
-    blocks_per_context = -(-max_model_len // layout.block_size)
     if config.kv_cache_bytes is not None:
-        return blocks_of(layout, config.kv_cache_bytes, "kv_cache_bytes", max_model_len)
+        return blocks_of(layout, config.kv_cache_bytes, "kv_cache_bytes", max_model_len, draft_layout)
+    blocks_per_context = -(-max_model_len // layout.block_size)
     available = available_memory_bytes()
     share = int(available * CPU_SHARE_OF_FREE)
-    num_bytes = min(share, CPU_NUM_CONTEXTS * blocks_per_context * layout.block_bytes)
+    num_bytes = min(share, CPU_NUM_CONTEXTS * blocks_per_context * _block_bytes(layout, draft_layout))
     source = f"{CPU_SHARE_OF_FREE:.0%} of {available / 2**30:.2f} GiB available memory"
-    return blocks_of(layout, num_bytes, source, max_model_len)
+    return blocks_of(layout, num_bytes, source, max_model_len, draft_layout)
 
 
-def blocks_of(layout: KVLayout, num_bytes: int, source: str, max_model_len: int) -> int:
+def blocks_of(
+    layout: KVLayout, num_bytes: int, source: str, max_model_len: int, draft_layout: KVLayout | None = None
+) -> int:
     """How many blocks fit into `num_bytes`; `source` says where that number comes from.
 
+    A draft model's pool has as many blocks, of `draft_layout`: both share the bytes.
     StartupError if one context does not fit: a request could then never run.
     """
+    block_bytes = _block_bytes(layout, draft_layout)
     blocks_per_context = -(-max_model_len // layout.block_size)
-    num_blocks = num_bytes // layout.block_bytes
+    num_blocks = num_bytes // block_bytes
     if num_blocks < blocks_per_context:
+        with_draft = "" if draft_layout is None else ", the draft model's KV included"
         raise StartupError(
             f"the KV pool is too small: one context of max_model_len {max_model_len} tokens needs "
-            f"{blocks_per_context * layout.block_bytes} bytes, there are {num_bytes} ({source}, room for "
+            f"{blocks_per_context * block_bytes} bytes{with_draft}, there are {num_bytes} ({source}, room for "
             f"{num_blocks * layout.block_size} tokens); raise engine.kv_cache_bytes or lower engine.max_model_len"
         )
     return num_blocks
+
+
+def _block_bytes(layout: KVLayout, draft_layout: KVLayout | None) -> int:
+    return layout.block_bytes + (0 if draft_layout is None else draft_layout.block_bytes)
 
 
 def available_memory_bytes() -> int:

@@ -129,6 +129,8 @@ class Scheduler:
         if sequence.table is not None:
             self.blocks.free(sequence.table)
             sequence.table = None
+            if self.speculator is not None:
+                self.speculator.proposer.on_released(sequence)
 
     # ---- the policy's side
 

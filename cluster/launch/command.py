@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-from cluster.config import ClusterConfig, ModelSettings
+from cluster.config import ClusterConfig
 from cluster.launch.control_socket import control_server
 from cluster.launch.cores import usable_cores
 from cluster.launch.gpus import count_gpus, place_on_gpus, shared_gpus
@@ -31,7 +32,8 @@ def launch_local(config: ClusterConfig, console: Console) -> None:
     when a process died for good."""
     topology = place_on_gpus(plan_topology(config, usable_cores()), config, count_gpus())
     check_ports(topology)
-    model = find_model(config.model, console)
+    model = find_model(config.model.reference, console)
+    config = _with_draft_model_found(config, console)
     topology = with_ports(topology, choose_free_port)
     model_name = config.model.served_name or model.name
     with run_directory() as directory, mps_daemon(bool(shared_gpus(topology)), directory) as warning:
@@ -60,7 +62,17 @@ def check_ports(topology: Topology) -> None:
             check_port_free(host, port, key)
 
 
-def find_model(settings: ModelSettings, console: Console) -> ModelSource:
+def _with_draft_model_found(config: ClusterConfig, console: Console) -> ClusterConfig:
+    speculation = config.decode.engine.speculation
+    if speculation.draft_model is None:
+        return config
+    path = str(find_model(speculation.draft_model, console).path)
+    speculation = msgspec.structs.replace(speculation, draft_model=path)
+    engine = msgspec.structs.replace(config.decode.engine, speculation=speculation)
+    return msgspec.structs.replace(config, decode=msgspec.structs.replace(config.decode, engine=engine))
+
+
+def find_model(reference: str, console: Console) -> ModelSource:
     """Fetch it once, here, rather than in every process."""
     columns = (TextColumn("[cyan]     model[/] │ {task.description}"), BarColumn(), DownloadColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -69,7 +81,7 @@ def find_model(settings: ModelSettings, console: Console) -> ModelSource:
         def show(done_bytes: int, total_bytes: int) -> None:
             progress.update(task, completed=done_bytes, total=total_bytes, visible=True)
 
-        return resolve_model(settings.reference, show)
+        return resolve_model(reference, show)
 
 
 async def answers_health(url: str) -> None:

@@ -20,6 +20,7 @@ from cluster.engine.events import PromptFinished
 from cluster.engine.kernels import get_ops
 from cluster.engine.kernels.mutations import break_kernel
 from cluster.engine.kernels.ops import Ops
+from cluster.engine.models.llama import DecoderModel
 from cluster.engine.models.loader import load_model
 from cluster.engine.parallel.group import SingleRank
 from cluster.engine.scheduler import Policy
@@ -49,14 +50,23 @@ class Lab:
         self.ops = ops
         self.model = load_model(directory, self.ops, SingleRank(), torch.device("cpu")).model
 
-    def engine(self, policy: Policy, num_blocks: int = 64, steps_ahead: int = 0, **config: Any) -> Engine:
-        kv_cache_bytes = num_blocks * self.model.kv_layout(BLOCK_SIZE).block_bytes
+    def engine(
+        self,
+        policy: Policy,
+        num_blocks: int = 64,
+        steps_ahead: int = 0,
+        draft_model: DecoderModel | None = None,
+        **config: Any,
+    ) -> Engine:
+        models = [self.model] if draft_model is None else [self.model, draft_model]
+        kv_cache_bytes = num_blocks * sum(model.kv_layout(BLOCK_SIZE).block_bytes for model in models)
         settings = {"max_num_sequences": 16, "max_batched_tokens": 64, **config}
         return Engine(
             self.model,
             EngineConfig(block_size=BLOCK_SIZE, kv_cache_bytes=kv_cache_bytes, **settings),
             self.ops,
             policy,
+            draft_model=draft_model,
             steps_ahead=steps_ahead,
         )
 

@@ -1,10 +1,12 @@
 """Speculation over a real (tiny, random) model and the CPU kernels: equal tokens, logprob bits and KV bytes.
 
-{prompt lookup, an oracle that errs} x {greedy, sampled, top-p} x {batch, chunks, preemption} x {0, 1 ahead}
+{prompt lookup, draft model, an oracle that errs} x {greedy, sampled, top-p} x {alone, batch, chunks,
+preemption, behind a prefill engine} x {0, 1 steps ahead}
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,8 @@ from cluster.engine.config import SpeculationConfig
 from cluster.engine.engine import Engine
 from cluster.engine.events import PromptFinished
 from cluster.engine.kernels import get_ops
+from cluster.engine.models.loader import load_model
+from cluster.engine.parallel.group import SingleRank
 from cluster.types import Request, TokenChunk
 from decode.policy import DecodePolicy
 from prefill.policy import PrefillPolicy
@@ -31,15 +35,32 @@ from tests.unit.speculation_fakes import Oracle, speculate_with
 
 LENGTHS = (1, 15, 16, 17, 33, 64, 65, 100)
 MAX_TOKENS = 48
+MOST_STEPS = 1000  # a broken engine may go on for ever
 STORED_TOKENS = 32  # of the output, whose KV is compared
 NGRAM = SpeculationConfig(method="ngram", num_tokens=6, ngram_min=2)
+DRAFT = SpeculationConfig(method="draft", num_tokens=5, draft_model="given to the engine")
+METHODS = ("ngram", "draft", "oracle")
 Runs = tuple[dict[str, Answer], dict[str, str]]
 
 
+class SpeculatingLab(Lab):
+    """With a draft model: the target, its weights blurred."""
+
+    def __init__(self, directory: Path, draft_directory: Path) -> None:
+        super().__init__(directory, get_ops("cpu", NUM_THREADS))
+        self.draft_model = load_model(draft_directory, self.ops, SingleRank(), torch.device("cpu")).model
+
+
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    directory = save_safetensors(random_model("qwen3"), tmp_path_factory.mktemp("model"))
-    return Lab(directory, get_ops("cpu", NUM_THREADS))
+def lab(tmp_path_factory: pytest.TempPathFactory) -> SpeculatingLab:
+    target, draft = random_model("qwen3"), random_model("qwen3")
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            parameter.mul_(1.0 + 0.1 * torch.randn_like(parameter)).copy_(parameter.bfloat16())
+    return SpeculatingLab(
+        save_safetensors(target, tmp_path_factory.mktemp("model")),
+        save_safetensors(draft, tmp_path_factory.mktemp("draft")),
+    )
 
 
 def requests() -> list[Request]:
@@ -70,8 +91,8 @@ def run(engine: Engine, batch: list[Request]) -> Runs:
     digests: dict[str, str] = {}
     for request in batch:
         engine.add_request(request)
-    while engine.has_work():
-        for event in engine.step():
+    for _ in range(MOST_STEPS):
+        for event in engine.step() if engine.has_work() else ():
             assert isinstance(event, TokenChunk)
             take(answers, event)
         engine.blocks.check_integrity()
@@ -79,12 +100,13 @@ def run(engine: Engine, batch: list[Request]) -> Runs:
             num_tokens = sequence.prompt_length + STORED_TOKENS
             if sequence.num_computed_tokens >= num_tokens:
                 digests.setdefault(sequence.request.request_id, kv_of(engine, sequence, num_tokens))
+    assert not engine.has_work()
     assert engine.blocks.num_free == engine.num_blocks
     return answers, digests
 
 
 @pytest.fixture(scope="module")
-def reference(lab: Lab) -> Runs:
+def reference(lab: SpeculatingLab) -> Runs:
     answers: dict[str, Answer] = {}
     digests: dict[str, str] = {}
     for request in requests():
@@ -95,9 +117,11 @@ def reference(lab: Lab) -> Runs:
     return answers, digests
 
 
-def speculating(lab: Lab, method: str, reference: Runs, **options: Any) -> Engine:
+def speculating(lab: SpeculatingLab, method: str, reference: Runs, **options: Any) -> Engine:
     if method == "ngram":
         return lab.engine(DecodePolicy(), speculation=NGRAM, **options)
+    if method == "draft":
+        return lab.engine(DecodePolicy(), speculation=DRAFT, draft_model=lab.draft_model, **options)
     engine = lab.engine(DecodePolicy(), **options)
     answers = {key: Outcome(answer[0]) for key, answer in reference[0].items()}
     speculate_with(engine, Oracle(requests(), answers, lambda position, place: (3 * position + place) % 5 > 0))
@@ -105,10 +129,10 @@ def speculating(lab: Lab, method: str, reference: Runs, **options: Any) -> Engin
 
 
 @pytest.mark.parametrize("steps_ahead", [0, 1])
-@pytest.mark.parametrize("method", ["ngram", "oracle"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("max_batched_tokens", "num_blocks"), [(37, 200), (97, 17)], ids=["chunks", "preempting"])
 def test_the_same_bits_with_and_without(
-    lab: Lab, reference: Runs, method: str, max_batched_tokens: int, num_blocks: int, steps_ahead: int
+    lab: SpeculatingLab, reference: Runs, method: str, max_batched_tokens: int, num_blocks: int, steps_ahead: int
 ) -> None:
     engine = speculating(
         lab,
@@ -124,16 +148,16 @@ def test_the_same_bits_with_and_without(
     assert (load.preemptions > 0) == (num_blocks == 17)
 
 
-@pytest.mark.parametrize("method", ["ngram", "oracle"])
-def test_on_what_speculation_has_left_in_the_prefix_cache(lab: Lab, reference: Runs, method: str) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_on_what_speculation_has_left_in_the_prefix_cache(lab: SpeculatingLab, reference: Runs, method: str) -> None:
     engine = speculating(lab, method, reference, num_blocks=200)
     for _ in range(2):
         assert run(engine, requests()) == reference
     assert engine.load().cached_tokens > 0
 
 
-@pytest.mark.parametrize("method", ["ngram", "oracle"])
-def test_one_at_a_time(lab: Lab, reference: Runs, method: str) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_one_at_a_time(lab: SpeculatingLab, reference: Runs, method: str) -> None:
     engine = speculating(lab, method, reference, num_blocks=64)
     for request in requests():
         answers, digests = run(engine, [request])
@@ -141,8 +165,8 @@ def test_one_at_a_time(lab: Lab, reference: Runs, method: str) -> None:
         assert digests == {request.request_id: reference[1][request.request_id]}
 
 
-@pytest.mark.parametrize("method", ["ngram", "oracle"])
-def test_behind_a_prefill_engine(lab: Lab, reference: Runs, method: str) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_behind_a_prefill_engine(lab: SpeculatingLab, reference: Runs, method: str) -> None:
     prefill = lab.engine(PrefillPolicy(), num_blocks=200)
     decode = speculating(lab, method, reference, num_blocks=200)
     answers: dict[str, Answer] = {}
@@ -161,7 +185,7 @@ def test_behind_a_prefill_engine(lab: Lab, reference: Runs, method: str) -> None
     assert 0 < decode.load().spec_accepted_tokens < decode.load().spec_draft_tokens
 
 
-def test_stale_pages_do_not_matter(lab: Lab, reference: Runs) -> None:
+def test_stale_pages_do_not_matter(lab: SpeculatingLab, reference: Runs) -> None:
     """A pool full of NaN: rows of drafts read nothing that was not written."""
     engine = speculating(lab, "oracle", reference, num_blocks=200)
     engine.kv_cache.kv_NL2HSD.fill_(torch.nan)

@@ -45,10 +45,12 @@ class FakeShape:
 
 @dataclass
 class FakeModel:
-    """`period` above 0: the token that lies so far back is likely to come again, so texts repeat themselves."""
+    """`period` above 0: the token that lies so far back is likely to come again, so texts repeat themselves.
+    `errs_every` above 0: what it says of each so many-th position is another token, as a draft model would."""
 
     config: FakeShape = field(default_factory=FakeShape)
     period: int = 0
+    errs_every: int = 0
     num_rows: list[int] = field(default_factory=list)  # of each step
 
     def kv_layout(self, block_size: int) -> KVLayout:
@@ -88,6 +90,8 @@ class FakeModel:
         logits[EOS] -= 4.0
         if self.period and length > self.period and digest % 16:
             logits[tokens[length - self.period]] += 9.0
+        if self.errs_every and length % self.errs_every == 0:
+            logits[(int(logits.argmax()) + 1) % NAN_TOKEN] += 50.0
         return logits
 
 
@@ -103,19 +107,27 @@ def make_engine(
     clock: itertools.count[int] | None = None,
     period: int = 0,
     speculation: SpeculationConfig | None = None,
+    draft_model: FakeModel | None = None,
 ) -> Engine:
     model = FakeModel(period=period)
     config = EngineConfig(
         block_size=BLOCK_SIZE,
-        kv_cache_bytes=num_blocks * model.kv_layout(BLOCK_SIZE).block_bytes,
+        kv_cache_bytes=num_blocks * model.kv_layout(BLOCK_SIZE).block_bytes * (1 if draft_model is None else 2),
         max_num_sequences=max_num_sequences,
         max_batched_tokens=max_batched_tokens,
         max_model_len=max_model_len,
         enable_prefix_caching=enable_prefix_caching,
         speculation=speculation or SpeculationConfig(),
     )
-    ops = cast(Ops, FakeOps())
-    return Engine(model, config, ops, policy, steps_ahead=steps_ahead, clock=lambda: next(clock) if clock else 0)
+    return Engine(
+        model,
+        config,
+        cast(Ops, FakeOps()),
+        policy,
+        draft_model=draft_model,
+        steps_ahead=steps_ahead,
+        clock=lambda: next(clock) if clock else 0,
+    )
 
 
 def make_request(

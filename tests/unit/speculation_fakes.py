@@ -44,6 +44,9 @@ class Oracle:
         self.proposals += [(sequence.request.request_id, count) for sequence, count in granted]
         return [self._guess(sequence, count) for sequence, count in granted]
 
+    def on_released(self, sequence: Sequence) -> None:
+        pass
+
     def on_verified(self, sequence: Sequence, num_drafts: int, num_accepted: int) -> None:
         self.verified.append((num_drafts, num_accepted))
 

@@ -287,6 +287,16 @@ class BlockManagerMachine(RuleBasedStateMachine):
         else:
             held.tokens.pop()
 
+    @rule(held=running, num_drafts=st.integers(1, 9), keep_free=st.integers(0, 2))
+    def guess_in_vain(self, held: Held, num_drafts: int, keep_free: int) -> None:
+        """Rows behind the tokens are written, count for nothing, and their blocks are given back."""
+        num_free, num_tokens = self.blocks.num_free, len(held.tokens)
+        if self.blocks.grow(held.table, num_tokens + num_drafts, keep_free):
+            assert num_free == self.blocks.num_free or self.blocks.num_free >= keep_free
+            self.blocks.shrink(held.table, num_tokens)
+        assert self.blocks.num_free == num_free
+        assert len(held.table.block_ids) == self.blocks.num_blocks_for(num_tokens)
+
     @rule(held=consumes(running))
     def free(self, held: Held) -> None:
         self.holders.remove(held.table.block_ids)
@@ -356,3 +366,21 @@ class BlockManagerMachine(RuleBasedStateMachine):
 
 TestBlockManagerMachine = BlockManagerMachine.TestCase
 TestBlockManagerMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_a_table_that_shrinks_gives_back_its_last_blocks_and_says_so() -> None:
+    """Growing again may bring other blocks in their place, so a copy of the table must know."""
+    blocks = BlockManager(8, SIZE)
+    table = blocks.allocate(chain_of(list(range(2 * SIZE))), 2 * SIZE, 0)
+    assert table is not None
+    assert blocks.grow(table, 4 * SIZE)
+    before = list(table.block_ids)
+    blocks.shrink(table, 3 * SIZE)
+    blocks.shrink(table, 2 * SIZE + 1)
+    assert (list(table.block_ids), table.num_shrinks, blocks.num_free) == (before[:3], 1, 5)
+    blocks.check_integrity()
+    assert blocks.grow(table, 4 * SIZE)
+    assert list(table.block_ids) != before
+    assert not blocks.grow(table, 8 * SIZE, keep_free=1)
+    assert blocks.grow(table, 7 * SIZE, keep_free=1)
+    blocks.check_integrity()

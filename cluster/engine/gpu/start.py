@@ -14,9 +14,15 @@ from cluster.errors import StartupError
 
 
 def start_gpu(
-    model: GpuModel, ops: CudaOps, layout: KVLayout, config: EngineConfig, max_model_len: int
+    model: GpuModel,
+    ops: CudaOps,
+    layout: KVLayout,
+    config: EngineConfig,
+    max_model_len: int,
+    draft_layout: KVLayout | None = None,
 ) -> tuple[KVCache, GpuModelRunner]:
-    """The KV pool and a runner over it, ready to serve. `StartupError` if it does not fit."""
+    """The KV pool and a runner over it, ready to serve; with `draft_layout`, room for a draft model's pool
+    is left. `StartupError` if it does not fit."""
     device = ops.device
     with torch.cuda.device(device):
         try:
@@ -28,15 +34,26 @@ def start_gpu(
                 f"{free / memory.GIB:.2f} of {total / memory.GIB:.2f} GiB are free; lower engine.max_batched_tokens"
             ) from error
         num_bytes, source = memory.pool_bytes(config, device, step_bytes)
-        num_blocks = blocks_of(layout, num_bytes, source, max_model_len)
+        num_blocks = blocks_of(layout, num_bytes, source, max_model_len, draft_layout)
         kv_cache = memory.allocate_pool(layout, num_blocks, device)
-        runner = _runner(model, ops, kv_cache, config, max_model_len)
+        runner = _runner(model, ops, kv_cache, config, max_model_len, max_drafts=_max_drafts(config))
         runner.warm_up()
     return kv_cache, runner
 
 
+def start_draft(
+    model: GpuModel, ops: CudaOps, layout: KVLayout, config: EngineConfig, num_blocks: int, max_model_len: int
+) -> GpuModelRunner:
+    """A draft model's runner over a pool of its own. It verifies nothing, so it has no graphs for drafts."""
+    with torch.cuda.device(ops.device):
+        kv_cache = memory.allocate_pool(layout, num_blocks, ops.device)
+        runner = _runner(model, ops, kv_cache, config, max_model_len, max_drafts=0)
+        runner.warm_up()
+    return runner
+
+
 def _runner(
-    model: GpuModel, ops: CudaOps, kv_cache: KVCache, config: EngineConfig, max_model_len: int
+    model: GpuModel, ops: CudaOps, kv_cache: KVCache, config: EngineConfig, max_model_len: int, *, max_drafts: int
 ) -> GpuModelRunner:
     return GpuModelRunner(
         model,
@@ -46,7 +63,7 @@ def _runner(
         max_batched_tokens=config.limits.max_batched_tokens,
         max_num_sequences=config.limits.max_num_sequences,
         max_model_len=max_model_len,
-        max_drafts=config.speculation.num_tokens if config.speculation.method != "none" else 0,
+        max_drafts=max_drafts,
         use_graphs=config.cuda_graphs,
     )
 
@@ -54,7 +71,7 @@ def _runner(
 def _measure_step(model: GpuModel, ops: CudaOps, layout: KVLayout, config: EngineConfig, max_model_len: int) -> int:
     """Bytes that the largest step has allocated at its peak, on a pool of one block."""
     kv_cache = KVCache(layout, 1, ops.device)
-    runner = _runner(model, ops, kv_cache, config, max_model_len)
+    runner = _runner(model, ops, kv_cache, config, max_model_len, max_drafts=_max_drafts(config))
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -64,3 +81,7 @@ def _measure_step(model: GpuModel, ops: CudaOps, layout: KVLayout, config: Engin
     del runner, kv_cache
     torch.cuda.empty_cache()
     return peak
+
+
+def _max_drafts(config: EngineConfig) -> int:
+    return 0 if config.speculation.method == "none" else config.speculation.num_tokens

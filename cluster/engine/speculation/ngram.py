@@ -62,6 +62,9 @@ class NgramProposer:
     def propose(self, granted: ListLike[tuple[Sequence, int]]) -> list[tuple[int, ...]]:
         return [self._copy(sequence, count) for sequence, count in granted]
 
+    def on_released(self, sequence: Sequence) -> None:
+        """What is known of its tokens stays true."""
+
     def on_verified(self, sequence: Sequence, num_drafts: int, num_accepted: int) -> None:
         follower = self._followers[sequence]
         if num_accepted:

@@ -29,6 +29,10 @@ class Proposer(Protocol):
         blocks for them."""
         ...
 
+    def on_released(self, sequence: Sequence) -> None:
+        """The sequence has lost its blocks: it has ended, or was preempted and may come back."""
+        ...
+
     def on_verified(self, sequence: Sequence, num_drafts: int, num_accepted: int) -> None:
         """What became of the last proposal for the sequence."""
         ...
