@@ -42,7 +42,9 @@ def launches() -> list[tuple[int, Path]]:
 
 
 def _parent() -> Path:
-    return Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
+    """A job on another host may have inherited the name of a runtime directory that is not there."""
+    runtime = Path(os.environ.get("XDG_RUNTIME_DIR", ""))
+    return runtime if runtime.is_absolute() and runtime.is_dir() else Path(tempfile.gettempdir())
 
 
 def _remove_abandoned(parent: Path) -> None:
