@@ -78,7 +78,13 @@ def _checked(config: ClusterConfig, identity: Identity) -> Topology:
 
 
 async def _fail_together(config: ClusterConfig, identity: Identity, problem: TandemError, show: Show) -> Outcome:
-    """One message of one rank: rank 0 shows it, the others learn that it has, and all end."""
+    """One message of one rank: rank 0 shows it, the others learn that it has, and all end.
+
+    Without the permission to talk over a network there is no rendezvous, and each shows its own.
+    """
+    if not identity.is_local and not config.security.allow_plaintext_network:
+        show(problem)
+        return failed(problem)
     if identity.rank > 0:
         if not await report_problem(identity, config, problem.message, LISTEN_FOR_RANK_0_S):
             show(problem)

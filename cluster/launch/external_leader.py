@@ -82,7 +82,8 @@ class Leader:
                     launcher = self._prepare(groups, directory)
                 except TandemError as error:
                     self._show(error)
-                    await rendezvous.refuse_everyone(error.message, TELL_S)
+                    wait_s = 0.0 if self._signals.wanted.is_set() else TELL_S  # a signal has reached the others, too
+                    await rendezvous.refuse_everyone(error.message, wait_s)
                     return failed(error)
                 async with control_server(directory, self._answer):
                     return await self._serve(rendezvous, launcher)

@@ -96,9 +96,9 @@ def check_world(topology: Topology, config: ClusterConfig, world_size: int, star
 
 def check_hosts(seats: Sequence[Seat], config: ClusterConfig) -> None:
     """Raise `ConfigError` unless workers on several hosts can reach each other and have one key."""
-    hosts = sorted({seat.host for seat in seats})
     if len({seat.address for seat in seats}) == 1:
         return
+    hosts = sorted({f"{seat.host} at {seat.address}" if seat.address else seat.host for seat in seats})
     problems = [
         f"{name}.host: {pool.host} cannot be listened on by workers on several hosts; use 0.0.0.0"
         for name, pool in (("prefill", config.prefill), ("decode", config.decode))

@@ -55,7 +55,7 @@ class Rendezvous:
         self._config = config
         self._key = key
         self._channels: dict[int, Channel] = {}
-        self._connections: set[asyncio.Task[None]] = set()
+        self._connections: dict[asyncio.Task[None], Channel] = {}
         self._refusal: Refused | None = None
         self._told: set[int] = set()
         self._everyone_told = asyncio.Event()
@@ -74,9 +74,10 @@ class Rendezvous:
                         case Gone(why):
                             raise StartupError(f"rank {rank} on {self.host_of(rank)} is gone before the start: {why}")
         except TimeoutError:
-            missing = ", ".join(map(str, sorted(others - self._channels.keys())))
+            missing = sorted(others - self._channels.keys())
+            named = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"
             raise StartupError(
-                f"after {timeout_s:g} s rank 0 on {self.seats[0].host} still waits for rank {missing} of "
+                f"after {timeout_s:g} s rank 0 on {self.seats[0].host} still waits for {named} of "
                 f"{self._identity.world_size}; look at their output, and whether they can reach "
                 f"{self._identity.host} (launch.rendezvous_port, launch.join_timeout_s)"
             ) from None
@@ -121,7 +122,7 @@ class Rendezvous:
         channel = Channel(reader, writer)
         task = asyncio.current_task()
         assert task is not None
-        self._connections.add(task)
+        self._connections[task] = channel
         try:
             if len(self._connections) <= self._identity.world_size + SPARE_CONNECTIONS:
                 hello = await self._admit(channel)
@@ -130,13 +131,13 @@ class Rendezvous:
         except ChannelLost:
             return  # before it was admitted: nobody counts on it
         finally:
-            self._connections.discard(task)
             await channel.close()
+            del self._connections[task]
 
     async def close(self) -> None:
-        for task in tuple(self._connections):
-            task.cancel()
-        await asyncio.gather(*self._connections, return_exceptions=True)
+        """Ends every connection; their tasks end with them, what was sent has a moment to leave."""
+        await asyncio.gather(*(channel.close() for channel in self._connections.values()))
+        await asyncio.gather(*self._connections)
 
     async def _admit(self, channel: Channel) -> Hello | None:
         nonce = secrets.token_hex(16)

@@ -12,6 +12,8 @@ from typing import TypeVar
 from cluster.errors import StartupError
 from cluster.launch.local import STOP_SIGNALS
 
+# mpirun hands SIGUSR1 on to all ranks and does nothing else, Slurm can send it before a job's time is up.
+RANK_STOP_SIGNALS = (*STOP_SIGNALS, signal.SIGUSR1)
 ECHO_S = 2.0  # a terminal and a launcher may both send one for the same Ctrl-C
 
 _T = TypeVar("_T")
@@ -29,12 +31,12 @@ class StopSignals:
     @contextmanager
     def handled(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
-        for number in STOP_SIGNALS:
+        for number in RANK_STOP_SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number)
         try:
             yield
         finally:
-            for number in STOP_SIGNALS:
+            for number in RANK_STOP_SIGNALS:
                 loop.remove_signal_handler(number)
 
     async def unless_stopped(self, work: Coroutine[None, None, _T], doing: str) -> _T:
