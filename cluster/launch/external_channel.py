@@ -60,7 +60,7 @@ class Channel:
             except ValueError as error:  # a line that is too long, no JSON, or another shape
                 raise ChannelLost(f"it speaks another language: {error}") from error
             if not isinstance(message, Beat):
-                return message
+                return _printable(message)
 
     async def beat(self) -> None:
         """Until cancelled."""
@@ -88,6 +88,19 @@ def prove(key: bytes | None, speaker: str, rank: int, nonces: tuple[str, str]) -
 
 def is_proven(key: bytes | None, proof: str, speaker: str, rank: int, nonces: tuple[str, str]) -> bool:
     return hmac.compare_digest(proof.encode(), prove(key, speaker, rank, nonces).encode())
+
+
+def _printable(message: Message) -> Message:
+    """Texts that people are shown: a peer must not be able to write control sequences to their terminals."""
+    texts = {name: getattr(message, name) for name in ("why", "host") if name in message.__struct_fields__}
+    if all(_is_printable(text) for text in texts.values()):
+        return message
+    cleaned = {name: "".join(c if _is_printable(c) else "�" for c in text) for name, text in texts.items()}
+    return msgspec.structs.replace(message, **cleaned)
+
+
+def _is_printable(text: str) -> bool:
+    return text.replace("\n", "").isprintable()
 
 
 def _address(name: object) -> str:

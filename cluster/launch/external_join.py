@@ -30,7 +30,7 @@ async def join(identity: Identity, config: ClusterConfig, key: bytes | None, tim
     try:
         ours = version("tandem-serving")
         if greeting.version != ours:
-            raise StartupError(f"rank 0 runs version {greeting.version}, rank {identity.rank} runs {ours}")
+            raise StartupError(f"rank 0 runs version {greeting.version!r}, rank {identity.rank} runs {ours}")
         nonces = (greeting.nonce, secrets.token_hex(16))
         seat = own_seat()
         hello = Hello(

@@ -111,7 +111,9 @@ class Leader:
 
     def _assignment(self, placement: Placement, key_file: Path, is_one_host: bool) -> Assigned:
         """The key itself goes over a connection only if the user said so; on one host the file's mode protects it."""
-        own_key = not self._config.security.cluster_key_file
+        security = self._config.security
+        own_key = not security.cluster_key_file
+        assert is_one_host or not own_key or security.send_key_over_network, "refused by check_hosts"
         return Assigned(
             group=placement.group,
             reachable_host=placement.reachable_host,

@@ -102,7 +102,7 @@ class Rendezvous:
     @property
     def leader_address(self) -> str:
         """Rank 0's host as the others see it; empty if all are on it."""
-        remote = (self._channels[rank] for rank, seat in self.seats.items() if seat.address)
+        remote = (channel for rank, channel in self._channels.items() if self.seats[rank].address)
         return next((channel.own_address for channel in remote), "")
 
     def send(self, rank: int, message: Message) -> None:

@@ -1,8 +1,12 @@
-"""Stop signals of a rank. The outer launcher sends them to all ranks at once, the order of stopping is ours."""
+"""What tells a rank to stop: signals, which the outer launcher sends to all ranks at once, and the launcher's death.
+
+The order of stopping is ours.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import time
 from collections.abc import Coroutine, Iterator
@@ -15,27 +19,31 @@ from cluster.launch.local import STOP_SIGNALS
 # mpirun hands SIGUSR1 on to all ranks and does nothing else, Slurm can send it before a job's time is up.
 RANK_STOP_SIGNALS = (*STOP_SIGNALS, signal.SIGUSR1)
 ECHO_S = 2.0  # a terminal and a launcher may both send one for the same Ctrl-C
+PARENT_LOOK_S = 1.0
 
 _T = TypeVar("_T")
 
 
 class StopSignals:
-    """`wanted` at the first signal; `forced` at one that comes more than `ECHO_S` later."""
+    """`wanted` at the first signal, or when the parent is gone; `forced` at a signal more than `ECHO_S` later."""
 
     def __init__(self) -> None:
         self.wanted = asyncio.Event()
         self.forced = asyncio.Event()
         self.name = ""
         self._first_at = 0.0
+        self._parent = os.getppid()
 
     @contextmanager
     def handled(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
         for number in RANK_STOP_SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number)
+        watching = asyncio.ensure_future(self._watch_parent())
         try:
             yield
         finally:
+            watching.cancel()
             for number in RANK_STOP_SIGNALS:
                 loop.remove_signal_handler(number)
 
@@ -54,9 +62,18 @@ class StopSignals:
             await asyncio.gather(task, stopped, return_exceptions=True)
 
     def _on_signal(self, number: signal.Signals) -> None:
-        now = time.monotonic()
         if not self.wanted.is_set():
-            self.name, self._first_at = number.name, now
-            self.wanted.set()
-        elif now - self._first_at > ECHO_S:
+            self._want(number.name)
+        elif time.monotonic() - self._first_at > ECHO_S:
             self.forced.set()
+
+    def _want(self, name: str) -> None:
+        self.name, self._first_at = name, time.monotonic()
+        self.wanted.set()
+
+    async def _watch_parent(self) -> None:
+        """A launcher that was killed cannot end its ranks; they would outlive their job."""
+        while os.getppid() == self._parent:  # noqa: ASYNC110  nothing tells
+            await asyncio.sleep(PARENT_LOOK_S)
+        if not self.wanted.is_set():
+            self._want("the death of the process that started this rank")

@@ -16,6 +16,7 @@ from cluster.cli import main
 from cluster.launch import external_follower, external_leader
 from cluster.launch.external_channel import Channel
 from cluster.launch.process import ProcessSpec
+from cluster.launch.specs import router_spec, worker_spec
 
 VARIABLE = "FAKE_BEHAVIOURS"
 SILENCE_VARIABLE = "FAKE_SILENCE_S"
@@ -35,10 +36,9 @@ async def healthy(url: str) -> None:
 
 
 if __name__ == "__main__":
-    real_router, real_worker = external_leader.router_spec, external_follower.worker_spec
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(external_leader, "router_spec", lambda *given: faked(real_router(*given)))
-        patch.setattr(external_follower, "worker_spec", lambda *given: faked(real_worker(*given)))
+        patch.setattr(external_leader, "router_spec", lambda *given: faked(router_spec(*given)))
+        patch.setattr(external_follower, "worker_spec", lambda *given: faked(worker_spec(*given)))
         patch.setattr(external_leader, "answers_health", healthy)
         if silence_s := os.environ.get(SILENCE_VARIABLE):
             patch.setattr(Channel.receive, "__defaults__", (float(silence_s),))

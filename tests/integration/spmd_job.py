@@ -57,7 +57,7 @@ def main(model: str) -> None:
             "num_values": first.numel(),
             "equal_over_time": torch.equal(first, second),
             "equal_over_ranks": all(torch.equal(answers[0], answer) for answer in answers),
-            "sum_between": weights.unique().tolist(),
+            "sum_between": sorted(set(weights.tolist())),
             "sum_after": after.item(),
             "threads": threads,
         }

@@ -96,12 +96,11 @@ def test_a_signal_to_all_ranks_at_once_drains_in_order(tmp_path: Path) -> None:
         assert len(drained) == 4
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_a_worker_rank_drains_the_job(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_signal_to_a_worker_rank_drains_the_job(tmp_path: Path) -> None:
     with job_of(tmp_path) as job:
-        os.kill(serving(job).rank_pids()[3], number)
+        os.kill(serving(job).rank_pids()[3], signal.SIGUSR1)
         assert job.wait(END_S) == [0, 0, 0, 0], job.log_tail()
-        job.wait_for(f"{number.name} at rank 3 (decode-0) on {HOST}: draining, the router first", 0)
+        job.wait_for(f"SIGUSR1 at rank 3 (decode-0) on {HOST}: draining, the router first", 0)
 
 
 @pytest.mark.parametrize(
@@ -174,6 +173,14 @@ def test_a_part_that_cannot_start_ends_the_job_with_its_last_words(
         assert any("model_error: missing tensor" in line for line in job.lines)
 
 
+def test_a_job_with_a_part_that_is_never_ready_does_not_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "decode-0=never-ready")
+    with job_of(tmp_path, settings=["launch.start_timeout_s=4"]) as job:
+        assert job.wait(END_S) == [1, 1, 1, 1], job.log_tail()
+        assert any("decode-0 could not start (not ready after 4 s)" in line for line in job.lines)
+        assert not any("Serving" in line for line in job.lines)
+
+
 def test_a_router_that_cannot_start_ends_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "router=crash-at-start")
     with job_of(tmp_path) as job:
@@ -195,6 +202,16 @@ def test_a_part_that_dies_is_started_again_and_the_job_goes_on(tmp_path: Path, m
             time.sleep(0.05)
         job.drain()
         assert job.wait(END_S) == [0, 0, 0, 0], job.log_tail()
+
+
+def test_ranks_do_not_outlive_a_launcher_that_was_killed(tmp_path: Path) -> None:
+    with job_of(tmp_path, "torchrun") as job:
+        parts = parts_pids(serving(job))
+        ranks = list(job.rank_pids().values())
+        job.outer[0].kill()
+        wait_gone([*ranks, *parts])
+        assert any("the death of the process that started this rank" in line for line in job.lines)
+        assert private_directories(tmp_path) == []
 
 
 def test_a_second_signal_does_not_wait_for_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,8 +280,9 @@ def test_the_process_group_of_the_launcher_is_left_alone(tmp_path: Path) -> None
             assert [rank.returncode for rank in ranks] == [0, 0, 0, 0]
             assert bystander.poll() is None
         finally:
-            for process in (*ranks, bystander):
-                process.kill()
+            bystander.kill()
+            for rank in ranks:
+                rank.kill()
 
 
 def clean_environment() -> dict[str, str]:
@@ -329,6 +347,10 @@ def test_ranks_on_two_hosts_find_each_other_and_tell_where_they_are(tmp_path: Pa
         router = json.loads(config.read_bytes())
         hosts = [address.split(":")[0] for address in router["prefill"] + router["decode"]]
         assert hosts == ["10.77.0.1", "10.77.0.2", "10.77.0.2"]
+        for rank, host in enumerate(hosts, 1):
+            [pid] = parts_pids(Job("lws", 4, ranks, tmp_path / str(rank) / "log"))
+            told = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            assert f"TANDEM_ADVERTISED_HOST={host}".encode() in told, "its peers would look on their own host"
         keys = {path.read_bytes() for path in tmp_path.glob("*/tandem-launch-*/cluster.key")}
         assert len(keys) == 1, "the ranks have different keys"
         assert len(list(tmp_path.glob("*/tandem-launch-*/cluster.key"))) == 4

@@ -147,6 +147,15 @@ async def test_a_rank_that_cannot_start_lets_rank_0_say_so() -> None:
             await gathering
 
 
+async def test_a_peer_writes_no_control_sequences_to_a_terminal() -> None:
+    async with open_rendezvous(identity(0), CONFIG, None) as rendezvous:
+        gathering = asyncio.create_task(rendezvous.gather(WAIT_S))
+        await report_problem(identity(2), CONFIG, "red \x1b[31m, and\nanother line \x9b2J", WAIT_S)
+        with pytest.raises(StartupError) as caught:
+            await gathering
+        assert caught.value.message.endswith("red �[31m, and\nanother line �2J")
+
+
 async def test_without_rank_0_a_rank_says_so_itself() -> None:
     assert not await report_problem(identity(2), CONFIG, "no key file", 0.3)
     with pytest.raises(StartupError, match=r"found no rank 0 of its job at 127\.0\.0\.1 within 0\.3 s"):
