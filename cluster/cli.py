@@ -58,6 +58,15 @@ MonolithicOption = Annotated[
 ]
 HostOption = Annotated[str | None, typer.Option("--host", help="Address the router listens on [127.0.0.1]")]
 PortOption = Annotated[int | None, typer.Option("--port", help="Port of the router; 0 chooses a free one [8000]")]
+ExternalOption = Annotated[
+    str | None,
+    typer.Option(
+        "--external",
+        metavar="LAUNCHER",
+        help="Which outer launcher started this process as one of several ranks: auto, none, torchrun, openmpi, "
+        "mpich, slurm, lws [auto]",
+    ),
+]
 NameOption = Annotated[str | None, typer.Option("--name", help="The model's name for clients")]
 
 
@@ -70,9 +79,14 @@ def launch(
     host: HostOption = None,
     port: PortOption = None,
     name: NameOption = None,
+    external: ExternalOption = None,
     settings: SetOption = None,
 ) -> None:
     """Start router and workers on this machine, and follow them until Ctrl-C.
+
+    Started by torchrun, srun, mpirun or as a LeaderWorkerSet, each process takes its part instead: rank 0
+    the router, the next ones the prefill workers, the last ones the decode workers. There must be one rank
+    for each (`cluster plan` shows them).
 
     Examples:
 
@@ -81,10 +95,19 @@ def launch(
         cluster launch demo --monolithic             one process, for comparison
         cluster launch ./Qwen3-0.6B --port 9000
         cluster launch cluster.yaml --set decode.engine.max_num_sequences=32
-    """
-    from cluster.launch.command import launch_local
+        torchrun --nproc-per-node 4 -m cluster launch cluster.yaml
+        srun -n 4 cluster launch cluster.yaml
+        mpirun -n 4 cluster launch cluster.yaml
 
-    launch_local(_config(target, prefill, decode, monolithic, host, port, name, settings), Console())
+    `auto` takes a process for a rank only if all variables are there that its launcher gives to ranks; a
+    shell in an allocation or a pod, a batch script or one stray variable starts nothing of the kind.
+    `--external none` says that this launch stands for itself, whatever is in the environment.
+    """
+    from cluster.launch.command import launch_here
+
+    config = _config(target, prefill, decode, monolithic, host, port, name, external, settings)
+    if exit_code := launch_here(config, Console(), show_error):
+        raise typer.Exit(exit_code)
 
 
 @app.command()
@@ -103,11 +126,14 @@ def plan(
         cluster plan demo --prefill 2 --decode 4
     """
     from cluster.launch.cores import usable_cores
+    from cluster.launch.gpus import count_gpus, place_on_gpus
     from cluster.launch.topology import plan_topology
     from cluster.launch.topology_table import topology_table
 
-    config = _config(target, prefill, decode, monolithic, None, None, None, settings)
+    config = _config(target, prefill, decode, monolithic, None, None, None, None, settings)
     topology = plan_topology(config, usable_cores())
+    if num_gpus := count_gpus():  # elsewhere the plan shows what was asked for
+        topology = place_on_gpus(topology, config, num_gpus)
     Console().print(topology_table(topology, config))
 
 
@@ -199,6 +225,7 @@ def _config(
     host: str | None,
     port: int | None,
     name: str | None,
+    external: str | None,
     settings: list[str] | None,
 ) -> ClusterConfig:
     from cluster.config import load_config
@@ -210,6 +237,7 @@ def _config(
         ("--host", "router.host", host),
         ("--port", "router.port", port),
         ("--name", "model.served_name", name),
+        ("--external", "launch.external", external),
     ]
     is_file = target.endswith(CONFIG_SUFFIXES)
     if not is_file:
@@ -227,15 +255,13 @@ def main() -> None:
     """Run the command; an error of ours is a message, never a traceback."""
     try:
         app()
-    except ConfigError as error:
-        _complain("configuration", error)
-        sys.exit(2)
     except TandemError as error:
-        _complain(error.code.replace("_", " "), error)
-        sys.exit(1)
+        show_error(error)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
 
 
-def _complain(kind: str, error: TandemError) -> None:
+def show_error(error: TandemError) -> None:
+    kind = "configuration" if isinstance(error, ConfigError) else error.code.replace("_", " ")
     message = Text(f"{kind}: ", style="bold red").append(error.message, style="default")
     Console(stderr=True).print(message, soft_wrap=True, highlight=False)
 

@@ -23,6 +23,7 @@ from cluster.errors import ConfigError
 
 MIB = 1 << 20
 DEVICE_KINDS = ("cpu", "cuda")
+ExternalChoice = Literal["auto", "none", "torchrun", "openmpi", "mpich", "slurm", "lws"]
 
 
 class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -81,6 +82,7 @@ class SecuritySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
     cluster_key_file: str | None = None  # signs the hand-over tickets; null: a new key for each launch
     allow_plaintext_network: bool = False  # let workers listen beyond this machine although nothing is encrypted
+    send_key_over_network: bool = False  # rank 0 may send a new key to other hosts in plain text
 
 
 class LoggingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -97,6 +99,10 @@ class LaunchSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     drain_timeout_s: float = 30.0  # how long running requests may go on after Ctrl-C or SIGTERM
     max_restarts: int = 5  # of one process, before the launch is given up; the count starts anew after 5 minutes
     cpu_threads: Literal["shared", "split"] = "shared"  # shared: each pool may use all cores; split: disjoint shares
+    external: ExternalChoice = "auto"  # which outer launcher started this process as one rank of several; none: not one
+    join_timeout_s: float = 300.0  # how long the ranks of an outer launcher wait for each other at the start
+    rendezvous_host: str | None = None  # where rank 0 runs; null: as the outer launcher says
+    rendezvous_port: int = 0  # where rank 0 awaits the other ranks; 0: derived from the job's id
 
 
 class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -151,6 +157,12 @@ def find_problems(config: ClusterConfig) -> Iterator[str]:
     yield from _between("launch.start_timeout_s", config.launch.start_timeout_s, 1, 86_400)
     yield from _between("launch.drain_timeout_s", config.launch.drain_timeout_s, 0, 3600)
     yield from _between("launch.max_restarts", config.launch.max_restarts, 0, 1000)
+    yield from _between("launch.join_timeout_s", config.launch.join_timeout_s, 1, 86_400)
+    yield from _between(
+        "launch.rendezvous_port", config.launch.rendezvous_port, 0, 65_535, "0 derives one from the job"
+    )
+    if config.launch.rendezvous_host is not None:
+        yield from _host("launch.rendezvous_host", config.launch.rendezvous_host)
 
 
 def _model_problems(model: ModelSettings) -> Iterator[str]:

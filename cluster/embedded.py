@@ -12,11 +12,13 @@ of the same model and kernels.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Literal
 
 import msgspec
+import torch
 
 from cluster.control.messages import Cancel, Submit
 from cluster.control.process import load_worker
@@ -57,7 +59,8 @@ class LLM:
             transport="loopback",
         )
         self._tokenizer = Tokenizer.load(model)
-        worker = load_worker(config, DecodeParts())
+        with _torch_threads_kept():
+            worker = load_worker(config, DecodeParts())
         self._driver = worker.driver
         self._vocab_size = worker.info.vocab_size
         self._num_requests = 0
@@ -131,3 +134,13 @@ class LLM:
             logprobs=tuple(entry for chunk in chunks for entry in chunk.logprobs),
             finish_reason=last.finish_reason,
         )
+
+
+@contextmanager
+def _torch_threads_kept() -> Iterator[None]:
+    """A worker process takes torch's threads away, for the kernels bring their own; here torch is the caller's."""
+    num_threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)

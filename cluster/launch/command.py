@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -10,8 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from cluster.config import ClusterConfig
+from cluster.errors import TandemError
 from cluster.launch.control_socket import control_server
 from cluster.launch.cores import usable_cores
+from cluster.launch.external_identity import read_identity
 from cluster.launch.gpus import count_gpus, place_on_gpus, shared_gpus
 from cluster.launch.local import LocalLauncher
 from cluster.launch.mps import mps_daemon
@@ -25,6 +29,21 @@ from cluster.model_files.source import ModelSource, resolve_model
 
 PROBE_PAUSE_S = 0.1
 PROBE_ANSWER_S = 5.0
+
+
+def launch_here(config: ClusterConfig, console: Console, show: Callable[[TandemError], None]) -> int:
+    """As one rank of an outer launcher if one has started this process, else all of it; the exit code.
+
+    Blocks until the end. Errors of our tree are raised, or have been given to `show`.
+    """
+    launch = config.launch
+    identity = read_identity(os.environ, launch.external, launch.rendezvous_host)
+    if identity is None or (config.monolithic and identity.world_size == 1):
+        launch_local(config, console)
+        return 0
+    from cluster.launch.external import launch_external
+
+    return launch_external(config, identity, console, show)
 
 
 def launch_local(config: ClusterConfig, console: Console) -> None:

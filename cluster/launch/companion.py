@@ -28,7 +28,7 @@ def monolithic_companion(target: str, settings: Sequence[str] = ()) -> Iterator[
     the launch said."""
     url = f"http://{HOST}:{(port := choose_free_port(HOST))}"
     command = [sys.executable, "-P", "-m", "cluster.launch.child", str(os.getpid()), "cluster", "launch", target]
-    command += ["--monolithic", "--host", HOST, "--port", str(port)]
+    command += ["--monolithic", "--host", HOST, "--port", str(port), "--external", "none"]
     command += [word for setting in settings for word in ("--set", setting)]
     with tempfile.TemporaryFile() as output:
         launch = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)

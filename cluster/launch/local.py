@@ -49,7 +49,10 @@ class LaunchView(ProcessListener, Protocol):
 
 
 class LocalLauncher:
-    """One launch. `probe` returns once the deployment answers requests (called when all are ready)."""
+    """One launch. `probe` returns once the deployment answers requests (called when all are ready).
+
+    Without `handles_signals` the caller decides when to `stop` and when to `kill`.
+    """
 
     def __init__(
         self,
@@ -57,11 +60,16 @@ class LocalLauncher:
         settings: LaunchSettings,
         view: LaunchView,
         probe: Callable[[], Awaitable[None]],
+        *,
+        probe_timeout_s: float = PROBE_TIMEOUT_S,
+        handles_signals: bool = True,
     ) -> None:
         self._specs = {spec.name: spec for spec in specs}
         self._settings = settings
         self._view = view
         self._probe = probe
+        self._probe_timeout_s = probe_timeout_s
+        self._handles_signals = handles_signals
         self._running: dict[str, ManagedProcess] = {}
         self._was_ready = {spec.name: asyncio.Event() for spec in specs}
         self._supervisors: dict[str, asyncio.Task[None]] = {}
@@ -93,11 +101,20 @@ class LocalLauncher:
     def stop(self, reason: str) -> None:
         """Begin to drain; called again, kill."""
         if self._stopping.is_set():
-            self._view.on_stop("stopping at once")
-            self._forced.set()
+            self.kill()
             return
         self._view.on_stop(reason)
         self._stopping.set()
+
+    def kill(self) -> None:
+        """End everything without waiting for requests."""
+        self._view.on_stop("stopping at once")
+        self._forced.set()
+        self._stopping.set()
+
+    @property
+    def is_stopping(self) -> bool:
+        return self._stopping.is_set()
 
     async def add(self, spec: ProcessSpec) -> None:
         """Start one more process; returns when it is ready. Raises `StartupError` when it is not to be, and
@@ -162,10 +179,10 @@ class LocalLauncher:
         for event in tuple(self._was_ready.values()):
             await event.wait()
         try:
-            async with asyncio.timeout(PROBE_TIMEOUT_S):
+            async with asyncio.timeout(self._probe_timeout_s):
                 await self._probe()
         except TimeoutError:
-            self._fail(f"every process is ready, but the router does not answer within {PROBE_TIMEOUT_S:g} s")
+            self._fail(f"every process is ready, but the router does not answer within {self._probe_timeout_s:g} s")
             return
         self.is_serving = True
         self._view.on_serving()
@@ -239,12 +256,13 @@ class LocalLauncher:
     @contextmanager
     def _handling_signals(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
-        for number in STOP_SIGNALS:
+        numbers = STOP_SIGNALS if self._handles_signals else ()
+        for number in numbers:
             loop.add_signal_handler(number, self.stop, f"{number.name}: draining, again to stop at once")
         try:
             yield
         finally:
-            for number in STOP_SIGNALS:
+            for number in numbers:
                 loop.remove_signal_handler(number)
 
 

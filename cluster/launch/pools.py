@@ -12,6 +12,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
+
 from cluster.config import ClusterConfig, PoolSettings
 from cluster.errors import ConfigError, Overloaded, TandemError, WorkerLost
 from cluster.launch.control_messages import (
@@ -148,20 +150,25 @@ class LocalPools:
         return [group for group in self._groups if group.role is role]
 
     async def _status_of(self, group: WorkerGroup) -> WorkerStatus:
-        from cluster.rpc import admin  # gRPC takes long to import, and few launches are asked
-
         name = "monolithic" if self._topology.is_monolithic else group.name
-        known = (group.name, group.role, group.address, self._launcher.state_of(name), self._launcher.pid_of(name))
-        try:
-            async with asyncio.timeout(QUESTION_TIMEOUT_S):
-                info, load = await admin.get_info(group.address)
-        except (WorkerLost, TimeoutError):
-            return WorkerStatus(*known)
-        return WorkerStatus(
-            *known,
-            engine_id=info.engine_id,
-            num_running=load.num_running,
-            num_waiting=load.num_waiting,
-            num_free_blocks=load.num_free_blocks,
-            num_blocks=load.num_blocks,
-        )
+        state, pid = self._launcher.state_of(name), self._launcher.pid_of(name)
+        return await with_load(WorkerStatus(group.name, group.role, group.address, state, pid))
+
+
+async def with_load(known: WorkerStatus) -> WorkerStatus:
+    """`known` and what the worker itself says, if it answers."""
+    from cluster.rpc import admin  # gRPC takes long to import, and few launches are asked
+
+    try:
+        async with asyncio.timeout(QUESTION_TIMEOUT_S):
+            info, load = await admin.get_info(known.address)
+    except (WorkerLost, TimeoutError):
+        return known
+    return msgspec.structs.replace(
+        known,
+        engine_id=info.engine_id,
+        num_running=load.num_running,
+        num_waiting=load.num_waiting,
+        num_free_blocks=load.num_free_blocks,
+        num_blocks=load.num_blocks,
+    )

@@ -42,7 +42,9 @@ def launches() -> list[tuple[int, Path]]:
 
 
 def _parent() -> Path:
-    return Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
+    """A job on another host may have inherited the name of a runtime directory that is not there."""
+    runtime = Path(os.environ.get("XDG_RUNTIME_DIR", ""))
+    return runtime if runtime.is_absolute() and runtime.is_dir() else Path(tempfile.gettempdir())
 
 
 def _remove_abandoned(parent: Path) -> None:
@@ -90,7 +92,9 @@ def cluster_key_file(directory: Path, given: str | None) -> Path:
         length = len(path.read_bytes().strip())
     except OSError as error:
         raise ConfigError(f"security.cluster_key_file: cannot read {path}: {error.strerror}") from error
-    if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+    # A mounted secret belongs to root, and a process of another user reads it as a member of its group.
+    permitted = 0 if status.st_uid == os.getuid() else stat.S_IRGRP
+    if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO) & ~permitted:
         raise ConfigError(f"security.cluster_key_file: others can read {path}; run `chmod 600 {path}`")
     if length < KEY_BYTES:
         raise ConfigError(

@@ -43,17 +43,30 @@ def process_specs(
     router = msgspec.structs.replace(
         router, prefill=(f"file:{members[Role.PREFILL]}",), decode=(f"file:{members[Role.DECODE]}",)
     )
-    path = write_config(directory, "router", router)
-    command = ("cluster.router", "--config", str(path))
-    specs = [ProcessSpec(name="router", command=command, stop_order=ROUTER_STOPS_FIRST)]
+    specs = [router_spec(router, directory)]
     specs += [worker_spec(config, group, model, model_name, directory, key_file) for group in topology.groups]
     return specs
 
 
+def router_spec(router: RouterConfig, directory: Path) -> ProcessSpec:
+    """Write the router's config and say how it is started."""
+    path = write_config(directory, "router", router)
+    command = ("cluster.router", "--config", str(path))
+    return ProcessSpec(name="router", command=command, stop_order=ROUTER_STOPS_FIRST)
+
+
 def worker_spec(
-    config: ClusterConfig, group: WorkerGroup, model: ModelSource, model_name: str, directory: Path, key_file: Path
+    config: ClusterConfig,
+    group: WorkerGroup,
+    model: ModelSource | str,
+    model_name: str,
+    directory: Path,
+    key_file: Path,
 ) -> ProcessSpec:
-    """Write the config of one worker, whose port is chosen, and say how it is started."""
+    """Write the config of one worker, whose port is chosen, and say how it is started.
+
+    `model`: what was found on this machine, or a reference that the process itself resolves.
+    """
     path = write_config(directory, group.name, worker_config(config, group, model, model_name, key_file))
     return ProcessSpec(
         name=group.name,
@@ -71,13 +84,13 @@ def write_members(directory: Path, role: Role, groups: Iterable[WorkerGroup]) ->
     return path
 
 
-def router_config(config: ClusterConfig, topology: Topology, model: ModelSource, model_name: str) -> RouterConfig:
+def router_config(config: ClusterConfig, topology: Topology, model: ModelSource | str, model_name: str) -> RouterConfig:
     tuning = {
         name: value for name, value in msgspec.structs.asdict(config.router).items() if name not in ("host", "port")
     }
     return RouterConfig(
         model_name=model_name,
-        model_path=str(model.path),
+        model_path=model if isinstance(model, str) else str(model.path),
         prefill=tuple(group.address for group in topology.of_role(Role.PREFILL)),
         decode=() if topology.is_monolithic else tuple(group.address for group in topology.of_role(Role.DECODE)),
         host=topology.router.host,
@@ -90,14 +103,14 @@ def router_config(config: ClusterConfig, topology: Topology, model: ModelSource,
 
 
 def worker_config(
-    config: ClusterConfig, group: WorkerGroup, model: ModelSource, model_name: str, key_file: Path
+    config: ClusterConfig, group: WorkerGroup, model: ModelSource | str, model_name: str, key_file: Path
 ) -> WorkerConfig:
     pool = _pool(config, group.role)
     (rank,) = group.ranks
     return WorkerConfig(
-        model=str(model.path),
+        model=model if isinstance(model, str) else str(model.path),
         model_name=model_name,
-        model_revision=model.revision,
+        model_revision="" if isinstance(model, str) else model.revision,
         model_quantization=config.model.quantization,
         host=group.host,
         port=group.port,

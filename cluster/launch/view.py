@@ -49,9 +49,11 @@ class Serving:
 
 
 class PlainView:
-    """One line per piece of news; progress no more often than every other second."""
+    """One line per piece of news; progress no more often than every other second. `serving` None: others tell that."""
 
-    def __init__(self, serving: Serving, stream: IO[str] | None = None, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self, serving: Serving | None, stream: IO[str] | None = None, clock: Callable[[], float] = time.monotonic
+    ):
         self._serving = serving
         self._stream = stream or sys.stdout
         self._clock = clock
@@ -82,7 +84,7 @@ class PlainView:
             self._line(name, f"    {word}")
 
     def on_serving(self) -> None:
-        for line in self._serving.lines():
+        for line in self._serving.lines() if self._serving is not None else ():
             self._line("cluster", line)
 
     def on_stop(self, reason: str) -> None:

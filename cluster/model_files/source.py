@@ -56,6 +56,16 @@ def resolve_model(path_or_name: str | Path, progress: Progress = no_progress) ->
     return msgspec.structs.replace(_directory(directory), name=repository, revision=revision)
 
 
+def name_of_model(path_or_name: str) -> str:
+    """The name that `resolve_model` would give, without fetching anything. Raises `ModelError` as it does."""
+    hub_id = _HUB_ID.fullmatch(path_or_name)
+    if path_or_name == DEMO_NAME:
+        return DEMO_NAME
+    if hub_id is not None and not path_or_name.endswith(".gguf") and not Path(path_or_name).exists():
+        return hub_id["repository"]
+    return resolve_model(path_or_name).name
+
+
 def _file(path: Path) -> ModelSource:
     if path.suffix != ".gguf":
         raise ModelError(f"{path}: a model is a .gguf file or a directory with config.json and safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +103,16 @@ def random_model(family: str, seed: int = 0, **overrides: object) -> PreTrainedM
 def save_safetensors(model: PreTrainedModel, directory: Path, **options: object) -> Path:
     model.bfloat16().save_pretrained(directory, **options)
     model.float()
+    return directory
+
+
+def save_servable(directory: Path) -> Path:
+    """A random llama with its tokenizer and a chat template: all that router and workers need."""
+    model = random_model("llama")
+    save_safetensors(model, directory)
+    tiny_tokenizer(model.config.vocab_size).save(str(directory / "tokenizer.json"))
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     return directory
 
 

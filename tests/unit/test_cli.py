@@ -114,6 +114,30 @@ def test_a_model_that_is_not_there_is_named(
     assert "model error: no model './nowhere.gguf'" in capsys.readouterr().err
 
 
+def test_variables_of_an_allocation_start_nothing_by_themselves(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A batch script of Slurm, and one variable of a training container."""
+    for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_NODELIST": "n[1-2]", "RANK": "3"}.items():
+        monkeypatch.setenv(name, value)
+    assert run(monkeypatch, "launch", "./nowhere.gguf", "--port", "0") == 1
+    assert "model error: no model './nowhere.gguf'" in capsys.readouterr().err
+
+
+def test_an_outer_launcher_that_is_named_must_be_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "launch", "demo", "--external", "slurm") == 2
+    assert "--external slurm: SLURM_PROCID is not set" in capsys.readouterr().err
+    assert run(monkeypatch, "launch", "demo", "--external", "pbs") == 2
+    assert "launch.external" in capsys.readouterr().err
+
+
+def test_plan_shows_the_ranks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "plan", "demo", "--prefill", "2") == 0
+    assert "4 ranks (rank 0 router, ranks 1-2 prefill, rank 3 decode)" in capsys.readouterr().out
+
+
 def test_a_cache_that_cannot_be_made_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

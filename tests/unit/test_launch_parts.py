@@ -91,9 +91,18 @@ def test_what_a_killed_launcher_left_is_removed(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "missing"))
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
     with pytest.raises(StartupError, match=r"cannot create a private directory in .*missing"), run_directory():
         pass
+
+
+def test_a_runtime_directory_of_another_host_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """srun hands the variable on to hosts that have no such directory."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "missing"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with run_directory() as directory:
+        assert directory.parent == tmp_path
 
 
 @pytest.mark.parametrize(
@@ -113,6 +122,21 @@ def test_a_key_file_of_the_user_is_checked(tmp_path: Path, content: bytes | None
         cluster_key_file(tmp_path, str(path))
     assert expected in caught.value.message
     assert "kkkk" not in caught.value.message
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize(("mode", "is_fine"), [(0o400, True), (0o440, True), (0o444, False), (0o460, False)])
+def test_a_key_file_of_another_user_may_be_read_by_its_group(tmp_path: Path, mode: int, is_fine: bool) -> None:
+    """As Kubernetes mounts a secret for a process that is not root."""
+    path = tmp_path / "key"
+    path.write_bytes(b"k" * 64)
+    os.chown(path, 12_345, 0)
+    path.chmod(mode)
+    if is_fine:
+        assert cluster_key_file(tmp_path, str(path)) == path
+    else:
+        with pytest.raises(ConfigError, match="others can read"):
+            cluster_key_file(tmp_path, str(path))
 
 
 def test_a_good_key_file_is_used_where_it_is(tmp_path: Path) -> None:
