@@ -29,7 +29,7 @@ SHAPES = {
     "qwen3-30b-a3b": MoeShape(num_experts=128, top_k=8, hidden=2048, features=768),
     "mixtral-8x7b": MoeShape(num_experts=8, top_k=2, hidden=4096, features=14336),
 }
-ROW_COUNTS = (1, 8, 32, 128, 512, 2048, 8192)
+ROW_COUNTS = (1, 8, 32, 64, 128, 256, 512, 2048, 8192)
 _HEADING = " rows  gate_up     down  place  small    layer    floor  frac    torch     x  bits  plan"
 _LEGEND = "us; small: router, choice, sum; frac: floor / layer; x: torch / layer; bits that differ; " + (
     short.__doc__ or ""
@@ -38,7 +38,7 @@ _LEGEND = "us; small: router, choice, sum; frac: floor / layer; x: torch / layer
 
 def compile_share(shape: MoeShape, share: int, shares: int) -> None:
     """Compile the kernels of this share of the plans into Triton's cache on disk, on smaller weights."""
-    bench = MoeBench(msgspec.structs.replace(shape, hidden=512, features=768), max(ROW_COUNTS[:4]))
+    bench = MoeBench(msgspec.structs.replace(shape, hidden=512, features=768), 128)
     cells: dict[object, tuple[Step, GroupedPlan, bool]] = {}
     for num_rows in ROW_COUNTS:
         for kind, block_m in tilings(shape, num_rows):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import msgspec
+
 from cluster.engine.kernels.triton.moe_plans import GroupedPlan, Kind, MoePlan, MoeShape
 
 _SHARED_BYTES = 227 * 1024
@@ -13,8 +15,8 @@ def tilings(shape: MoeShape, num_rows: int) -> list[tuple[Kind, int]]:
     """(kind, rows of a tile) for a step: not grouped for few rows, else tiles around the rows an expert gets."""
     if num_rows <= 16:
         return [("few", 16)]
-    if num_rows <= 32:
-        return [("few", 32), ("grouped", 16)]
+    if num_rows <= 64:
+        return [("few", 32 if num_rows <= 32 else 64), ("grouped", 16)]
     rows_per_expert = num_rows * shape.top_k / shape.num_experts
     if rows_per_expert <= 12:
         return [("grouped", 16), ("grouped", 32)]
@@ -31,9 +33,10 @@ def gemm_plans(kind: Kind, block_m: int, in_features: int, *, silu_mul: bool) ->
         found = [*_narrow(block_m, tma=False), *_narrow(block_m, tma=True)]
     else:
         found = []
-    if block_m >= 64:
+    if kind == "grouped" and block_m >= 64:
         found += _wide(block_m, silu_mul=silu_mul)
-    return [plan for plan in dict.fromkeys(found) if _fits(plan, block_m, in_features, silu_mul=silu_mul)]
+    fitted = [_fitted(plan, block_m, in_features, silu_mul=silu_mul) for plan in found]
+    return [plan for plan in dict.fromkeys(fitted) if plan.num_stages >= 2]
 
 
 def _narrow(block_m: int, *, tma: bool) -> list[GroupedPlan]:
@@ -62,10 +65,11 @@ def _wide(block_m: int, *, silu_mul: bool) -> list[GroupedPlan]:
     return plans
 
 
-def _fits(plan: GroupedPlan, block_m: int, in_features: int, *, silu_mul: bool) -> bool:
+def _fitted(plan: GroupedPlan, block_m: int, in_features: int, *, silu_mul: bool) -> GroupedPlan:
+    """With no more stages than there are steps of K and shared memory for."""
     columns = plan.block_n * (2 if silu_mul else 1)
-    stages = min(plan.num_stages, -(-in_features // plan.block_k))
-    return stages * (block_m + columns) * plan.block_k * 2 <= _SHARED_BYTES
+    room = _SHARED_BYTES // ((block_m + columns) * plan.block_k * 2)
+    return msgspec.structs.replace(plan, num_stages=min(plan.num_stages, room, -(-in_features // plan.block_k)))
 
 
 def whole_plans(shape: MoeShape, num_rows: int) -> Iterator[MoePlan]:

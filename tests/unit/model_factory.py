@@ -128,8 +128,11 @@ def tiny_tokenizer(vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def save_gguf(model: PreTrainedModel, path: Path, encoding: GGMLQuantizationType) -> Path:
-    """As llama.cpp's converter would: matrices in `encoding`, Q and K permuted where the file says llama."""
+def save_gguf(
+    model: PreTrainedModel, path: Path, encoding: GGMLQuantizationType, *, split_experts: bool = False
+) -> Path:
+    """As llama.cpp's converter would: matrices in `encoding`, Q and K permuted where the file says llama.
+    `split_experts`: a tensor for each expert, as it did in 2023."""
     config = model.config
     architecture = _GGUF_ARCHITECTURES.get(config.model_type, config.model_type)
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -148,7 +151,8 @@ def save_gguf(model: PreTrainedModel, path: Path, encoding: GGMLQuantizationType
         writer.add_expert_used_count(config.num_experts_per_tok)
         writer.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", config.intermediate_size))
     _add_tokenizer(writer, config.vocab_size)
-    for name, tensor in _gguf_tensors(model):
+    tensors = _gguf_tensors(model)
+    for name, tensor in _split_experts(tensors) if split_experts else tensors:
         values = tensor.float().numpy()
         if architecture == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
             values = values.reshape(-1, 2, head_size // 2, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
@@ -176,6 +180,15 @@ def _gguf_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
             yield _gguf_name(f"{name}.weight"), tensor
         else:
             yield _gguf_name(name), tensor
+
+
+def _split_experts(tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in tensors:
+        if tensor.ndim < 3:
+            yield name, tensor
+            continue
+        for expert, matrix in enumerate(tensor):
+            yield name.replace("_exps", f".{expert}"), matrix
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, vocab_size: int) -> None:

@@ -88,6 +88,13 @@ def test_quantised_experts_of_a_gguf_are_those_of_their_place(family: str, tmp_p
     assert torch.equal(logits_of(load(path).model, TOKENS), logits_of(load(directory).model, TOKENS))
 
 
+def test_gguf_with_a_tensor_for_each_expert(tmp_path: Path) -> None:
+    reference = random_model("mixtral")
+    fused = save_gguf(reference, tmp_path / "fused.gguf", GGMLQuantizationType.F16)
+    split = save_gguf(reference, tmp_path / "split.gguf", GGMLQuantizationType.F16, split_experts=True)
+    assert torch.equal(logits_of(load(split).model, TOKENS), logits_of(load(fused).model, TOKENS))
+
+
 def edit(directory: Path, **changes: Any) -> None:
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

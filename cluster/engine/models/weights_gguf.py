@@ -72,6 +72,9 @@ def _under_huggingface_names(name: str, stored: StoredTensor, config: ModelConfi
             return {f"model.layers.{layer}.{_IN_LAYER[part]}.{kind}": stored}
         case ["blk", layer, part, "weight"] if part == _ROUTER:
             return {router_name(config.architecture, f"model.layers.{layer}"): stored}
+        case ["blk", layer, part, expert, "weight"] if f"{part}_exps" in _EXPERTS and expert.isdecimal():  # older files
+            own = _EXPERTS[f"{part}_exps"]
+            return {expert_name(config.architecture, f"model.layers.{layer}", int(expert), own): stored}
         case ["blk", layer, part, "weight"] if part in _EXPERTS and len(stored.shape) == 3:
             num_experts, *shape = stored.shape
             expert_bytes = shape[0] * stored.row_bytes

@@ -113,18 +113,9 @@ class NativeOps(ExpertLoop):
             self._silu_mul(both.data_ptr(), num_rows, num_columns, out.data_ptr(), self.num_threads)
             return out
         self._linear(
-            x_TK.data_ptr(),
-            num_rows,
-            gate_up.in_features,
-            gate_up.pointer,
-            gate_up.out_features,
-            0,
-            0,
-            out.data_ptr(),
-            0,
-            1,
-            self.num_threads,
-        )
+            x_TK.data_ptr(), num_rows, gate_up.in_features, gate_up.pointer, gate_up.out_features, 0, 0, out.data_ptr(),
+            0, 1, self.num_threads,
+        )  # fmt: skip
         return out
 
     def embedding(self, token_ids_T: torch.Tensor, table_VK: torch.Tensor) -> torch.Tensor:

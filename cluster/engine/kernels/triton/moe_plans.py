@@ -77,12 +77,12 @@ class MoePlanIndex:
             self._by_shape.setdefault(entry.shape, []).append(entry)
 
     def plan(self, shape: MoeShape, num_rows: int) -> MoePlan:
-        """Bounds ascend; the largest one serves all rows above it."""
-        entries = self._by_shape.get(shape)
-        if not entries:
-            return unmeasured_moe_plan(shape, num_rows)
+        """Bounds ascend; the largest one serves all rows above it, if it can."""
+        entries = self._by_shape.get(shape, [])
         position = bisect_left(entries, num_rows, key=lambda entry: entry.max_rows)
-        return entries[min(position, len(entries) - 1)].plan
+        plan = entries[min(position, len(entries) - 1)].plan if entries else unmeasured_moe_plan(shape, num_rows)
+        is_possible = plan.kind == "grouped" or num_rows <= plan.block_m
+        return plan if is_possible else unmeasured_moe_plan(shape, num_rows)
 
 
 def unmeasured_moe_plan(shape: MoeShape, num_rows: int) -> MoePlan:
