@@ -210,5 +210,5 @@ def test_differences_are_named_with_both_values() -> None:
     assert config_differences(ours, ours) == []
     assert config_differences(ours, theirs) == [
         "prefill.replicas is 1 there and 2 here",
-        "decode.engine.block_size is 64 there and 32 here",
+        "decode.engine.block_size is 64 there and None here",
     ]

@@ -212,7 +212,7 @@ class CudaOps:
         return CudaExpertWeight(weight if weight.data_ptr() % 16 == 0 else weight.clone())
 
     def moe_route(self, logits_TE: torch.Tensor, top_k: int, *, renormalise: bool) -> ExpertChoice:
-        return ExpertChoice(*moe_launch.run_route(logits_TE, top_k, renormalise=renormalise))
+        return ExpertChoice(*moe_launch.run_route(logits_TE, top_k, renormalise=renormalise, pdl=self.pdl))
 
     def moe_experts(
         self,
@@ -231,8 +231,8 @@ class CudaOps:
         shape = MoeShape(num_experts=down.num_experts, top_k=top_k, hidden=down.out_features, features=down.in_features)
         return moe_launch.run_experts(
             x_TK, experts_TJ, gate_up.weight_ENK, down.weight_ENK, plan or self.moe_plans.plan(shape, num_rows),
-            first_expert=first_expert, num_programs=self._num_multiprocessors, out_dtype=self.residual_dtype,
+            first_expert=first_expert, num_programs=self._num_multiprocessors, out_dtype=self.residual_dtype, pdl=self.pdl,
         )  # fmt: skip
 
     def moe_combine(self, rows_TJK: torch.Tensor, weights_TJ: torch.Tensor) -> torch.Tensor:
-        return moe_launch.run_combine(rows_TJK, weights_TJ, self.residual_dtype)
+        return moe_launch.run_combine(rows_TJK, weights_TJ, self.residual_dtype, pdl=self.pdl)

@@ -16,17 +16,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cluster.engine.kernels.ops import AttentionMetadata
 from cluster.engine.kernels.triton import attention, linear, norm, rope, vocab
+from cluster.engine.kernels.triton.overlap import overlap
 from cluster.engine.kernels.triton.plans import SPLIT_KEYS, VOCABULARY_CHUNK, AttentionPlan, LinearPlan, block_kv
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:
     """`x` itself if dense and 16-byte aligned, else a copy that is."""
     return x if x.is_contiguous() and x.data_ptr() % 16 == 0 else x.contiguous().clone()
-
-
-def _overlap(pdl: bool) -> dict[str, bool]:
-    """Launch options of a kernel that begins with `overlap.begin`."""
-    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
 
 
 def _tma_takes(x: torch.Tensor) -> bool:
@@ -62,7 +58,7 @@ def run_linear(
             GROUP_M=plan.group_m, SWAP=plan.swap, STORE_PARTS=parts, FLATTEN=plan.flatten,
             WARP_SPECIALIZE=plan.warp_specialize, HAS_BIAS=bias_N is not None, SILU_MUL=silu_mul,
             OUT_DTYPE=getattr(triton.language, str(out_MN.dtype).removeprefix("torch.")),
-            num_warps=plan.num_warps, num_stages=plan.num_stages, **_overlap(pdl),
+            num_warps=plan.num_warps, num_stages=plan.num_stages, **overlap(pdl),
         )  # fmt: skip
         return
     linear.chain_kernel[(tiles,)](
@@ -71,7 +67,7 @@ def run_linear(
         BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, BLOCK_K=plan.block_k, GROUP_M=plan.group_m,
         SWAP=plan.swap, EVEN_K=in_features % plan.block_k == 0, EVICT_FIRST=plan.evict_first,
         HAS_BIAS=bias_N is not None, SILU_MUL=silu_mul, num_warps=plan.num_warps, num_stages=plan.num_stages,
-        **_overlap(pdl),
+        **overlap(pdl),
     )  # fmt: skip
 
 
@@ -98,7 +94,7 @@ def run_rms_norm(
         norm.rms_norm_kernel[(num_rows,)](
             x_TK, x_TK if update_TK is None else update_TK, aligned(weight_K), out, eps,
             K=width, BLOCK_K=block, HAS_UPDATE=update_TK is not None,
-            num_warps=max(1, min(16, block // 512)), **_overlap(pdl),
+            num_warps=max(1, min(16, block // 512)), **overlap(pdl),
         )  # fmt: skip
     return out
 
@@ -133,7 +129,7 @@ def run_rope_and_cache(
             num_pairs, qkv_TC.stride(0), kv_N2GSD.stride(0), kv_N2GSD.stride(1), kv_N2GSD.stride(2), norm_eps,
             NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, D=head_size,
             BLOCK_HALF=triton.next_power_of_2(head_size // 2), BLOCK_SIZE=block_size, PAIRS=16,
-            HAS_NORM=q_norm_D is not None, num_warps=4, **_overlap(pdl),
+            HAS_NORM=q_norm_D is not None, num_warps=4, **overlap(pdl),
         )  # fmt: skip
     return q_out
 
@@ -228,7 +224,7 @@ def _run_split(call: _AttentionCall, plan: AttentionPlan, max_rows: int, num_mul
         call.q_THD, kv, call.out, partial, partial_m, partial_l, metadata.query_start, metadata.context_len,
         metadata.block_table, call.num_sequences, max_rows, call.scale_log2, call.q_THD.stride(0),
         call.out.stride(0), metadata.block_table.stride(0), kv.stride(0), kv.stride(1), kv.stride(2), **constants,
-        num_warps=plan.split_num_warps, num_stages=plan.split_num_stages, **_overlap(call.pdl),
+        num_warps=plan.split_num_warps, num_stages=plan.split_num_stages, **overlap(call.pdl),
     )  # fmt: skip
     if splits_each <= 1:
         return
@@ -236,7 +232,7 @@ def _run_split(call: _AttentionCall, plan: AttentionPlan, max_rows: int, num_mul
         del constants[unused]
     attention.fold_kernel[(call.num_sequences, max_rows * num_heads)](
         call.out, partial, partial_m, partial_l, metadata.query_start, metadata.context_len,
-        call.num_sequences, max_rows, call.out.stride(0), **constants, num_warps=1, **_overlap(call.pdl),
+        call.num_sequences, max_rows, call.out.stride(0), **constants, num_warps=1, **overlap(call.pdl),
     )  # fmt: skip
 
 
@@ -303,10 +299,10 @@ def run_vocab_stats(logits_TV: torch.Tensor, *, pdl: bool = False) -> tuple[torc
         chunk_id = torch.empty((num_rows, chunks), dtype=torch.int32, device=device)
         vocab.chunk_stats_kernel[(chunks, num_rows)](
             logits_TV, chunk_max, chunk_sum, chunk_id, logits_TV.stride(0), vocabulary, chunks,
-            CHUNK=VOCABULARY_CHUNK, num_warps=4, **_overlap(pdl),
+            CHUNK=VOCABULARY_CHUNK, num_warps=4, **overlap(pdl),
         )  # fmt: skip
         vocab.fold_stats_kernel[(num_rows,)](
             chunk_max, chunk_sum, chunk_id, maximum, logsumexp, argmax, chunks, vocabulary,
-            BLOCK_CHUNKS=triton.next_power_of_2(chunks), num_warps=1, **_overlap(pdl),
+            BLOCK_CHUNKS=triton.next_power_of_2(chunks), num_warps=1, **overlap(pdl),
         )  # fmt: skip
     return maximum, logsumexp, argmax

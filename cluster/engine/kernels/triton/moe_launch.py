@@ -14,16 +14,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from cluster.engine.kernels.triton import moe
 from cluster.engine.kernels.triton.launch import _tma_takes, aligned
 from cluster.engine.kernels.triton.moe_plans import GroupedPlan, MoePlan
+from cluster.engine.kernels.triton.overlap import overlap
 
 
 def _rows_of_chunk(block_e: int) -> int:
     """Rows whose places one program finds: its table of rows and experts has to stay in registers."""
     return min(64, max(16, 8192 // block_e))
-
-
-def _overlap(pdl: bool) -> dict[str, bool]:
-    """Launch options of a kernel that begins with `overlap.begin`."""
-    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
 
 
 def run_route(
@@ -39,7 +35,7 @@ def run_route(
         rows = 1 if num_rows <= 1024 else 4
         moe.route_kernel[(triton.cdiv(num_rows, rows),)](
             logits_TE, experts, weights, num_rows, logits_TE.stride(0), E=num_experts, J=top_k, BLOCK_T=rows,
-            BLOCK_E=triton.next_power_of_2(num_experts), RENORMALISE=renormalise, num_warps=rows, **_overlap(pdl),
+            BLOCK_E=triton.next_power_of_2(num_experts), RENORMALISE=renormalise, num_warps=rows, **overlap(pdl),
         )  # fmt: skip
     return experts, weights
 
@@ -75,10 +71,10 @@ def run_grouping(
         max_tiles=max_tiles,
     )
     constants = {"E": num_experts, "J": top_k, "BLOCK_T": rows, "BLOCK_E": block_e, "num_warps": 16}
-    moe.count_kernel[(chunks,)](experts_TJ, counts, num_rows, first_expert, **constants, **_overlap(pdl))
+    moe.count_kernel[(chunks,)](experts_TJ, counts, num_rows, first_expert, **constants, **overlap(pdl))
     moe.place_kernel[(chunks,)](
         experts_TJ, counts, grouping.order, grouping.tile_expert, grouping.tile_rows, grouping.num_tiles,
-        num_rows, chunks, first_expert, **constants, BLOCK_M=block_m, BLOCK_C=32, **_overlap(pdl),
+        num_rows, chunks, first_expert, **constants, BLOCK_M=block_m, BLOCK_C=32, **overlap(pdl),
     )  # fmt: skip
     return grouping
 
@@ -141,7 +137,7 @@ class FewCall:
             in_features, BLOCK_J=max(8, triton.next_power_of_2(top_k)), BLOCK_M=self.block_m, BLOCK_N=plan.block_n,
             BLOCK_K=plan.block_k, BY_PAIR=by_pair, EVEN_K=in_features % plan.block_k == 0,
             EVICT_FIRST=plan.evict_first, SILU_MUL=silu_mul, num_warps=plan.num_warps, num_stages=plan.num_stages,
-            **_overlap(self.pdl),
+            **overlap(self.pdl),
         )  # fmt: skip
 
 
@@ -174,7 +170,7 @@ class GroupedCall:
             self.top_k, out.shape[1], in_features, BLOCK_M=self.block_m, BLOCK_N=plan.block_n,
             BLOCK_K=plan.block_k, GROUP_M=plan.group_m, SWAP=plan.swap, EVEN_K=in_features % plan.block_k == 0,
             EVICT_FIRST=plan.evict_first, X_TMA=x_tma, W_TMA=w_tma, SILU_MUL=silu_mul,
-            num_warps=plan.num_warps, num_stages=plan.num_stages, **_overlap(self.pdl),
+            num_warps=plan.num_warps, num_stages=plan.num_stages, **overlap(self.pdl),
         )  # fmt: skip
 
 
@@ -188,6 +184,6 @@ def run_combine(
         block = min(1024, triton.next_power_of_2(width))
         moe.combine_kernel[(num_rows, triton.cdiv(width, block))](
             aligned(rows_TJK), aligned(weights_TJ), out, width, J=top_k, BLOCK_K=block,
-            num_warps=max(1, block // 256), **_overlap(pdl),
+            num_warps=max(1, block // 256), **overlap(pdl),
         )  # fmt: skip
     return out

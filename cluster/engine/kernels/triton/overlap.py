@@ -17,3 +17,8 @@ def begin(PDL: tl.constexpr):
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
+
+
+def overlap(pdl: bool) -> dict[str, bool]:
+    """Launch options of a kernel that begins with `begin`."""
+    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
