@@ -18,6 +18,7 @@ from cluster.engine.kernels.ops import AttentionMetadata
 from cluster.engine.kernels.triton import attention, linear, norm, rope, vocab
 from cluster.engine.kernels.triton.overlap import overlap
 from cluster.engine.kernels.triton.plans import SPLIT_KEYS, VOCABULARY_CHUNK, AttentionPlan, LinearPlan, block_kv
+from cluster.engine.kernels.triton.table import unmeasured_plan
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:
@@ -28,6 +29,24 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
 def _tma_takes(x: torch.Tensor) -> bool:
     """The bulk copy engine wants rows that start at multiples of 16 bytes."""
     return x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+
+
+def _hopper_takes(
+    x_MK: torch.Tensor,
+    w_NK: torch.Tensor,
+    bias_N: torch.Tensor | None,
+    out_MN: torch.Tensor,
+    plan: LinearPlan,
+    *,
+    silu_mul: bool,
+) -> bool:
+    """Whether a kernel of `launch_hopper` computes this product; else any chain does."""
+    through_engine = (x_MK, w_NK, out_MN) if plan.kind == "hopper" else (x_MK, w_NK)
+    return (
+        all(_tma_takes(x) for x in through_engine)
+        and x_MK.element_size() == 2
+        and (plan.kind == "stream" or bias_N is None or not silu_mul)
+    )
 
 
 def run_linear(
@@ -42,6 +61,17 @@ def run_linear(
     pdl: bool = False,
 ) -> None:
     """out = x Wᵀ (+ bias), or silu(gate) * up with W = [gate; up] of 2N rows. Rows of all operands are dense."""
+    if plan.kind in ("stream", "hopper"):
+        if _hopper_takes(x_MK, w_NK, bias_N, out_MN, plan, silu_mul=silu_mul):
+            from cluster.engine.kernels.triton import launch_hopper
+
+            run = launch_hopper.run_stream if plan.kind == "stream" else launch_hopper.run_hopper
+            run(
+                x_MK, w_NK, bias_N, out_MN, plan,
+                silu_mul=silu_mul, num_programs=num_programs, overlap=_overlap(pdl),
+            )  # fmt: skip
+            return
+        plan = unmeasured_plan(x_MK.shape[0])
     num_rows, in_features = x_MK.shape
     out_features = out_MN.shape[1]
     tiles = triton.cdiv(num_rows, plan.block_m) * triton.cdiv(out_features, plan.block_n)

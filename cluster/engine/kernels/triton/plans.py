@@ -20,9 +20,14 @@ def block_kv(head_size: int) -> int:
 
 
 class LinearPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One way to compute a GEMM. `swap` puts the weight on the wide side of the instruction (few rows)."""
+    """One way to compute a GEMM. `swap` puts the weight on the wide side of the instruction (few rows).
 
-    kind: Literal["chain", "tma", "cublaslt"] = "chain"
+    stream (`linear_stream.py`): rows of a tile are 8 or more with `swap`, else 64, or a multiple of 16 up to 32 for
+    the warps' own instruction, which wants `block_n` >= 8 columns per warp. hopper (`linear_hopper.py`): tiles of
+    128 x 256, 256 x 128 or 192 x 256, where `block_n` counts gate and up columns together; warps are fixed.
+    """
+
+    kind: Literal["chain", "tma", "cublaslt", "stream", "hopper"] = "chain"
     block_m: int = 64
     block_n: int = 64
     block_k: int = 64
@@ -31,10 +36,12 @@ class LinearPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     group_m: int = 8
     swap: bool = False
     evict_first: bool = False  # chain: do not keep weights in L2
-    persistent: bool = True  # tma: as many programs as multiprocessors
+    persistent: bool = True  # tma, stream: as many programs as multiprocessors, or a multiple
+    programs_per_multiprocessor: int = 1  # stream
+    launch_first: bool = True  # stream: the next kernel is set up before this one waits, not after
     flatten: bool = False  # tma: overlap a tile's store with the next tile's loads
     warp_specialize: bool = False
-    store_parts: int = 1  # 1 or 2
+    store_parts: int = 1  # tma, hopper: 1 or 2; twice as many for fp32 results
 
 
 REFERENCE_LINEAR = LinearPlan(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=1)
