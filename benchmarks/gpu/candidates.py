@@ -11,11 +11,53 @@ from cluster.engine.kernels.triton.plans import LinearPlan
 _SHARED_BYTES = 227 * 1024
 
 
-def _fits(plan: LinearPlan, *, silu_mul: bool) -> bool:
-    weights = plan.block_n * (2 if silu_mul else 1)
+def _shared_bytes(plan: LinearPlan, *, silu_mul: bool) -> int:
+    """Buffers of bf16 operands and result; `block_n` of a hopper plan counts gate and up columns."""
+    halves = 2 if silu_mul else 1
+    weights = plan.block_n * (1 if plan.kind == "hopper" else halves)
     stages = plan.num_stages * (plan.block_m + weights) * plan.block_k * 2
-    store = plan.block_m * plan.block_n * 2 // plan.store_parts if plan.kind == "tma" else 0
-    return stages + store <= _SHARED_BYTES
+    if plan.kind == "hopper":
+        return stages + plan.block_m * plan.block_n // halves * 2 // plan.store_parts
+    return stages + (plan.block_m * plan.block_n * 2 // plan.store_parts if plan.kind == "tma" else 0)
+
+
+def fits(plan: LinearPlan, *, silu_mul: bool) -> bool:
+    """Whether its buffers fit into one block's shared memory."""
+    barriers = 1024 if plan.kind in ("stream", "hopper") else 0
+    return _shared_bytes(plan, silu_mul=silu_mul) + barriers <= _SHARED_BYTES
+
+
+def stream(num_rows: int, *, silu_mul: bool) -> Iterator[LinearPlan]:
+    """Up to 64 rows, weights requested ahead of the wait: a program per tile, and programs that go on to more tiles."""
+    block_m = max(8, 1 << (num_rows - 1).bit_length())
+    wide = ((64, 128, 5), (64, 128, 10), (64, 64, 10), (64, 256, 6), (128, 64, 5), (128, 64, 10))
+    shapes = [(block_m, n, k, stages, 4, True) for n, k, stages in wide]
+    shapes += [(64, 32, 128, stages, 4, False) for stages in (4, 8)]
+    if block_m <= 32:
+        narrow = ((32, 256, 4, 4), (32, 256, 8, 4), (16, 256, 8, 2), (64, 256, 5, 4))
+        shapes += [(max(16, block_m), n, k, stages, warps, False) for n, k, stages, warps in narrow]
+    for rows, block_n, block_k, stages, warps, swap in shapes:
+        plan = LinearPlan(
+            kind="stream", block_m=rows, block_n=block_n, block_k=block_k, num_warps=warps, swap=swap,
+            num_stages=max(2, stages // 2) if silu_mul else stages, persistent=False,
+        )  # fmt: skip
+        if fits(plan, silu_mul=silu_mul):
+            twice = 2 * (_shared_bytes(plan, silu_mul=silu_mul) + 2048) <= _SHARED_BYTES
+            yield plan
+            yield msgspec.structs.replace(plan, persistent=True, programs_per_multiprocessor=2 if twice else 1)
+
+
+def hopper(num_rows: int, *, silu_mul: bool) -> Iterator[LinearPlan]:
+    """From 256 rows on: one warp group of producers, two of consumers."""
+    for block_m, block_n, stages, group_m in ((128, 256, 4, 8), (128, 256, 4, 16), (128, 256, 3, 8), (256, 128, 4, 8)):
+        for parts in (1, 2):
+            plan = LinearPlan(
+                kind="hopper", block_m=block_m, block_n=block_n, block_k=64, num_stages=stages, group_m=group_m,
+                store_parts=parts,
+            )  # fmt: skip
+            if fits(plan, silu_mul=silu_mul) and block_m <= num_rows:
+                yield plan
+                break
 
 
 def few_rows(num_rows: int, *, silu_mul: bool) -> Iterator[LinearPlan]:
@@ -28,7 +70,7 @@ def few_rows(num_rows: int, *, silu_mul: bool) -> Iterator[LinearPlan]:
                 block_m=block_m, block_n=block_n, block_k=block_k, num_stages=stages, swap=True, evict_first=True
             )
             tma = msgspec.structs.replace(chain, kind="tma", evict_first=False, persistent=False)
-            yield from (plan for plan in (chain, tma) if _fits(plan, silu_mul=silu_mul))
+            yield from (plan for plan in (chain, tma) if fits(plan, silu_mul=silu_mul))
     for block_n, block_k, num_stages in ((32, 128, 6), (32, 256, 4), (16, 256, 5)):
         if block_m <= 32:
             yield LinearPlan(block_m=block_m, block_n=block_n, block_k=block_k, num_stages=num_stages, evict_first=True)
@@ -47,7 +89,7 @@ def many_rows(num_rows: int, *, silu_mul: bool) -> Iterator[LinearPlan]:
         chain = LinearPlan(block_m=block_m, block_n=block_n, block_k=block_k, num_warps=warps, num_stages=stages)
         for persistent, group_m, parts in ((True, 8, 1), (False, 8, 1), (True, 16, 2)):
             plan = msgspec.structs.replace(chain, kind="tma", persistent=persistent, group_m=group_m, store_parts=parts)
-            if _fits(plan, silu_mul=silu_mul):
+            if fits(plan, silu_mul=silu_mul):
                 yield plan
         if num_rows <= 256:
             yield chain
@@ -57,7 +99,7 @@ def many_rows(num_rows: int, *, silu_mul: bool) -> Iterator[LinearPlan]:
                 kind="tma", block_m=128, block_n=block_n, block_k=block_k, num_stages=stages,
                 swap=True, persistent=False,
             )  # fmt: skip
-            if _fits(plan, silu_mul=silu_mul):
+            if fits(plan, silu_mul=silu_mul):
                 yield plan
 
 
@@ -67,7 +109,10 @@ def candidates(num_rows: int, *, silu_mul: bool) -> list[LinearPlan]:
     plans: list[LinearPlan] = []
     if num_rows <= 64:
         plans += few_rows(num_rows, silu_mul=silu_mul)
+        plans += stream(num_rows, silu_mul=silu_mul)
     if num_rows >= 64:
         plans += many_rows(num_rows, silu_mul=silu_mul)
+    if num_rows >= 256:
+        plans += hopper(num_rows, silu_mul=silu_mul)
     found += dict.fromkeys(plans)
     return found

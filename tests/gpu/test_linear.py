@@ -5,13 +5,15 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
-from benchmarks.gpu.candidates import candidates
+from benchmarks.gpu.candidates import candidates, hopper, stream
 from benchmarks.gpu.gemm import revealing_inputs, use_default_cublas
+from benchmarks.gpu.linear_checks import chain_differs, failures
 from cluster.engine.kernels.cuda_ops import CudaLinearWeight, CudaOps
-from cluster.engine.kernels.triton import launch, linear
+from cluster.engine.kernels.triton import launch, launch_hopper, linear, linear_stream, overlap
 from cluster.engine.kernels.triton.plans import REFERENCE_LINEAR, LinearPlan
 from tests.gpu.support import bits_equal, in_graph, mutated, num_differing, relative_error
 
@@ -110,6 +112,41 @@ def test_graph_equals_eager(ops: CudaOps) -> None:
     for num_rows in (1, 64, 256):
         x, weight = operands(num_rows, 2048, 4096)
         assert bits_equal(in_graph(partial(ops.linear, x, weight)), ops.linear(x, weight))
+
+
+def some(plans: list[LinearPlan]) -> list[LinearPlan]:
+    """One plan of each tile shape; what else differs needs no other kernel."""
+    return list({(plan.block_m, plan.block_n, plan.swap, plan.persistent): plan for plan in plans}.values())
+
+
+@pytest.mark.parametrize("pdl", [0, True, overlap.LAUNCH_FIRST])
+@pytest.mark.parametrize("num_rows", [3, 16, 64])
+def test_streaming_plans_in_every_epilogue_and_in_a_chain(pdl: int, num_rows: int) -> None:
+    ops = CudaOps(torch.device("cuda"), pdl=pdl)
+    plans = some([*stream(num_rows, silu_mul=True), *stream(num_rows, silu_mul=False)])
+    plans.append(msgspec.structs.replace(plans[0], launch_first=False))
+    assert {plan: found for plan in plans if (found := failures(ops, plan))} == {}
+
+
+@pytest.mark.parametrize("plan", list(hopper(4096, silu_mul=False)), ids=str)
+def test_warp_group_plans_in_every_epilogue_and_in_a_chain(ops: CudaOps, plan: LinearPlan) -> None:
+    assert failures(ops, plan) == []
+
+
+def test_plans_for_the_copy_engine_fall_back_where_rows_are_not_aligned(ops: CudaOps) -> None:
+    for num_rows, plan in ((5, next(stream(5, silu_mul=False))), (300, next(hopper(300, silu_mul=False)))):
+        x, weight = operands(num_rows, 300, 331)
+        assert bits_equal(run(ops, x, weight, plan), run(ops, x, weight, REFERENCE_LINEAR))
+
+
+def test_planted_read_before_the_wait_is_found(
+    ops: CudaOps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Without the wait a kernel takes x from before its predecessor wrote it: the chain must show that."""
+    plan = next(stream(16, silu_mul=False))
+    broken = mutated(linear_stream, "    if PDL:\n        gdc_wait()\n", "    if PDL:\n        pass\n", tmp_path)
+    monkeypatch.setattr(launch_hopper, "linear_stream", broken)
+    assert chain_differs(ops, plan, replays=50)
 
 
 def test_planted_second_chain_is_found(ops: CudaOps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

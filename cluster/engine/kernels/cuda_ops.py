@@ -67,10 +67,10 @@ class CudaExpertWeight:
 class CudaOps:
     """`Ops` for one CUDA device. Sets torch's process-wide cuBLAS switches: no split-K, ever.
 
-    `pdl`: kernels are set up while their predecessors still run (`triton/overlap.py`).
+    `pdl`: kernels are set up while their predecessors still run (values in `triton/overlap.py`).
     """
 
-    def __init__(self, device: torch.device, *, residual_dtype: torch.dtype = torch.bfloat16, pdl: bool = True) -> None:
+    def __init__(self, device: torch.device, *, residual_dtype: torch.dtype = torch.bfloat16, pdl: int = True) -> None:
         major, minor = torch.cuda.get_device_capability(device)
         self.name: str = f"cuda:sm{major}{minor}"
         self.device: torch.device = device

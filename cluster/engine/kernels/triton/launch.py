@@ -58,7 +58,7 @@ def run_linear(
     *,
     silu_mul: bool = False,
     num_programs: int = 1,
-    pdl: bool = False,
+    pdl: int = False,
 ) -> None:
     """out = x Wᵀ (+ bias), or silu(gate) * up with W = [gate; up] of 2N rows. Rows of all operands are dense."""
     if plan.kind in ("stream", "hopper"):
@@ -66,10 +66,7 @@ def run_linear(
             from cluster.engine.kernels.triton import launch_hopper
 
             run = launch_hopper.run_stream if plan.kind == "stream" else launch_hopper.run_hopper
-            run(
-                x_MK, w_NK, bias_N, out_MN, plan,
-                silu_mul=silu_mul, num_programs=num_programs, overlap=_overlap(pdl),
-            )  # fmt: skip
+            run(x_MK, w_NK, bias_N, out_MN, plan, silu_mul=silu_mul, num_programs=num_programs, pdl=pdl)
             return
         plan = unmeasured_plan(x_MK.shape[0])
     num_rows, in_features = x_MK.shape
@@ -108,7 +105,7 @@ def run_rms_norm(
     eps: float,
     out_dtype: torch.dtype,
     *,
-    pdl: bool = False,
+    pdl: int = False,
 ) -> torch.Tensor:
     """rms_norm(x), or x += update in place, then rms_norm(x). In place needs x dense and aligned."""
     num_rows, width = x_TK.shape
@@ -139,7 +136,7 @@ def run_rope_and_cache(
     k_norm_D: torch.Tensor | None,
     norm_eps: float,
     *,
-    pdl: bool = False,
+    pdl: int = False,
 ) -> torch.Tensor:
     num_rows = qkv_TC.shape[0]
     _, _, num_kv_heads, block_size, head_size = kv_N2GSD.shape
@@ -176,7 +173,7 @@ def run_attention(
     num_multiprocessors: int,
     out_dtype: torch.dtype | None = None,
     *,
-    pdl: bool = False,
+    pdl: int = False,
 ) -> torch.Tensor:
     """(T, H * D) in q's type or the one given.
 
@@ -210,7 +207,7 @@ class _AttentionCall:
     metadata: AttentionMetadata
     out: torch.Tensor
     scale_log2: float
-    pdl: bool
+    pdl: int
 
     @property
     def group(self) -> int:
@@ -314,7 +311,7 @@ def _run_prefill_hopper(call: _AttentionCall, plan: AttentionPlan, max_rows: int
     )  # fmt: skip
 
 
-def run_vocab_stats(logits_TV: torch.Tensor, *, pdl: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def run_vocab_stats(logits_TV: torch.Tensor, *, pdl: int = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(max, logsumexp) fp32 and (argmax) int64 of each row; ties go to the lower id."""
     num_rows, vocabulary = logits_TV.shape
     logits_TV = aligned(logits_TV)

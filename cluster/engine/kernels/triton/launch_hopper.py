@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 from triton.experimental.gluon.language import NVMMASharedLayout
@@ -19,6 +17,11 @@ def _boxes(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], layout)
 
 
+def _options(pdl: int) -> dict[str, bool]:
+    """`pdl` as in `overlap.py`; these kernels have an order of their own."""
+    return {"PDL": bool(pdl), "launch_pdl": bool(pdl)}
+
+
 def run_stream(
     x_MK: torch.Tensor,
     w_NK: torch.Tensor,
@@ -28,7 +31,7 @@ def run_stream(
     *,
     silu_mul: bool,
     num_programs: int,
-    overlap: dict[str, Any],
+    pdl: int,
 ) -> None:
     """As `launch.run_linear`; x and W have rows the copy engine takes."""
     num_rows, in_features = x_MK.shape
@@ -41,7 +44,7 @@ def run_stream(
         BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, BLOCK_K=plan.block_k, STAGES=plan.num_stages,
         SWAP=plan.swap, WARPGROUP=plan.swap or plan.block_m >= 64, ONE_ROW_TILE=num_rows <= plan.block_m,
         HAS_BIAS=bias_N is not None, SILU_MUL=silu_mul, LAUNCH_FIRST=plan.launch_first,
-        num_warps=plan.num_warps, **overlap,
+        num_warps=plan.num_warps, **_options(pdl),
     )  # fmt: skip
 
 
@@ -54,18 +57,17 @@ def run_hopper(
     *,
     silu_mul: bool,
     num_programs: int,
-    overlap: dict[str, Any],
+    pdl: int,
 ) -> None:
     """As `launch.run_linear`; all three matrices have rows the copy engine takes, and SwiGLU has no bias."""
     num_rows, in_features = x_MK.shape
     out_features = out_MN.shape[1]
     columns = plan.block_n // 2 if silu_mul else plan.block_n
-    consumers = 3 if plan.block_m == 192 else 2
     part = columns // (plan.store_parts * (out_MN.element_size() // 2))
     tiles = triton.cdiv(num_rows, plan.block_m) * triton.cdiv(out_features, columns)
     linear_hopper.hopper_kernel[(min(tiles, num_programs),)](
-        _boxes(x_MK, plan.block_m // consumers, plan.block_k), _boxes(w_NK, plan.block_n // 2, plan.block_k),
-        _boxes(out_MN, plan.block_m // consumers, part), out_MN if bias_N is None else bias_N,
-        num_rows, out_features, in_features, CONSUMERS=consumers, STAGES=plan.num_stages, GROUP_M=plan.group_m,
-        HAS_BIAS=bias_N is not None, SILU_MUL=silu_mul, num_warps=4, **overlap,
+        _boxes(x_MK, plan.block_m // 2, plan.block_k), _boxes(w_NK, plan.block_n // 2, plan.block_k),
+        _boxes(out_MN, plan.block_m // 2, part), out_MN if bias_N is None else bias_N,
+        num_rows, out_features, in_features, STAGES=plan.num_stages, GROUP_M=plan.group_m,
+        HAS_BIAS=bias_N is not None, SILU_MUL=silu_mul, num_warps=4, **_options(pdl),
     )  # fmt: skip
