@@ -10,6 +10,7 @@ from cluster.errors import ConfigError
 
 pytest.importorskip("triton")
 
+from benchmarks.gpu.candidates import candidates
 from cluster.engine.kernels.triton.plans import LinearPlan
 from cluster.engine.kernels.triton.table import LinearEntry, PlanIndex, PlanTable, load_plan_index, unmeasured_plan
 
@@ -48,6 +49,18 @@ def test_the_committed_table_covers_all_row_counts() -> None:
 
 def test_a_device_with_the_same_multiprocessors_shares_the_table() -> None:
     assert load_plan_index("NVIDIA H100 80GB HBM3").entries() == load_plan_index("NVIDIA H200").entries()
+
+
+@pytest.mark.parametrize("silu_mul", [False, True])
+def test_every_row_count_has_candidates_of_the_kernels_meant_for_it(silu_mul: bool) -> None:
+    for num_rows in (1, 8, 33, 64, 256, 8192):
+        offered = candidates(num_rows, silu_mul=silu_mul)
+        kinds = {plan.kind for plan in offered}
+        assert ("stream" in kinds) == (num_rows <= 64)
+        assert ("hopper" in kinds) == (num_rows >= 256)
+        streams = [plan for plan in offered if plan.kind == "stream"]
+        assert all(num_rows <= plan.block_m for plan in streams), "a tile holds all rows: the weight is read once"
+        assert len(set(offered)) == len(offered)
 
 
 def test_a_device_without_a_table_runs_on_defaults() -> None:

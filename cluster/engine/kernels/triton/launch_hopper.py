@@ -13,7 +13,7 @@ from cluster.engine.kernels.triton.plans import LinearPlan
 
 def _boxes(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     """`x` cut into boxes for the copy engine, in the layout the tensor core reads."""
-    layout = NVMMASharedLayout(128, x.element_size() * 8, 2)
+    layout = NVMMASharedLayout(min(128, columns * x.element_size()), x.element_size() * 8, 2)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], layout)
 
 

@@ -68,8 +68,11 @@ def _produce(
 
 
 @gluon.jit
-def _store_part(y, buffer, out_desc, row, column):
+def _store_part(y, bias_ptr, N, buffer, out_desc, row, column, HAS_BIAS: gl.constexpr):
     """Through shared memory: the copy engine drops what lies past the end. It reads the buffer later."""
+    if HAS_BIAS:
+        offs_n = column + gl.arange(0, y.shape[1], gl.SliceLayout(0, y.type.layout))
+        y = y + gl.expand_dims(gl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(gl.float32), 0)
     tma.store_wait(0)
     gl.thread_barrier()
     buffer.store(y.to(out_desc.dtype))
@@ -79,23 +82,23 @@ def _store_part(y, buffer, out_desc, row, column):
 
 
 @gluon.jit
-def _store(y, buffer, out_desc, row, column):
+def _store(y, bias_ptr, N, buffer, out_desc, row, column, HAS_BIAS: gl.constexpr):
     """In as many parts as the buffer asks for: 1, 2 or 4."""
     PART: gl.constexpr = out_desc.block_type.shape[1]
     if y.shape[1] == PART:
-        _store_part(y, buffer, out_desc, row, column)
+        _store_part(y, bias_ptr, N, buffer, out_desc, row, column, HAS_BIAS)
+    elif y.shape[1] == 2 * PART:
+        left, right = _halves(y)
+        _store_part(left, bias_ptr, N, buffer, out_desc, row, column, HAS_BIAS)
+        _store_part(right, bias_ptr, N, buffer, out_desc, row, column + PART, HAS_BIAS)
     else:
         left, right = _halves(y)
-        if left.shape[1] == PART:
-            _store_part(left, buffer, out_desc, row, column)
-            _store_part(right, buffer, out_desc, row, column + PART)
-        else:
-            first, second = _halves(left)
-            third, fourth = _halves(right)
-            _store_part(first, buffer, out_desc, row, column)
-            _store_part(second, buffer, out_desc, row, column + PART)
-            _store_part(third, buffer, out_desc, row, column + 2 * PART)
-            _store_part(fourth, buffer, out_desc, row, column + 3 * PART)
+        first, second = _halves(left)
+        third, fourth = _halves(right)
+        _store_part(first, bias_ptr, N, buffer, out_desc, row, column, HAS_BIAS)
+        _store_part(second, bias_ptr, N, buffer, out_desc, row, column + PART, HAS_BIAS)
+        _store_part(third, bias_ptr, N, buffer, out_desc, row, column + 2 * PART, HAS_BIAS)
+        _store_part(fourth, bias_ptr, N, buffer, out_desc, row, column + 3 * PART, HAS_BIAS)
 
 
 @gluon.jit
@@ -134,14 +137,11 @@ def _consume(
         tile_m, tile_n = _tile_of(tile, num_m_tiles, num_n_tiles, GROUP_M)
         column = tile_n * COLUMNS
         row = (tile_m * 2 + WHICH) * ROWS
-        if HAS_BIAS:
-            offs_n = column + gl.arange(0, 2 * HALF, gl.SliceLayout(0, LAYOUT))
-            acc = acc + gl.expand_dims(gl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(gl.float32), 0)
         if SILU_MUL:
             gate, up = _halves(acc)
-            _store(_sigmoid_weighted(gate) * up, buffer, out_desc, row, column)
+            _store(_sigmoid_weighted(gate) * up, bias_ptr, N, buffer, out_desc, row, column, False)
         else:
-            _store(acc, buffer, out_desc, row, column)
+            _store(acc, bias_ptr, N, buffer, out_desc, row, column, HAS_BIAS)
     tma.store_wait(0)
 
 
@@ -165,9 +165,7 @@ def hopper_kernel(
     num_n_tiles = gl.cdiv(N, HALF if SILU_MUL else 2 * HALF)
     x_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES * 2, ROWS, BLOCK_K], x_desc.layout)
     w_ring = gl.allocate_shared_memory(w_desc.dtype, [STAGES * 2, HALF, BLOCK_K], w_desc.layout)
-    out_buffers = gl.allocate_shared_memory(
-        out_desc.dtype, [2, ROWS, out_desc.block_type.shape[1]], out_desc.layout
-    )
+    out_buffers = gl.allocate_shared_memory(out_desc.dtype, [2, ROWS, out_desc.block_type.shape[1]], out_desc.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):

@@ -57,6 +57,17 @@ def _next(tile, k, K, BLOCK_K: gl.constexpr):
 
 
 @gluon.jit
+def _zeros(BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SWAP: gl.constexpr, WARPGROUP: gl.constexpr):
+    """An accumulator of the instruction in use."""
+    if SWAP:
+        return gl.zeros([BLOCK_N, BLOCK_M], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16]))
+    if WARPGROUP:
+        return gl.zeros([BLOCK_M, BLOCK_N], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16]))
+    side_by_side: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, gl.num_warps()], [16, 8])
+    return gl.zeros([BLOCK_M, BLOCK_N], gl.float32, side_by_side)
+
+
+@gluon.jit
 def _multiply(w_tile, x_tile, acc, SWAP: gl.constexpr, WARPGROUP: gl.constexpr):
     """acc += W xᵀ (SWAP) or x Wᵀ over the K of one stage, in ascending steps of 16."""
     if SWAP:
@@ -143,21 +154,12 @@ def stream_kernel(
             _request_rows(x_desc, x_ring, ready, stage, tile, k, num_m_tiles, BLOCK_M, ONE_ROW_TILE)
         tile, k = _next(tile, k, K, BLOCK_K)
 
-    if SWAP:
-        LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
-        SHAPE: gl.constexpr = [BLOCK_N, BLOCK_M]
-    elif WARPGROUP:
-        LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-        SHAPE: gl.constexpr = [BLOCK_M, BLOCK_N]
-    else:
-        LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, gl.num_warps()], [16, 8])
-        SHAPE: gl.constexpr = [BLOCK_M, BLOCK_N]
     left = total - STAGES
     stage = 0
     phase = 0
     for index in range(num_my_tiles):
-        acc = gl.zeros(SHAPE, gl.float32, LAYOUT)
-        up = gl.zeros(SHAPE, gl.float32, LAYOUT)
+        acc = _zeros(BLOCK_M, BLOCK_N, SWAP, WARPGROUP)
+        up = _zeros(BLOCK_M, BLOCK_N, SWAP, WARPGROUP)
         for _ in range(steps):
             mbarrier.wait(ready.index(stage), phase)
             acc = _multiply(w_ring.index(stage * HALVES), x_ring.index(stage), acc, SWAP, WARPGROUP)

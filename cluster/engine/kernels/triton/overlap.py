@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-
 LAUNCH_FIRST = 2  # a value of PDL; 0 (False) is off, 1 (True) waits first
 
 
