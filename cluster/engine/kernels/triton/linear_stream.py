@@ -59,12 +59,13 @@ def _next(tile, k, K, BLOCK_K: gl.constexpr):
 @gluon.jit
 def _zeros(BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SWAP: gl.constexpr, WARPGROUP: gl.constexpr):
     """An accumulator of the instruction in use."""
-    if SWAP:
-        return gl.zeros([BLOCK_N, BLOCK_M], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16]))
+    TALL: gl.constexpr = BLOCK_N if SWAP else BLOCK_M
+    WIDE: gl.constexpr = BLOCK_M if SWAP else BLOCK_N
     if WARPGROUP:
-        return gl.zeros([BLOCK_M, BLOCK_N], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16]))
-    side_by_side: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, gl.num_warps()], [16, 8])
-    return gl.zeros([BLOCK_M, BLOCK_N], gl.float32, side_by_side)
+        LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE, 16])
+    else:
+        LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, gl.num_warps()], [16, 8])  # type: ignore[no-redef]
+    return gl.zeros([TALL, WIDE], gl.float32, LAYOUT)
 
 
 @gluon.jit
@@ -113,8 +114,8 @@ def stream_kernel(
 ):  # fmt: skip
     """Programs take the tiles in turn, at most one program per tile. All threads do everything together.
 
-    SWAP: the weight on the wide side of the warp group instruction; x may have 8 to 256 rows per tile.
-    Else WARPGROUP: x padded to 64 rows. Else the warps' own instruction, 16 rows, warps side by side along N.
+    WARPGROUP with SWAP: the weight on the wide side of the warp group instruction, 8 to 256 rows of x per tile.
+    WARPGROUP without: x padded to 64 rows. Else the warps' own instruction, 16 rows, warps side by side along N.
     LAUNCH_FIRST: let the next kernel be set up at the very start instead of after the wait.
     A stage is asked for again only after all threads are past its product: hence the barrier in the loop.
     """
@@ -165,7 +166,7 @@ def stream_kernel(
             acc = _multiply(w_ring.index(stage * HALVES), x_ring.index(stage), acc, SWAP, WARPGROUP)
             if SILU_MUL:
                 up = _multiply(w_ring.index(stage * 2 + 1), x_ring.index(stage), up, SWAP, WARPGROUP)
-            if not (SWAP or WARPGROUP):
+            if not WARPGROUP:
                 fence_async_shared()  # the threads' own reads come before the copy engine's next write
             gl.thread_barrier()
             if left > 0:
