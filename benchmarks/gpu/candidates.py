@@ -30,7 +30,7 @@ def fits(plan: LinearPlan, *, silu_mul: bool) -> bool:
 def stream(num_rows: int, *, silu_mul: bool) -> Iterator[LinearPlan]:
     """Up to 64 rows, weights requested ahead of the wait: a program per tile, and programs that go on to more tiles."""
     block_m = max(8, 1 << (num_rows - 1).bit_length())
-    wide = ((64, 128, 5), (64, 128, 10), (64, 64, 10), (64, 256, 6), (128, 64, 5), (128, 64, 10))
+    wide = ((64, 128, 10), (64, 64, 10), (64, 128, 5), (64, 256, 6), (128, 64, 10), (128, 64, 5))
     shapes = [(block_m, n, k, stages, 4, True) for n, k, stages in wide]
     shapes += [(64, 32, 128, stages, 4, False) for stages in (4, 8)]
     if block_m <= 32:
@@ -39,7 +39,7 @@ def stream(num_rows: int, *, silu_mul: bool) -> Iterator[LinearPlan]:
     for rows, block_n, block_k, stages, warps, swap in shapes:
         plan = LinearPlan(
             kind="stream", block_m=rows, block_n=block_n, block_k=block_k, num_warps=warps, swap=swap,
-            num_stages=max(2, stages // 2) if silu_mul else stages, persistent=False,
+            num_stages=(stages + 1) // 2 if silu_mul else stages, persistent=False,
         )  # fmt: skip
         if fits(plan, silu_mul=silu_mul):
             twice = 2 * (_shared_bytes(plan, silu_mul=silu_mul) + 2048) <= _SHARED_BYTES
