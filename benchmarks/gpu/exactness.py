@@ -150,8 +150,8 @@ class Exactness:
                     assert reservation is not None
                     shared = reservation.num_shared_blocks
                     target.blocks.start_loading(reservation)
-                    theirs = torch.tensor(event.lease.block_ids[shared:], device="cuda")
-                    ours = torch.tensor(list(reservation.block_ids[shared:]), device="cuda")
+                    theirs = torch.tensor(event.lease.block_ids[shared:], dtype=torch.int64, device="cuda")
+                    ours = torch.tensor(list(reservation.block_ids[shared:]), dtype=torch.int64, device="cuda")
                     target.kv_cache.kv_NL2HSD[ours] = source.kv_cache.kv_NL2HSD[theirs]
                     source.release(event.lease)
                     target.add_loaded_request(continued, reservation)

@@ -231,7 +231,8 @@ class CudaOps:
         shape = MoeShape(num_experts=down.num_experts, top_k=top_k, hidden=down.out_features, features=down.in_features)
         return moe_launch.run_experts(
             x_TK, experts_TJ, gate_up.weight_ENK, down.weight_ENK, plan or self.moe_plans.plan(shape, num_rows),
-            first_expert=first_expert, num_programs=self._num_multiprocessors, out_dtype=self.residual_dtype, pdl=self.pdl,
+            first_expert=first_expert, num_programs=self._num_multiprocessors, out_dtype=self.residual_dtype,
+            pdl=self.pdl,
         )  # fmt: skip
 
     def moe_combine(self, rows_TJK: torch.Tensor, weights_TJ: torch.Tensor) -> torch.Tensor:

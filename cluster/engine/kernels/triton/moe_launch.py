@@ -23,7 +23,7 @@ def _rows_of_chunk(block_e: int) -> int:
 
 
 def run_route(
-    logits_TE: torch.Tensor, top_k: int, *, renormalise: bool, pdl: bool = False
+    logits_TE: torch.Tensor, top_k: int, *, renormalise: bool, pdl: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(T, J) experts int32, ascending, and their weights fp32."""
     num_rows, num_experts = logits_TE.shape
@@ -52,7 +52,7 @@ class Grouping:
 
 
 def run_grouping(
-    experts_TJ: torch.Tensor, num_experts: int, first_expert: int, block_m: int, *, pdl: bool = False
+    experts_TJ: torch.Tensor, num_experts: int, first_expert: int, block_m: int, *, pdl: int = 0
 ) -> Grouping:
     """The pairs of experts first_expert : first_expert + num_experts in tiles of `block_m` places."""
     num_rows, top_k = experts_TJ.shape
@@ -89,7 +89,7 @@ def run_experts(
     first_expert: int = 0,
     num_programs: int = 1,
     out_dtype: torch.dtype | None = None,
-    pdl: bool = False,
+    pdl: int = 0,
 ) -> torch.Tensor:
     """(T, J, K) in x's type or the one given; pairs of experts that the weights do not hold stay unwritten."""
     num_rows, top_k = experts_TJ.shape
@@ -122,7 +122,7 @@ class FewCall:
     experts_TJ: torch.Tensor
     first_expert: int
     block_m: int
-    pdl: bool
+    pdl: int
 
     def run(
         self, x: torch.Tensor, w_ENK: torch.Tensor, out: torch.Tensor, plan: GroupedPlan, *, silu_mul: bool
@@ -149,7 +149,7 @@ class GroupedCall:
     top_k: int
     block_m: int
     num_programs: int
-    pdl: bool
+    pdl: int
 
     def run(
         self, x: torch.Tensor, w_ENK: torch.Tensor, out: torch.Tensor, plan: GroupedPlan, *, silu_mul: bool
@@ -175,7 +175,7 @@ class GroupedCall:
 
 
 def run_combine(
-    rows_TJK: torch.Tensor, weights_TJ: torch.Tensor, out_dtype: torch.dtype, *, pdl: bool = False
+    rows_TJK: torch.Tensor, weights_TJ: torch.Tensor, out_dtype: torch.dtype, *, pdl: int = 0
 ) -> torch.Tensor:
     """(T, K): the weighted sum over j ascending."""
     num_rows, top_k, width = rows_TJK.shape

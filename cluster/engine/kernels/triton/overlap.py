@@ -28,6 +28,6 @@ def begin(PDL: tl.constexpr):
         gdc_launch_dependents()
 
 
-def overlap(pdl: bool) -> dict[str, bool]:
-    """Launch options of a kernel that begins with `begin`."""
-    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
+def overlap(pdl: int) -> dict[str, int]:
+    """Launch options of a kernel that begins with `begin`; `pdl` as there."""
+    return {"PDL": pdl, "launch_pdl": True} if pdl else {"PDL": 0}

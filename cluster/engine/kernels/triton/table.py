@@ -88,7 +88,7 @@ def unmeasured_plan(num_rows: int) -> LinearPlan:
 
 def library_versions() -> dict[str, str]:
     """What, besides the device, may change a kernel's bits or speed."""
-    return {"torch": torch.__version__, "triton": triton.__version__}
+    return {"torch": str(torch.__version__), "triton": str(triton.__version__)}
 
 
 def file_stem(device_name: str) -> str:
