@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
-from cluster.control.process import main
+from cluster.control.process import leave, main
 from prefill.worker import PrefillParts
 
 if __name__ == "__main__":
-    sys.exit(main(PrefillParts()))
+    leave(main(PrefillParts()))
