@@ -56,6 +56,7 @@ DecodeOption = Annotated[int | None, typer.Option("--decode", metavar="M", help=
 MonolithicOption = Annotated[
     bool, typer.Option("--monolithic", help="One process with one engine: no prefill pool, no hand-over")
 ]
+RayOption = Annotated[bool, typer.Option("--ray", help="Workers are placed by Ray, on one machine or on many")]
 HostOption = Annotated[str | None, typer.Option("--host", help="Address the router listens on [127.0.0.1]")]
 PortOption = Annotated[int | None, typer.Option("--port", help="Port of the router; 0 chooses a free one [8000]")]
 NameOption = Annotated[str | None, typer.Option("--name", help="The model's name for clients")]
@@ -67,12 +68,13 @@ def launch(
     prefill: PrefillOption = None,
     decode: DecodeOption = None,
     monolithic: MonolithicOption = False,
+    ray: RayOption = False,
     host: HostOption = None,
     port: PortOption = None,
     name: NameOption = None,
     settings: SetOption = None,
 ) -> None:
-    """Start router and workers on this machine, and follow them until Ctrl-C.
+    """Start router and workers on this machine or with Ray, and follow them until Ctrl-C.
 
     Examples:
 
@@ -81,10 +83,17 @@ def launch(
         cluster launch demo --monolithic             one process, for comparison
         cluster launch ./Qwen3-0.6B --port 9000
         cluster launch cluster.yaml --set decode.engine.max_num_sequences=32
+        cluster launch cluster.yaml --ray            in the Ray cluster of this machine, or in one of its own
     """
-    from cluster.launch.command import launch_local
+    config = _config(target, prefill, decode, monolithic, host, port, name, settings, ray=ray)
+    if config.launch.backend == "ray":
+        from cluster.launch.ray import launch_ray
 
-    launch_local(_config(target, prefill, decode, monolithic, host, port, name, settings), Console())
+        launch_ray(config, Console())
+    else:
+        from cluster.launch.command import launch_local
+
+        launch_local(config, Console())
 
 
 @app.command()
@@ -93,6 +102,7 @@ def plan(
     prefill: PrefillOption = None,
     decode: DecodeOption = None,
     monolithic: MonolithicOption = False,
+    ray: RayOption = False,
     settings: SetOption = None,
 ) -> None:
     """Check a configuration and show which processes it means. Starts nothing.
@@ -101,12 +111,16 @@ def plan(
 
         cluster plan cluster.yaml
         cluster plan demo --prefill 2 --decode 4
+        cluster plan cluster.yaml --ray              and what Ray is asked for
     """
     from cluster.launch.cores import usable_cores
+    from cluster.launch.ray_plan import check_ray
     from cluster.launch.topology import plan_topology
     from cluster.launch.topology_table import topology_table
 
-    config = _config(target, prefill, decode, monolithic, None, None, None, settings)
+    config = _config(target, prefill, decode, monolithic, None, None, None, settings, ray=ray)
+    if config.launch.backend == "ray":
+        check_ray(config)
     topology = plan_topology(config, usable_cores())
     Console().print(topology_table(topology, config))
 
@@ -200,6 +214,8 @@ def _config(
     port: int | None,
     name: str | None,
     settings: list[str] | None,
+    *,
+    ray: bool,
 ) -> ClusterConfig:
     from cluster.config import load_config
 
@@ -207,6 +223,7 @@ def _config(
         ("--prefill", "prefill.replicas", prefill),
         ("--decode", "decode.replicas", decode),
         ("--monolithic", "monolithic", "true" if monolithic else None),
+        ("--ray", "launch.backend", "ray" if ray else None),
         ("--host", "router.host", host),
         ("--port", "router.port", port),
         ("--name", "model.served_name", name),
