@@ -52,7 +52,7 @@ def launch_ray(config: ClusterConfig, console: Console) -> None:
             write_members(directory, role, ())
         blueprint = Blueprint(config, model, model_name, key_file, Members(directory))
         with console.status("connecting to Ray"):
-            cluster = stack.enter_context(connected(config.launch.ray))
+            cluster = stack.enter_context(connected(config.launch.ray, console.print))
         router = _router(cluster, blueprint, topology, serving, directory)
         workers = [RayWorker(cluster, blueprint, group) for group in topology.groups]
         processes = [router, *workers]

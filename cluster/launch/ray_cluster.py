@@ -11,6 +11,8 @@ import atexit
 import contextlib
 import logging
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +32,7 @@ PLACEMENT_SLICE_S = 0.5  # a wait for resources can be given up this often
 QUESTION_TIMEOUT_S = 10.0  # for the head
 SHUTDOWN_TIMEOUT_S = 15.0
 OBJECT_STORE_BYTES = 80 << 20  # of a Ray of our own: nothing is put there
+OUR_OWN = "local"  # as `ray.init` calls a cluster that it starts and that ends with this process
 USAGE_STATS = "RAY_USAGE_STATS_ENABLED"
 INTERNAL_RESOURCES = ("node:", "bundle_group", "object_store_memory", "memory")
 
@@ -164,7 +167,7 @@ class Placement:
 
 
 @contextmanager
-def connected(settings: RaySettings) -> Iterator[RayCluster]:
+def connected(settings: RaySettings, tell: Callable[[str], None]) -> Iterator[RayCluster]:
     """Raises `StartupError` when Ray is not installed, not there, or another version there."""
     try:
         import ray
@@ -172,7 +175,15 @@ def connected(settings: RaySettings) -> Iterator[RayCluster]:
         raise StartupError(
             f"launch.backend: ray needs the extra `ray`: pip install 'tandem-serving[ray]' ({error})"
         ) from error
-    _connect(ray, settings)
+    address = _find_ray(settings, tell)
+    options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "logging_level": logging.ERROR}
+    if address == OUR_OWN:
+        os.environ.setdefault(USAGE_STATS, "0")
+        options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    try:  # on the main thread: the processes of a Ray of our own die with the thread that has started them
+        ray.init(address=address, **options)
+    except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError) as error:  # RuntimeError: other version
+        raise StartupError(f"Ray at {address}: {error}") from error
     try:
         yield RayCluster(ray, settings)
     finally:
@@ -182,35 +193,41 @@ def connected(settings: RaySettings) -> Iterator[RayCluster]:
             atexit.unregister(ray.shutdown)  # it would wait once more for a head that is gone
 
 
-def _connect(ray: Any, settings: RaySettings) -> None:
-    """To the Ray that is meant; `auto`: to one of our own if none is there. On the main thread, because the processes
-    of a Ray of our own die with the thread that has started them."""
-    quietly: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "logging_level": logging.ERROR}
+def _find_ray(settings: RaySettings, tell: Callable[[str], None]) -> str:
+    """What `ray.init` is to be told: an address that answers, or `OUR_OWN`. Asked before, because `ray.init` itself
+    waits for minutes where no Ray is."""
     address = os.environ.get("RAY_ADDRESS", "auto") if settings.address == "auto" else settings.address
+    if address == OUR_OWN:
+        return address
+    if address == "auto":
+        if why_not := _complaint_of_ray([], settings.connect_timeout_s):
+            tell(f"no Ray on this machine lets us in, starting one for this launch ({why_not})")
+        return OUR_OWN if why_not else address
     if address.startswith("ray://"):
         raise StartupError(f"RAY_ADDRESS: {address} is a Ray Client's; the launcher must run on a node of the cluster")
-    if address not in ("auto", "local"):
-        _wait_for_head(address, settings.connect_timeout_s)
-    try:
-        if address != "local":
-            with contextlib.suppress(*((ConnectionError,) if address == "auto" else ())):
-                ray.init(address=address, **quietly)
-                return
-        os.environ.setdefault(USAGE_STATS, "0")
-        ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quietly)
-    except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError) as error:  # RuntimeError: other version
-        raise StartupError(f"Ray at {address}: {error}") from error
-
-
-def _wait_for_head(address: str, timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + settings.connect_timeout_s
     while not asyncio.run(_answers(address)):
         if time.monotonic() > deadline:
             raise StartupError(
-                f"launch.ray.address: nothing listens at {address} for {timeout_s:g} s; start Ray there with "
-                "`ray start --head`, or leave the address out to have one started here"
+                f"launch.ray.address: nothing listens at {address} for {settings.connect_timeout_s:g} s; start Ray "
+                "there with `ray start --head`, or leave the address out to have one started here"
             )
         time.sleep(PROBE_PAUSE_S)
+    if why_not := _complaint_of_ray(["--address", address], settings.connect_timeout_s):
+        raise StartupError(f"launch.ray.address: what listens at {address} is no Ray that lets us in: {why_not}")
+    return address
+
+
+def _complaint_of_ray(arguments: list[str], timeout_s: float) -> str:
+    """Of its own health check, in a process that can be ended; empty if all is well."""
+    command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "health-check", *arguments]
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired:
+        return f"no answer within {timeout_s:g} s"
+    if done.returncode == 0:
+        return ""
+    return (done.stderr or done.stdout).decode(errors="replace").strip().rpartition("\n")[2] or "no answer"
 
 
 async def _answers(address: str) -> bool:
