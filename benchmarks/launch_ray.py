@@ -52,16 +52,18 @@ class Proof(msgspec.Struct, frozen=True):
         return not (tally.lost or tally.not_one_end or tally.wrong or self.leaked_blocks) and tally.streams > 0
 
 
-async def prove(running: Deployment) -> Proof:
+async def prove(running: Deployment, concurrency: int = CONCURRENCY) -> Proof:
     """Kill the actor of one worker of each pool, then scale up and down, under a steady load."""
     async with httpx.AsyncClient(timeout=TIMEOUT_S, trust_env=False) as client:
         side = await Side.open(client, running.url)
         cases = await built_in_cases([side], VerifyOptions(num_prompts=NUM_CASES, max_tokens=MAX_TOKENS))
     replaced = scaled = 0
-    async with steady_load(side, cases, CONCURRENCY, TIMEOUT_S) as tally:
+    async with steady_load(side, cases, concurrency, TIMEOUT_S) as tally:
         for role in (Role.PREFILL, Role.DECODE):
             await asyncio.sleep(1.0)  # for streams to be in flight
-            replaced += await kill_and_wait(running, (await workers(running, role))[0])
+            victim = (await workers(running, role))[0]
+            os.kill(actor_of(victim), signal.SIGKILL)
+            replaced += await until_replaced(running, victim)
         for count in (3, 2):
             answer = await tell(running, Scale({Role.PREFILL: count, Role.DECODE: count}))
             if not isinstance(answer, Done):
@@ -70,9 +72,8 @@ async def prove(running: Deployment) -> Proof:
     return Proof(tally, replaced, scaled, await num_leaked(running))
 
 
-async def kill_and_wait(running: Deployment, worker: WorkerStatus) -> bool:
-    """SIGKILL the actor of `worker`; whether the same worker serves again as a new engine, in bounded time."""
-    os.kill(actor_of(worker), signal.SIGKILL)
+async def until_replaced(running: Deployment, worker: WorkerStatus) -> bool:
+    """Whether the same worker serves again as a new engine, in bounded time."""
     give_up_at = time.monotonic() + REPLACED_TIMEOUT_S
     while time.monotonic() < give_up_at:
         [now] = [each for each in await workers(running, worker.role) if each.name == worker.name]
