@@ -17,12 +17,13 @@ import msgspec
 
 from benchmarks.deployment import Deployment, deployment
 from benchmarks.results import Parameter, append_result
+from benchmarks.streams import stream
 from cluster.errors import ConfigError
 from cluster.launch.control_messages import Answer, Command, Done, Drain, Scale, Status
 from cluster.launch.control_messages import Deployment as DeploymentStatus
 from cluster.launch.control_socket import ask, find_launch
 from cluster.rpc.admin import inspect
-from cluster.verify.model import Case, Output, VerifyOptions, fp32_bits
+from cluster.verify.model import Case, Output, VerifyOptions
 from cluster.verify.side import Side, built_in_cases
 
 NUM_STREAMS = 200
@@ -42,54 +43,6 @@ class Outcome(msgspec.Struct, frozen=True):
     drained_under_load: int  # workers that were told to drain while streams ran
 
 
-class _Logprobs(msgspec.Struct, frozen=True):
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
-
-
-class _Choice(msgspec.Struct, frozen=True):
-    token_ids: tuple[int, ...] = ()
-    logprobs: _Logprobs | None = None
-    finish_reason: str | None = None
-
-
-class _Chunk(msgspec.Struct, frozen=True):
-    choices: list[_Choice]
-
-
-async def stream(client: httpx.AsyncClient, side: Side, case: Case, salt: str) -> Output | None:
-    """One streamed completion; None if it did not come to its end."""
-    body = {
-        **{key: value for key, value in msgspec.structs.asdict(case).items() if key != "name"},
-        "model": side.model,
-        "stream": True,
-        "ignore_eos": True,
-        "logprobs": 2,
-        "return_token_ids": True,
-        "cache_salt": salt,
-    }
-    choices: list[_Choice] = []
-    try:
-        async with client.stream("POST", f"{side.url}/v1/completions", json=body) as answer:
-            async for line in answer.aiter_lines():
-                if line.startswith("data: {"):
-                    choices += msgspec.json.decode(line.removeprefix("data: "), type=_Chunk).choices
-    except (httpx.HTTPError, msgspec.DecodeError):  # an error event has no choices
-        return None
-    if not choices or choices[-1].finish_reason != "length":
-        return None
-    parts = [choice.logprobs for choice in choices if choice.logprobs is not None]
-    return Output(
-        tuple(token for choice in choices for token in choice.token_ids),
-        tuple(fp32_bits(value) for part in parts for value in part.token_logprobs),
-        tuple(
-            tuple(fp32_bits(value) for value in sorted((top or {}).values(), reverse=True))
-            for part in parts
-            for top in part.top_logprobs
-        ),
-    )
-
-
 class _Load:
     """All streams, `CONCURRENCY` at a time."""
 
@@ -103,7 +56,7 @@ class _Load:
 
         async def one(index: int, case: Case) -> None:
             async with gate:
-                self.outputs[index] = await stream(self._client, self._side, case, self._salt)
+                self.outputs[index] = (await stream(self._client, self._side, case, self._salt)).output
                 self.num_done += 1
 
         async with asyncio.TaskGroup() as group:
@@ -126,28 +79,28 @@ async def prove(running: Deployment, num_streams: int) -> Outcome:
         raise ConfigError("the undisturbed run lost streams")
     lost = sum(output is None for output in outputs)
     wrong = sum(got is not None and got != expected for got, expected in zip(outputs, undisturbed, strict=True))
-    return Outcome(num_streams, lost, wrong, await _num_leaked(running), replaced, under_load)
+    return Outcome(num_streams, lost, wrong, await num_leaked(running), replaced, under_load)
 
 
 async def _replace_all(running: Deployment, load: _Load, num_streams: int) -> tuple[int, int]:
     """Each of the first workers in turn, spread over the streams: drain, then start another."""
-    first = (await _status(running)).workers
+    first = (await status(running)).workers
     under_load = 0
     for turn, worker in enumerate(first):
         while load.num_done < turn * num_streams // (len(first) + 1):  # noqa: ASYNC110  many tasks count
             await asyncio.sleep(0.02)
         under_load += load.num_done < num_streams
         for command in (Drain(worker.name), Scale({worker.role: 2})):
-            answer = await _ask(running, command)
+            answer = await tell(running, command)
             if not isinstance(answer, Done):
                 raise ConfigError(f"{command}: {answer}")
-    now = {worker.engine_id for worker in (await _status(running)).workers}
+    now = {worker.engine_id for worker in (await status(running)).workers}
     return len(first) - len(now & {worker.engine_id for worker in first}), under_load
 
 
-async def _num_leaked(running: Deployment) -> int:
+async def num_leaked(running: Deployment) -> int:
     """Blocks that are not free when everything has settled, or SETTLE_S later."""
-    addresses = [worker.address for worker in (await _status(running)).workers]
+    addresses = [worker.address for worker in (await status(running)).workers]
     give_up_at = asyncio.get_running_loop().time() + SETTLE_S
     while True:
         states = [await inspect(address) for address in addresses]
@@ -159,13 +112,13 @@ async def _num_leaked(running: Deployment) -> int:
         await asyncio.sleep(0.1)
 
 
-async def _status(running: Deployment) -> DeploymentStatus:
-    answer = await _ask(running, Status())
+async def status(running: Deployment) -> DeploymentStatus:
+    answer = await tell(running, Status())
     assert isinstance(answer, DeploymentStatus)
     return answer
 
 
-async def _ask(running: Deployment, command: Command) -> Answer:
+async def tell(running: Deployment, command: Command) -> Answer:
     return await asyncio.to_thread(ask, find_launch(running.launcher.pid), command, lambda what: None)
 
 

@@ -24,9 +24,9 @@ from pathlib import Path
 import httpx
 import msgspec
 
-from benchmarks.drain import stream
 from benchmarks.outer_launchers import Job, descendants, is_available, running_job
 from benchmarks.results import Parameter, append_result
+from benchmarks.streams import Streamed, stream
 from cluster.launch.companion import monolithic_companion
 from cluster.launch.ports import choose_free_port
 from cluster.verify.model import Case, Output, VerifyOptions
@@ -97,7 +97,7 @@ async def serve_and_drain(job: Job, url: str, reference: Reference) -> tuple[int
     exit_codes = await asyncio.to_thread(job.wait, END_S)
     if job.launcher != "torchrun":  # which calls a stop by a signal a failure of its own
         assert set(exit_codes) == {0}, f"exit codes {exit_codes}:\n{job.log_tail()}"
-    num_whole = sum(got == expected for got, expected in zip(results, reference.long_outputs, strict=True))
+    num_whole = sum(got == Streamed(expected, 1) for got, expected in zip(results, reference.long_outputs, strict=True))
     return num_equal, num_whole, time.monotonic() - stopped_at
 
 

@@ -56,6 +56,7 @@ DecodeOption = Annotated[int | None, typer.Option("--decode", metavar="M", help=
 MonolithicOption = Annotated[
     bool, typer.Option("--monolithic", help="One process with one engine: no prefill pool, no hand-over")
 ]
+RayOption = Annotated[bool, typer.Option("--ray", help="Workers are placed by Ray, on one machine or on many")]
 HostOption = Annotated[str | None, typer.Option("--host", help="Address the router listens on [127.0.0.1]")]
 PortOption = Annotated[int | None, typer.Option("--port", help="Port of the router; 0 chooses a free one [8000]")]
 ExternalOption = Annotated[
@@ -76,13 +77,14 @@ def launch(
     prefill: PrefillOption = None,
     decode: DecodeOption = None,
     monolithic: MonolithicOption = False,
+    ray: RayOption = False,
     host: HostOption = None,
     port: PortOption = None,
     name: NameOption = None,
     external: ExternalOption = None,
     settings: SetOption = None,
 ) -> None:
-    """Start router and workers on this machine, and follow them until Ctrl-C.
+    """Start router and workers on this machine or with Ray, and follow them until Ctrl-C.
 
     Started by torchrun, srun, mpirun or as a LeaderWorkerSet, each process takes its part instead: rank 0
     the router, the next ones the prefill workers, the last ones the decode workers. There must be one rank
@@ -95,6 +97,7 @@ def launch(
         cluster launch demo --monolithic             one process, for comparison
         cluster launch ./Qwen3-0.6B --port 9000
         cluster launch cluster.yaml --set decode.engine.max_num_sequences=32
+        cluster launch cluster.yaml --ray            in the Ray cluster of this machine, or in one of its own
         torchrun --nproc-per-node 4 -m cluster launch cluster.yaml
         srun -n 4 cluster launch cluster.yaml
         mpirun -n 4 cluster launch cluster.yaml
@@ -103,9 +106,14 @@ def launch(
     shell in an allocation or a pod, a batch script or one stray variable starts nothing of the kind.
     `--external none` says that this launch stands for itself, whatever is in the environment.
     """
+    config = _config(target, prefill, decode, monolithic, host, port, name, external, settings, ray=ray)
+    if config.launch.backend == "ray":
+        from cluster.launch.ray import launch_ray
+
+        launch_ray(config, Console())
+        return
     from cluster.launch.command import launch_here
 
-    config = _config(target, prefill, decode, monolithic, host, port, name, external, settings)
     if exit_code := launch_here(config, Console(), show_error):
         raise typer.Exit(exit_code)
 
@@ -116,6 +124,7 @@ def plan(
     prefill: PrefillOption = None,
     decode: DecodeOption = None,
     monolithic: MonolithicOption = False,
+    ray: RayOption = False,
     settings: SetOption = None,
 ) -> None:
     """Check a configuration and show which processes it means. Starts nothing.
@@ -124,13 +133,17 @@ def plan(
 
         cluster plan cluster.yaml
         cluster plan demo --prefill 2 --decode 4
+        cluster plan cluster.yaml --ray              and what Ray is asked for
     """
     from cluster.launch.cores import usable_cores
     from cluster.launch.gpus import count_gpus, place_on_gpus
+    from cluster.launch.ray_plan import check_ray
     from cluster.launch.topology import plan_topology
     from cluster.launch.topology_table import topology_table
 
-    config = _config(target, prefill, decode, monolithic, None, None, None, None, settings)
+    config = _config(target, prefill, decode, monolithic, None, None, None, None, settings, ray=ray)
+    if config.launch.backend == "ray":
+        check_ray(config)
     topology = plan_topology(config, usable_cores())
     if num_gpus := count_gpus():  # elsewhere the plan shows what was asked for
         topology = place_on_gpus(topology, config, num_gpus)
@@ -227,6 +240,8 @@ def _config(
     name: str | None,
     external: str | None,
     settings: list[str] | None,
+    *,
+    ray: bool,
 ) -> ClusterConfig:
     from cluster.config import load_config
 
@@ -234,6 +249,7 @@ def _config(
         ("--prefill", "prefill.replicas", prefill),
         ("--decode", "decode.replicas", decode),
         ("--monolithic", "monolithic", "true" if monolithic else None),
+        ("--ray", "launch.backend", "ray" if ray else None),
         ("--host", "router.host", host),
         ("--port", "router.port", port),
         ("--name", "model.served_name", name),

@@ -20,6 +20,7 @@ import msgspec
 from cluster import config_source
 from cluster.engine.config import EngineConfig, SpeculationConfig
 from cluster.errors import ConfigError
+from cluster.types import Role
 
 MIB = 1 << 20
 DEVICE_KINDS = ("cpu", "cuda")
@@ -92,9 +93,25 @@ class LoggingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     format: Literal["text", "json"] = "text"  # json: one object per line, with the request it is about
 
 
+class RaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How workers are placed with `launch.backend: ray`."""
+
+    address: str = "auto"  # HOST:PORT of the head; auto: the Ray of this machine, else one of our own; local: our own
+    connect_timeout_s: float = 30.0  # for the head to answer when the launch begins
+    head_timeout_s: float = 20.0  # a head that is silent for so long ends the launch; Ray itself gives up after 60 s
+    placement_timeout_s: float = 60.0  # for a group to get its resources; raise it where nodes are added on demand
+    cpus_per_rank: float | None = None  # CPUs that Ray reserves for a rank; null: `engine.num_threads`, else 1
+    gpus_per_rank: float = 1.0  # GPUs that Ray reserves for a rank whose `engine.device` is cuda
+    prefill_labels: dict[str, str] = {}  # node labels that Ray must find for a prefill worker
+    decode_labels: dict[str, str] = {}  # node labels that Ray must find for a decode worker
+    router: Literal["driver", "actor"] = "driver"  # where the router runs: beside the launcher, or where Ray puts it
+    send_cluster_key: bool = False  # let Ray carry the cluster key to other nodes; else each has it as a file
+
+
 class LaunchSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How `cluster launch` treats its processes."""
 
+    backend: Literal["local", "ray"] = "local"  # local: processes of this machine; ray: placed by Ray (`--ray`)
     start_timeout_s: float = 900.0  # a process that is not ready by then counts as failed (downloads included)
     drain_timeout_s: float = 30.0  # how long running requests may go on after Ctrl-C or SIGTERM
     max_restarts: int = 5  # of one process, before the launch is given up; the count starts anew after 5 minutes
@@ -103,6 +120,7 @@ class LaunchSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     join_timeout_s: float = 300.0  # how long the ranks of an outer launcher wait for each other at the start
     rendezvous_host: str | None = None  # where rank 0 runs; null: as the outer launcher says
     rendezvous_port: int = 0  # where rank 0 awaits the other ranks; 0: derived from the job's id
+    ray: RaySettings = RaySettings()  # see the section `launch.ray`
 
 
 class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -117,6 +135,13 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     security: SecuritySettings = SecuritySettings()  # see the section `security`
     logging: LoggingSettings = LoggingSettings()  # see the section `logging`
     launch: LaunchSettings = LaunchSettings()  # see the section `launch`
+
+    def pool(self, role: Role) -> PoolSettings:
+        match role:
+            case Role.PREFILL:
+                return self.prefill
+            case Role.DECODE:
+                return self.decode
 
 
 def load_config(
@@ -163,6 +188,7 @@ def find_problems(config: ClusterConfig) -> Iterator[str]:
     )
     if config.launch.rendezvous_host is not None:
         yield from _host("launch.rendezvous_host", config.launch.rendezvous_host)
+    yield from _ray_problems(config.launch.ray)
 
 
 def _model_problems(model: ModelSettings) -> Iterator[str]:
@@ -252,6 +278,20 @@ def _network_problems(config: ClusterConfig) -> Iterator[str]:
                 f"{name}.host: {pool.host} lets other machines reach the workers, and nothing between them is "
                 "encrypted; use 127.0.0.1, or accept it with `security.allow_plaintext_network: true`"
             )
+
+
+def _ray_problems(ray: RaySettings) -> Iterator[str]:
+    host, _, port = ray.address.rpartition(":")
+    if ray.address not in ("auto", "local") and not (host and "/" not in host and port.isdecimal()):
+        yield (
+            f"launch.ray.address: expected auto, local or HOST:PORT of the head (not of a Ray Client, ray://), "
+            f"got {ray.address!r}"
+        )
+    for name in ("connect_timeout_s", "head_timeout_s", "placement_timeout_s"):
+        yield from _between(f"launch.ray.{name}", getattr(ray, name), 1, 86_400)
+    if ray.cpus_per_rank is not None:
+        yield from _between("launch.ray.cpus_per_rank", ray.cpus_per_rank, 0.01, 1024)
+    yield from _between("launch.ray.gpus_per_rank", ray.gpus_per_rank, 0.01, 1)
 
 
 def is_loopback(host: str) -> bool:

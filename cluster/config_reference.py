@@ -19,6 +19,7 @@ from cluster.config import (
     LoggingSettings,
     ModelSettings,
     PoolSettings,
+    RaySettings,
     RouterSettings,
     SecuritySettings,
 )
@@ -36,6 +37,7 @@ SECTIONS: tuple[tuple[str, type[msgspec.Struct]], ...] = (
     ("`security`", SecuritySettings),
     ("`logging`", LoggingSettings),
     ("`launch`", LaunchSettings),
+    ("`launch.ray`", RaySettings),
 )
 
 INTRODUCTION = """\

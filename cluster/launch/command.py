@@ -19,11 +19,11 @@ from cluster.launch.external_identity import read_identity
 from cluster.launch.gpus import count_gpus, place_on_gpus, shared_gpus
 from cluster.launch.local import LocalLauncher
 from cluster.launch.mps import mps_daemon
-from cluster.launch.pools import LocalPools
+from cluster.launch.pools import LocalWorker, Members, WorkerPools
 from cluster.launch.ports import check_port_free, choose_free_port
 from cluster.launch.run_directory import cluster_key_file, run_directory
-from cluster.launch.specs import process_specs
-from cluster.launch.topology import Topology, plan_topology, with_ports
+from cluster.launch.specs import process_specs, worker_spec
+from cluster.launch.topology import Topology, WorkerGroup, plan_topology, with_port, with_ports
 from cluster.launch.view import Serving, launch_view
 from cluster.model_files.source import ModelSource, resolve_model
 
@@ -61,13 +61,22 @@ def launch_local(config: ClusterConfig, console: Console) -> None:
         key_file = cluster_key_file(directory, config.security.cluster_key_file)
         specs = process_specs(config, topology, model, model_name, directory, key_file)
         serving = Serving(url=topology.router.url, model_name=model_name, summary=topology.summary)
+
+        def make_worker(group: WorkerGroup) -> LocalWorker:
+            group = with_port(group, choose_free_port)
+            spec = worker_spec(config, group, model, model_name, directory, key_file)
+            return LocalWorker(group, spec, directory)
+
+        of_workers = specs if topology.is_monolithic else specs[1:]
+        workers = [LocalWorker(*pair, directory) for pair in zip(topology.groups, of_workers, strict=True)]
         with launch_view(serving, [spec.name for spec in specs], console) as view:
-            launcher = LocalLauncher(specs, config.launch, view, lambda: answers_health(topology.router.url))
-            pools = LocalPools(launcher, config, topology, model, model_name, directory, key_file)
-            asyncio.run(_run_with_control(launcher, pools, directory))
+            launcher = LocalLauncher(specs, config.launch, view, lambda: answers_health(serving))
+            members = Members(directory, topology.groups)
+            pools = WorkerPools(launcher, config, serving, workers, make_worker, members)
+            asyncio.run(run_with_control(launcher, pools, directory))
 
 
-async def _run_with_control(launcher: LocalLauncher, pools: LocalPools, directory: Path) -> None:
+async def run_with_control(launcher: LocalLauncher, pools: WorkerPools, directory: Path) -> None:
     async with control_server(directory, pools.handle):
         await launcher.run()
 
@@ -103,14 +112,14 @@ def find_model(reference: str, console: Console) -> ModelSource:
         return resolve_model(reference, show)
 
 
-async def answers_health(url: str) -> None:
+async def answers_health(serving: Serving) -> None:
     """Returns once GET /health says 200: the router has found its workers."""
     import httpx  # takes long to import, and only a launch that got this far needs it
 
     async with httpx.AsyncClient(timeout=PROBE_ANSWER_S, trust_env=False) as client:
         while True:
             try:
-                if (await client.get(f"{url}/health")).status_code == httpx.codes.OK:
+                if (await client.get(f"{serving.url}/health")).status_code == httpx.codes.OK:
                     return
             except httpx.TransportError:
                 pass  # not listening yet: the caller bounds the wait

@@ -149,7 +149,7 @@ class Leader:
 
         async def probe() -> None:
             await self._all_ready.wait()
-            await answers_health(serving.url)
+            await answers_health(serving)
 
         return LocalLauncher(
             [router_spec(config, directory)],

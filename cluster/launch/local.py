@@ -1,4 +1,5 @@
-"""Runs the processes of a topology on this machine: start, watch, restart, drain.
+"""Runs the processes of a topology from this machine: start, watch, restart, drain. Where they run is their own
+business (`Launchable`).
 
 start all --one dies--> stop the others, StartupError
     | all ready
@@ -17,13 +18,13 @@ import asyncio
 import signal
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
 from cluster.config import LaunchSettings
 from cluster.errors import StartupError
-from cluster.launch.process import ManagedProcess, ProcessListener, ProcessSpec, describe_exit
+from cluster.launch.process import Launchable, ProcessListener, RunningProcess
 from cluster.process_events import ProcessEvent, Ready
 
 FIRST_RESTART_PAUSE_S = 1.0
@@ -56,7 +57,7 @@ class LocalLauncher:
 
     def __init__(
         self,
-        specs: Sequence[ProcessSpec],
+        specs: Sequence[Launchable],
         settings: LaunchSettings,
         view: LaunchView,
         probe: Callable[[], Awaitable[None]],
@@ -70,9 +71,9 @@ class LocalLauncher:
         self._probe = probe
         self._probe_timeout_s = probe_timeout_s
         self._handles_signals = handles_signals
-        self._running: dict[str, ManagedProcess] = {}
+        self._running: dict[str, RunningProcess] = {}
         self._was_ready = {spec.name: asyncio.Event() for spec in specs}
-        self._supervisors: dict[str, asyncio.Task[None]] = {}
+        self._supervisors: dict[str, asyncio.Task[str]] = {}
         self._leaving: set[str] = set()
         self._group: asyncio.TaskGroup | None = None
         self.is_serving = False
@@ -116,8 +117,8 @@ class LocalLauncher:
     def is_stopping(self) -> bool:
         return self._stopping.is_set()
 
-    async def add(self, spec: ProcessSpec) -> None:
-        """Start one more process; returns when it is ready. Raises `StartupError` when it is not to be, and
+    async def add(self, spec: Launchable) -> None:
+        """Start one more process; returns when it is ready. Raises `StartupError` that says why it is not to be;
         the others go on."""
         assert self._group is not None
         assert spec.name not in self._specs
@@ -129,7 +130,8 @@ class LocalLauncher:
         became_ready.cancel()
         if not ready.is_set():
             self._forget(spec.name)
-            raise StartupError(f"{spec.name} could not start, see the log of the launch")
+            is_stopping = supervisor.cancelled() or self._stopping.is_set()
+            raise StartupError("the launch is stopping" if is_stopping else supervisor.result())
 
     async def drain(self, name: str) -> bool:
         """End one process for good; False if it had to be killed. It has `drain_timeout_s` for its requests."""
@@ -170,10 +172,11 @@ class LocalLauncher:
     def on_log(self, name: str, line: str) -> None:
         self._view.on_log(name, line)
 
-    def _fail(self, message: str) -> None:
+    def fail(self, message: str, stop_reason: str = "stopping the other processes") -> None:
+        """End the launch; `run` raises the message."""
         if not self._stopping.is_set():
             self._failure = StartupError(message)
-            self.stop("stopping the other processes")
+            self.stop(stop_reason)
 
     async def _follow(self) -> None:
         for event in tuple(self._was_ready.values()):
@@ -182,53 +185,58 @@ class LocalLauncher:
             async with asyncio.timeout(self._probe_timeout_s):
                 await self._probe()
         except TimeoutError:
-            self._fail(f"every process is ready, but the router does not answer within {self._probe_timeout_s:g} s")
+            self.fail(f"every process is ready, but the router does not answer within {self._probe_timeout_s:g} s")
             return
         self.is_serving = True
         self._view.on_serving()
 
-    async def _supervise(self, spec: ProcessSpec) -> None:
+    async def _supervise(self, spec: Launchable) -> str:
+        """Until it is not to be started again; why, if it was never ready."""
         deaths: deque[float] = deque()
         while not self._stopping.is_set():
             try:
                 how, last_words = await self._run_once(spec)
+                failure = _obituary(f"{spec.name} could not start ({how})", last_words)
             except StartupError as error:
-                self._fail(error.message)
-                return
+                how, last_words = "the start failed", error.message.splitlines()
+                failure = error.message
             if self._stopping.is_set() or spec.name in self._leaving:
-                return
+                return ""
             if self.is_serving and not self._was_ready[spec.name].is_set():  # it was added, the others serve
-                self._view.on_log(spec.name, _obituary(f"could not start ({how})", last_words))
-                return
+                self._view.on_log(spec.name, failure)
+                return failure
             if not self.is_serving:
-                self._fail(_obituary(f"{spec.name} could not start ({how})", last_words))
-                return
+                self.fail(failure)
+                return failure
             deaths.append(time.monotonic())
             while deaths[0] < deaths[-1] - RESTART_WINDOW_S:
                 deaths.popleft()
             if len(deaths) > self._settings.max_restarts:
                 died = f"{spec.name} died {len(deaths)} times within {RESTART_WINDOW_S:.0f} s (last: {how})"
-                self._fail(_obituary(died, last_words))
-                return
+                self.fail(_obituary(died, last_words))
+                return ""
             pause_s = min(FIRST_RESTART_PAUSE_S * 2 ** (len(deaths) - 1), LONGEST_RESTART_PAUSE_S)
             self._view.on_death(spec.name, how, last_words, pause_s)
             await _wait_for(self._stopping, pause_s)
+        return ""
 
-    async def _run_once(self, spec: ProcessSpec) -> tuple[str, list[str]]:
+    async def _run_once(self, spec: Launchable) -> tuple[str, list[str]]:
         """From start to end of one process: how it ended, and its last words."""
         self._view.on_start(spec.name)
-        process = await ManagedProcess.start(spec, self)
+        if not await _done_before(self._stopping, spec.prepare(self)):
+            return "not started", []
+        process = await spec.start(self)
         self._running[spec.name] = process
         if self._stopping.is_set():  # asked for while it was being started: it was not there to be drained
             process.send(signal.SIGKILL)
         timeout_s = self._settings.start_timeout_s
         watchdog = asyncio.get_running_loop().call_later(timeout_s, process.kill_unless_ready)
         try:
-            exit_code = await process.wait()
+            await process.wait()
         finally:
             watchdog.cancel()
             del self._running[spec.name]
-        how = f"not ready after {timeout_s:g} s" if process.was_too_slow else describe_exit(exit_code)
+        how = f"not ready after {timeout_s:g} s" if process.was_too_slow else process.how_it_ended
         return how, process.last_words
 
     async def _stop_all(self) -> None:
@@ -237,10 +245,10 @@ class LocalLauncher:
             await self._stop_stage(list(self._running.values()), ABORTED_START_GRACE_S)
             return
         for stop_order in sorted({spec.stop_order for spec in self._specs.values()}):
-            stage = [process for process in self._running.values() if process.spec.stop_order == stop_order]
+            stage = [process for name, process in self._running.items() if self._specs[name].stop_order == stop_order]
             await self._stop_stage(stage, self._settings.drain_timeout_s + DRAIN_MARGIN_S)
 
-    async def _stop_stage(self, stage: Sequence[ManagedProcess], grace_s: float) -> None:
+    async def _stop_stage(self, stage: Sequence[RunningProcess], grace_s: float) -> None:
         for process in stage:
             process.send(signal.SIGTERM)
         all_exited = asyncio.ensure_future(_all_exited(stage))
@@ -266,7 +274,7 @@ class LocalLauncher:
                 loop.remove_signal_handler(number)
 
 
-async def _all_exited(processes: Sequence[ManagedProcess]) -> None:
+async def _all_exited(processes: Sequence[RunningProcess]) -> None:
     for process in processes:
         await process.exited.wait()
 
@@ -275,6 +283,21 @@ def _obituary(what: str, last_words: Sequence[str]) -> str:
     if not last_words:
         return f"{what}; it said nothing"
     return "\n".join([f"{what}. Its last words:", *(f"    {line}" for line in last_words)])
+
+
+async def _done_before(event: asyncio.Event, work: Coroutine[None, None, None]) -> bool:
+    """Do `work`, unless `event` comes first: then it is cancelled, and the answer is False."""
+    worker, waiter = asyncio.ensure_future(work), asyncio.ensure_future(event.wait())
+    try:
+        await asyncio.wait({worker, waiter}, return_when=asyncio.FIRST_COMPLETED)
+        is_done = worker.done()
+    finally:
+        for task in (worker, waiter):
+            task.cancel()
+        await asyncio.gather(worker, waiter, return_exceptions=True)
+    if is_done:
+        worker.result()
+    return is_done
 
 
 async def _wait_for(event: asyncio.Event, timeout_s: float) -> None:

@@ -1,6 +1,6 @@
-"""The worker pools of a local launch while it runs: status, drain, scale.
+"""The worker pools of a launch while it runs: status, drain, scale.
 
-    up:    choose a port, write the config, start, wait until ready, tell the router
+    up:    make a worker, start it, wait until it is ready, tell the router
     down:  tell the router, give it time to read that, SIGTERM (the worker finishes what it has), forget it
 
 One change at a time; a change that fails leaves the pools as they are and says why.
@@ -9,12 +9,14 @@ One change at a time; a change that fails leaves the pools as they are and says 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
-from cluster.config import ClusterConfig, PoolSettings
+from cluster.config import ClusterConfig
 from cluster.errors import ConfigError, Overloaded, TandemError, WorkerLost
 from cluster.launch.control_messages import (
     Answer,
@@ -29,10 +31,10 @@ from cluster.launch.control_messages import (
     WorkerStatus,
 )
 from cluster.launch.local import LocalLauncher
-from cluster.launch.ports import choose_free_port
-from cluster.launch.specs import worker_spec, write_members
-from cluster.launch.topology import Topology, WorkerGroup, next_group, with_port
-from cluster.model_files.source import ModelSource
+from cluster.launch.process import Launchable, ProcessSpec
+from cluster.launch.specs import members_name, write_members
+from cluster.launch.topology import WorkerGroup, next_group
+from cluster.launch.view import Serving
 from cluster.types import Role
 
 ROUTER_READS_S = 0.5  # a router looks at its members file every 0.2 s
@@ -40,28 +42,89 @@ QUESTION_TIMEOUT_S = 2.0
 MAX_REPLICAS = 64  # of one role on one machine
 
 
-class LocalPools:
-    """Everything that is needed to start one more worker like those there are."""
+class PoolWorker(Protocol):
+    """One worker of a pool: where it is reached, and what a launcher keeps alive for it."""
+
+    @property
+    def group(self) -> WorkerGroup: ...
+
+    @property
+    def process(self) -> Launchable: ...
+
+    async def close(self) -> None:
+        """After its last life: undo what was made for it."""
+        ...
+
+
+MakeWorker = Callable[[WorkerGroup], PoolWorker]  # of a group that has a name and ranks, and perhaps a port
+
+
+@dataclass(frozen=True, slots=True)
+class LocalWorker:
+    """A worker process of this machine, whose config file was written by `worker_spec`."""
+
+    group: WorkerGroup
+    process: ProcessSpec
+    directory: Path
+
+    async def close(self) -> None:
+        (self.directory / f"{self.group.name}.json").unlink()
+
+
+class Members:
+    """The workers that the router is told of: it follows their files, which exist. `changes` is for a copy of them."""
+
+    def __init__(self, directory: Path, groups: Iterable[WorkerGroup] = ()) -> None:
+        """`groups`: what the files say so far."""
+        self._directory = directory
+        self._groups = {group.name: group for group in groups}
+        self._changed = asyncio.Event()
+
+    def join(self, group: WorkerGroup) -> None:
+        """Also one that has moved."""
+        self._groups[group.name] = group
+        self._write(group.role)
+
+    def leave(self, group: WorkerGroup) -> None:
+        if self._groups.pop(group.name, None) is not None:
+            self._write(group.role)
+
+    def _write(self, role: Role) -> None:
+        write_members(self._directory, role, self._groups.values())
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def changes(self) -> AsyncIterator[dict[str, bytes]]:
+        """Content by name of all files, now and after each change."""
+        while True:
+            changed = self._changed
+            yield {name: (self._directory / name).read_bytes() for name in map(members_name, Role)}
+            await changed.wait()
+
+
+class WorkerPools:
+    """What runs, and what is needed to start one more worker like those there are."""
 
     def __init__(
         self,
         launcher: LocalLauncher,
         config: ClusterConfig,
-        topology: Topology,
-        model: ModelSource,
-        model_name: str,
-        directory: Path,
-        key_file: Path,
+        serving: Serving,
+        workers: Iterable[PoolWorker],
+        make_worker: MakeWorker,
+        members: Members,
     ) -> None:
         self._launcher = launcher
         self._config = config
-        self._topology = topology
-        self._model = model
-        self._model_name = model_name
-        self._directory = directory
-        self._key_file = key_file
-        self._groups = list(topology.groups)
+        self._serving = serving
+        self._workers = list(workers)
+        self._make_worker = make_worker
+        self._members = members
         self._change = asyncio.Lock()
+
+    async def close(self) -> None:
+        """When nothing runs any more."""
+        await asyncio.gather(*(worker.close() for worker in self._workers))
 
     async def handle(self, command: Command) -> AsyncIterator[Answer]:
         """What to answer, the last one ends it. Errors of ours are answers."""
@@ -79,11 +142,11 @@ class LocalPools:
             yield Refused(error.message)
 
     async def status(self) -> Deployment:
-        workers = await asyncio.gather(*(self._status_of(group) for group in self._groups))
-        return Deployment(self._topology.router.url, self._model_name, tuple(workers))
+        workers = await asyncio.gather(*(self._status_of(worker) for worker in self._workers))
+        return Deployment(self._serving.url, self._serving.model_name, tuple(workers))
 
     async def _exclusively(self, change: AsyncIterator[Answer]) -> AsyncIterator[Answer]:
-        if self._topology.is_monolithic:
+        if self._config.monolithic:
             raise ConfigError("a monolithic deployment is one process: there are no pools to change")
         if not self._launcher.is_serving:
             raise Overloaded("the deployment is still starting")
@@ -94,11 +157,12 @@ class LocalPools:
                 yield answer
 
     async def _drain_one(self, name: str) -> AsyncIterator[Answer]:
-        found = [group for group in self._groups if group.name == name]
+        found = [worker for worker in self._workers if worker.group.name == name]
         if not found:
-            raise ConfigError(f"there is no worker {name}, only {', '.join(group.name for group in self._groups)}")
-        if len(self._of(found[0].role)) == 1:
-            role = found[0].role.value
+            names = ", ".join(worker.group.name for worker in self._workers)
+            raise ConfigError(f"there is no worker {name}, only {names}")
+        if len(self._of(found[0].group.role)) == 1:
+            role = found[0].group.role.value
             raise ConfigError(f"{name} is the only {role} worker: `cluster scale {role}=2` first, then drain it")
         yield Doing(f"draining {name}")
         yield Done(await self._leave(found[0]))
@@ -109,48 +173,45 @@ class LocalPools:
                 raise ConfigError(f"{role.value}={count}: expected 1 to {MAX_REPLICAS} workers")
         for role, count in replicas.items():
             while len(self._of(role)) < count:
-                group = self._plan_one(role)
-                yield Doing(f"starting {group.name}")
-                await self._join(group)
-                yield Doing(f"{group.name} is ready")
+                worker = self._plan_one(role)
+                yield Doing(f"starting {worker.group.name}")
+                await self._join(worker)
+                yield Doing(f"{worker.group.name} is ready")
             while len(self._of(role)) > count:
-                group = self._of(role)[-1]
-                yield Doing(f"draining {group.name}")
-                yield Doing(await self._leave(group))
+                worker = self._of(role)[-1]
+                yield Doing(f"draining {worker.group.name}")
+                yield Doing(await self._leave(worker))
         yield Done(", ".join(f"{role.value}={len(self._of(role))}" for role in Role))
 
-    def _plan_one(self, role: Role) -> WorkerGroup:
-        pool: PoolSettings = self._config.prefill if role is Role.PREFILL else self._config.decode
-        return with_port(next_group(self._of(role)[0], self._groups, pool.port), choose_free_port)
+    def _plan_one(self, role: Role) -> PoolWorker:
+        like = self._of(role)[0].group
+        present = [worker.group for worker in self._workers]
+        return self._make_worker(next_group(like, present, self._config.pool(role).port))
 
-    async def _join(self, group: WorkerGroup) -> None:
-        names = (self._config, group, self._model, self._model_name, self._directory, self._key_file)
-        spec = worker_spec(*names)
+    async def _join(self, worker: PoolWorker) -> None:
         try:
-            await self._launcher.add(spec)
+            await self._launcher.add(worker.process)
         except TandemError:
-            self._config_file(group).unlink()
+            self._members.leave(worker.group)
+            await worker.close()
             raise
-        self._groups.append(group)
-        write_members(self._directory, group.role, self._groups)
+        self._workers.append(worker)
+        self._members.join(worker.group)
 
-    async def _leave(self, group: WorkerGroup) -> str:
-        rest = [other for other in self._groups if other is not group]
-        write_members(self._directory, group.role, rest)
+    async def _leave(self, worker: PoolWorker) -> str:
+        name = worker.group.name
+        self._members.leave(worker.group)
         await asyncio.sleep(ROUTER_READS_S)
-        has_finished = await self._launcher.drain(group.name)
-        self._groups = rest
-        self._config_file(group).unlink()
-        return f"{group.name} has left" if has_finished else f"{group.name} was killed, it did not drain in time"
+        has_finished = await self._launcher.drain(worker.process.name)
+        self._workers.remove(worker)
+        await worker.close()
+        return f"{name} has left" if has_finished else f"{name} was killed, it did not drain in time"
 
-    def _config_file(self, group: WorkerGroup) -> Path:
-        return self._directory / f"{group.name}.json"
+    def _of(self, role: Role) -> list[PoolWorker]:
+        return [worker for worker in self._workers if worker.group.role is role]
 
-    def _of(self, role: Role) -> list[WorkerGroup]:
-        return [group for group in self._groups if group.role is role]
-
-    async def _status_of(self, group: WorkerGroup) -> WorkerStatus:
-        name = "monolithic" if self._topology.is_monolithic else group.name
+    async def _status_of(self, worker: PoolWorker) -> WorkerStatus:
+        group, name = worker.group, worker.process.name
         state, pid = self._launcher.state_of(name), self._launcher.pid_of(name)
         return await with_load(WorkerStatus(group.name, group.role, group.address, state, pid))
 

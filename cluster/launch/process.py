@@ -1,4 +1,5 @@
-"""One launched process: its start, its events, its last words and its end."""
+"""What a launcher starts: the seam (`Launchable`, `RunningProcess`) and a process of this machine behind it:
+its start, its events, its last words and its end."""
 
 from __future__ import annotations
 
@@ -22,22 +23,81 @@ STDOUT, STDERR = 1, 2
 PIPE_GRACE_S = 2.0  # for output that is still in the pipes when the process has ended
 
 
-@dataclass(frozen=True, slots=True)
-class ProcessSpec:
-    """What to run: `python -m <command>`. `stop_order`: lower ones are drained first."""
-
-    name: str
-    command: tuple[str, ...]
-    environment: Mapping[str, str] = field(default_factory=dict)
-    stop_order: int = 0
-
-
 class ProcessListener(Protocol):
     """Told what a process says, on the event loop."""
 
     def on_event(self, name: str, event: ProcessEvent) -> None: ...
 
     def on_log(self, name: str, line: str) -> None: ...
+
+
+class RunningProcess(Protocol):
+    """One life of what is launched: a process here, or the processes of a group's ranks elsewhere."""
+
+    ready: asyncio.Event
+    exited: asyncio.Event  # and its output has been passed on
+    was_too_slow: bool
+
+    @property
+    def last_words(self) -> list[str]: ...
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        ...
+
+    @property
+    def how_it_ended(self) -> str:
+        """Such as `exit code 3`; asked when it has."""
+        ...
+
+    async def wait(self) -> int:
+        """Until it has ended; its exit code. Cancelled: it is killed."""
+        ...
+
+    def kill_unless_ready(self) -> None: ...
+
+    def send(self, number: signal.Signals) -> None:
+        """One that is gone is not an error."""
+        ...
+
+
+class Launchable(Protocol):
+    """What a launcher keeps alive. Raises `StartupError` where it cannot be started."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def stop_order(self) -> int:
+        """Lower ones are drained first."""
+        ...
+
+    async def prepare(self, listener: ProcessListener) -> None:
+        """Before every start: get what it needs to run. May take long; cancelled, it leaves nothing running."""
+        ...
+
+    async def start(self, listener: ProcessListener) -> RunningProcess: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessSpec:
+    """A `Launchable` on this machine: `python -m <command>`."""
+
+    name: str
+    command: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    stop_order: int = 0
+    withheld: tuple[str, ...] = ()  # variables of the launcher's environment that are not for it
+
+    async def prepare(self, listener: ProcessListener) -> None:
+        """It needs nothing but this machine."""
+
+    async def start(self, listener: ProcessListener) -> ManagedProcess:
+        return await ManagedProcess.start(self, listener)
 
 
 class ManagedProcess:
@@ -58,6 +118,7 @@ class ManagedProcess:
     async def start(cls, spec: ProcessSpec, listener: ProcessListener) -> ManagedProcess:
         """Its own session: Ctrl-C in the terminal reaches the launcher only, which drains in order."""
         process = cls(spec, listener)
+        inherited = {name: value for name, value in os.environ.items() if name not in spec.withheld}
         try:
             process._transport, _ = await asyncio.get_running_loop().subprocess_exec(
                 lambda: process._protocol,
@@ -70,7 +131,7 @@ class ManagedProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                env={**os.environ, **spec.environment},
+                env={**inherited, **spec.environment},
                 start_new_session=True,
             )
         except OSError as error:
@@ -94,6 +155,11 @@ class ManagedProcess:
         """None while it runs."""
         assert self._transport is not None
         return self._transport.get_returncode()
+
+    @property
+    def how_it_ended(self) -> str:
+        assert self.exit_code is not None
+        return describe_exit(self.exit_code)
 
     async def wait(self) -> int:
         """Until it has ended; its exit code, negative for a signal.

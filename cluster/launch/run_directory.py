@@ -75,6 +75,11 @@ def write_private(path: Path, content: bytes) -> Path:
     return path
 
 
+def replace_private(path: Path, content: bytes) -> Path:
+    """As `write_private`, in place of what is there; a reader sees the old content or the new one."""
+    return write_private(path.with_name(f"{path.name}.new"), content).replace(path)
+
+
 def write_config(directory: Path, name: str, config: msgspec.Struct) -> Path:
     return write_private(directory / f"{name}.json", msgspec.json.format(msgspec.json.encode(config)))
 

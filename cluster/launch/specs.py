@@ -7,13 +7,13 @@ from pathlib import Path
 
 import msgspec
 
-from cluster.config import ClusterConfig, PoolSettings
+from cluster.config import ClusterConfig
 from cluster.control.worker_config import WorkerConfig
 from cluster.engine.config import DEFAULT_GPU_FRACTION, EngineConfig
 from cluster.launch import mps
 from cluster.launch.monolithic_config import MonolithicConfig
 from cluster.launch.process import ProcessSpec
-from cluster.launch.run_directory import write_config, write_private
+from cluster.launch.run_directory import replace_private, write_config
 from cluster.launch.topology import Rank, Topology, WorkerGroup
 from cluster.model_files.source import ModelSource
 from cluster.router.config import RouterConfig
@@ -38,14 +38,17 @@ def process_specs(
         worker = msgspec.structs.replace(worker, transport="loopback", host="127.0.0.1", port=0, cluster_key_file="")
         path = write_config(directory, "monolithic", MonolithicConfig(router=router, worker=worker))
         command = ("cluster.launch.monolithic", "--config", str(path))
-        return [ProcessSpec(name="monolithic", command=command, environment=_environment(group))]
-    members = {role: write_members(directory, role, topology.groups) for role in Role}
-    router = msgspec.structs.replace(
-        router, prefill=(f"file:{members[Role.PREFILL]}",), decode=(f"file:{members[Role.DECODE]}",)
-    )
-    specs = [router_spec(router, directory)]
-    specs += [worker_spec(config, group, model, model_name, directory, key_file) for group in topology.groups]
-    return specs
+        return [ProcessSpec(name="monolithic", command=command, environment=process_environment(group))]
+    for role in Role:
+        write_members(directory, role, topology.groups)
+    workers = [worker_spec(config, group, model, model_name, directory, key_file) for group in topology.groups]
+    return [router_spec(following_members(router, directory), directory), *workers]
+
+
+def following_members(router: RouterConfig, directory: Path) -> RouterConfig:
+    """The router told to find its workers in the members files in `directory`."""
+    prefill, decode = (f"file:{directory / members_name(role)}" for role in (Role.PREFILL, Role.DECODE))
+    return msgspec.structs.replace(router, prefill=(prefill,), decode=(decode,))
 
 
 def router_spec(router: RouterConfig, directory: Path) -> ProcessSpec:
@@ -71,17 +74,19 @@ def worker_spec(
     return ProcessSpec(
         name=group.name,
         command=(group.role.value, "--config", str(path)),
-        environment=_environment(group),
+        environment=process_environment(group),
         stop_order=WORKERS_STOP_LAST,
     )
 
 
 def write_members(directory: Path, role: Role, groups: Iterable[WorkerGroup]) -> Path:
     """Tell the router which workers of `role` there are; it follows this file."""
-    path = directory / f"{role.value}.members"
     addresses = [group.address for group in groups if group.role is role]
-    write_private(directory / f"{path.name}.new", msgspec.json.encode(addresses)).replace(path)
-    return path
+    return replace_private(directory / members_name(role), msgspec.json.encode(addresses))
+
+
+def members_name(role: Role) -> str:
+    return f"{role.value}.members"
 
 
 def router_config(config: ClusterConfig, topology: Topology, model: ModelSource | str, model_name: str) -> RouterConfig:
@@ -105,7 +110,7 @@ def router_config(config: ClusterConfig, topology: Topology, model: ModelSource 
 def worker_config(
     config: ClusterConfig, group: WorkerGroup, model: ModelSource | str, model_name: str, key_file: Path
 ) -> WorkerConfig:
-    pool = _pool(config, group.role)
+    pool = config.pool(group.role)
     (rank,) = group.ranks
     return WorkerConfig(
         model=model if isinstance(model, str) else str(model.path),
@@ -126,14 +131,6 @@ def worker_config(
     )
 
 
-def _pool(config: ClusterConfig, role: Role) -> PoolSettings:
-    match role:
-        case Role.PREFILL:
-            return config.prefill
-        case Role.DECODE:
-            return config.decode
-
-
 def _engine(engine: EngineConfig, rank: Rank) -> EngineConfig:
     fraction = engine.gpu_memory_fraction
     if fraction is None and rank.num_sharers > 1:
@@ -143,7 +140,7 @@ def _engine(engine: EngineConfig, rank: Rank) -> EngineConfig:
     )
 
 
-def _environment(group: WorkerGroup) -> dict[str, str]:
+def process_environment(group: WorkerGroup) -> dict[str, str]:
     """Libraries outside of the kernels take their number of threads from here, and CUDA its share of a GPU."""
     rank = group.ranks[0]
     environment = {"OMP_NUM_THREADS": str(rank.num_threads)}

@@ -28,6 +28,7 @@ class Rank:
     num_threads: int
     gpu_percent: int | None = None  # share of a GPU's multiprocessors; None: all
     num_sharers: int = 1  # ranks on the same GPU, this one included
+    stage: int = 0  # of the pipeline; the ranks of one stage share a node
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +160,10 @@ def _rank(pool: PoolSettings, default_threads: int) -> Rank:
 
 def _threads_per_worker(config: ClusterConfig, pool: PoolSettings, num_workers: int, num_cores: int) -> int:
     """Shared: prefill and decode seldom compute at the same time for one request, so each pool gets all
-    cores and a lone request is as fast as on one process. Split: no core has two workers."""
+    cores and a lone request is as fast as on one process. Split: no core has two workers. With Ray the
+    cores of this machine say nothing about those of a worker's node: it has what is reserved for it."""
+    if config.launch.backend == "ray":
+        return max(1, int(config.launch.ray.cpus_per_rank or 1))
     match config.launch.cpu_threads:
         case "shared":
             return max(1, num_cores // pool.replicas)

@@ -25,11 +25,11 @@ REFRESHES_PER_S = 8
 LARGEST_COUNT = 9999  # larger totals are bytes: a percentage says more
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Serving:
     """What the user needs to know once requests are answered."""
 
-    url: str
+    url: str  # changes when a router that Ray has placed moves
     model_name: str
     summary: str  # "1 prefill + 1 decode worker"
 
