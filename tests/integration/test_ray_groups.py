@@ -77,7 +77,7 @@ async def until_nothing_is_reserved() -> None:
     import ray  # after its environment is set
 
     async with asyncio.timeout(WAIT_S):
-        while any(group["state"] != "REMOVED" for group in ray.util.placement_group_table().values()):
+        while any(group["state"] != "REMOVED" for group in ray.util.placement_group_table().values()):  # noqa: ASYNC110
             await asyncio.sleep(0.05)
 
 
