@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,15 +34,33 @@ class RayHead:
     head: subprocess.Popen[bytes]
     nodes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)  # by their address
 
-    def add_node(self, host: str, *arguments: str) -> None:
-        """One more node of this machine: a raylet with an address of its own, such as 127.0.0.3."""
-        command = ("start", "--address", self.address, "--node-ip-address", host, *arguments)
-        self.nodes[host] = _start(command, self.environment, self.directory / f"{host}.log")
+    def add_nodes(self, hosts: Sequence[str], *arguments: str) -> None:
+        """More nodes on this machine: raylets with addresses of their own, such as 127.0.0.3."""
+        for host in hosts:
+            command = ("start", "--address", self.address, "--node-ip-address", host, *arguments)
+            self.nodes[host] = _begin(command, self.environment, self._log(host))
+        for host in hosts:
+            _wait_until_started(self.nodes[host], self._log(host))
 
-    def end(self, process: subprocess.Popen[bytes], number: signal.Signals = signal.SIGKILL) -> None:
-        """A node, or the head, with all its processes."""
-        os.killpg(process.pid, number)
-        process.wait(START_TIMEOUT_S)
+    def kill_node(self, host: str) -> None:
+        _kill_all(self.nodes.pop(host))
+
+    def kill_control_store(self) -> None:
+        """The server of the head that all of Ray depends on; the head's raylet and its processes stay."""
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                program = path.read_bytes().partition(b"\0")[0]
+                if program.endswith(b"/gcs_server") and os.getpgid(int(path.parent.name)) == self.head.pid:
+                    os.kill(int(path.parent.name), signal.SIGKILL)
+                    return
+        raise RuntimeError("the head has no control store")
+
+    def close(self) -> None:
+        for process in (*self.nodes.values(), self.head):
+            _kill_all(process)
+
+    def _log(self, host: str) -> Path:
+        return self.directory / f"{host}.log"
 
 
 @contextmanager
@@ -61,24 +79,21 @@ def ray_head(num_cpus: int, **environment: str) -> Iterator[RayHead]:
     }
     command: tuple[str, ...] = ("start", "--head", "--port", str(port), "--temp-dir", str(directory / "ray"))
     command += ("--num-cpus", str(num_cpus), "--include-dashboard", "false")
+    process = _begin(command, ours, directory / "head.log")
+    head = RayHead(f"127.0.0.1:{port}", directory, ours, process)
     try:
-        process = _start(command, ours, directory / "head.log")
-        head = RayHead(f"127.0.0.1:{port}", directory, ours, process)
-        try:
-            yield head
-        finally:
-            for each in (*head.nodes.values(), process):
-                if each.poll() is None:
-                    head.end(each)
+        _wait_until_started(process, directory / "head.log")
+        yield head
     finally:
+        head.close()
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _start(arguments: tuple[str, ...], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
-    """`ray start` with those arguments, in a process group of its own, when Ray says that it runs."""
+def _begin(arguments: tuple[str, ...], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """`ray start` with those arguments, in a process group of its own."""
     command = [*RAY, *arguments, "--block", "--disable-usage-stats", "--object-store-memory", str(OBJECT_STORE_BYTES)]
     with log.open("wb") as output:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -86,11 +101,18 @@ def _start(arguments: tuple[str, ...], environment: dict[str, str], log: Path) -
             env={**os.environ, **environment},
             start_new_session=True,
         )
+
+
+def _wait_until_started(process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while STARTED not in log.read_text(errors="replace"):
         if process.poll() is not None or time.monotonic() > deadline:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
             raise RuntimeError(f"Ray did not start:\n{log.read_text(errors='replace')[-2000:]}")
         time.sleep(0.05)
-    return process
+
+
+def _kill_all(process: subprocess.Popen[bytes]) -> None:
+    """With all that it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(START_TIMEOUT_S)

@@ -36,6 +36,7 @@ from cluster.process_events import ProcessEvent
 
 NEWS_PAUSE_S = 5.0  # the longest time until a question for news is answered
 LAUNCHER_SILENCE_S = 45.0
+LEAVE_S = 1.0  # for the answer of `leave` to be sent
 MAX_NEWS = 10_000  # kept for a launcher that does not ask; the oldest log lines go first
 PYTHON_DEBUGGER = "PYTHONBREAKPOINT"  # Ray points it at a debugger that listens on the network
 
@@ -109,8 +110,13 @@ class RankActor:
         if self._process is not None and not self._process.exited.is_set():
             self._process.send(signal.Signals(number))
 
+    async def leave(self) -> None:
+        """`close`, and soon the actor ends itself: it is killed through Ray's head, which may be gone."""
+        await self.close()
+        asyncio.get_running_loop().call_later(LEAVE_S, os._exit, 0)
+
     async def close(self) -> None:
-        """Before the actor is killed, which leaves no time for this: kill the process, remove the directory."""
+        """Kill the process, remove the directory. An actor that is killed has no time for it."""
         await self._end_process()
         self._resources.close()
 

@@ -14,6 +14,7 @@ from cluster.launch.off_loop import off_loop
 from cluster.launch.ray_messages import Batch, Place, batch_decoder, place_decoder
 
 CALL_TIMEOUT_S = 30.0
+NEWS_TIMEOUT_S = 15.0  # three times what the actor takes to say that there are none
 ACTOR_START_TIMEOUT_S = 120.0  # its process is started and imports this package
 CLOSE_TIMEOUT_S = 5.0
 SILENCE_S = 30.0  # an actor that cannot be asked for so long counts as dead
@@ -57,7 +58,7 @@ class RankHandle:
         next_number, heard_at = 0, time.monotonic()
         while True:
             try:
-                batch = batch_decoder.decode(await self._call("news", (next_number,), CALL_TIMEOUT_S))
+                batch = batch_decoder.decode(await self._call("news", (next_number,), NEWS_TIMEOUT_S))
             except self._errors.ActorUnavailableError as error:
                 if time.monotonic() > heard_at + SILENCE_S:
                     raise RankLost(f"its Ray actor cannot be reached: {_reason(error)}") from error
@@ -86,7 +87,7 @@ class RankHandle:
     async def close(self) -> None:
         """The process and its files go, then the actor. Bounded; an actor that is gone is not an error."""
         with contextlib.suppress(RankLost):
-            await self.call("close", timeout_s=CLOSE_TIMEOUT_S)
+            await self.call("leave", timeout_s=CLOSE_TIMEOUT_S)
         with contextlib.suppress(self._errors.RayError, TimeoutError):  # the head is gone: they go with it
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await off_loop(self._ray.kill, self._actor)

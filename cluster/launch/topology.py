@@ -26,9 +26,9 @@ class Rank:
     index: int
     device: str
     num_threads: int
+    stage: int = 0  # of the pipeline; the ranks of one stage share a node
     gpu_percent: int | None = None  # share of a GPU's multiprocessors; None: all
     num_sharers: int = 1  # ranks on the same GPU, this one included
-    stage: int = 0  # of the pipeline; the ranks of one stage share a node
 
 
 @dataclass(frozen=True, slots=True)
