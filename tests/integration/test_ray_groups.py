@@ -77,11 +77,7 @@ async def until_nothing_is_reserved() -> None:
     import ray  # after its environment is set
 
     async with asyncio.timeout(WAIT_S):
-<<<<<<< HEAD
-        while any(group["state"] != "REMOVED" for group in ray.util.placement_group_table().values()):  # noqa: ASYNC110  Ray tells nobody
-=======
         while any(group["state"] != "REMOVED" for group in ray.util.placement_group_table().values()):  # noqa: ASYNC110
->>>>>>> ray
             await asyncio.sleep(0.05)
 
 
