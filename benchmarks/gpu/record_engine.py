@@ -74,7 +74,8 @@ def record_engine(out: Path, peer: Path | None = None) -> None:
     append("mixed_tok_s", mixed.tokens_per_s, "tok/s", {"requests": PEER_MIXED})
     if "mixed" in figures:
         append("mixed_ratio_vs_vllm", mixed.tokens_per_s / figures["mixed"], "x", {"vllm_tok_s": figures["mixed"]})
-    others = (torch.cuda.max_memory_allocated() - weights - pool) / 2**30
+    embedding = LLAMA_8B.vocab_size * LLAMA_8B.hidden_size * 2
+    others = (torch.cuda.max_memory_allocated() - weights - embedding - pool) / 2**30
     append("memory_beside_weights_and_pool_gib", others, "GiB", {"pool_gib": round(pool / 2**30, 2)})
     _record_more_shapes(bench, append)
 

@@ -9,6 +9,7 @@ the same prompts, whose tokens and logprob bits must be equal everywhere.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import subprocess
 import sys
 import tempfile
@@ -41,7 +42,8 @@ def variants(shares: Sequence[int], chunks: Sequence[int]) -> list[Variant]:
         Variant(f"monolithic, chunks of {chunk}", ("monolithic=true", f"decode.engine.max_batched_tokens={chunk}"))
         for chunk in chunks
     ]
-    return found + [Variant(f"split, prefill {share} %", (f"prefill.gpu_percent={share}",)) for share in shares]
+    split = [Variant(f"split, prefill {share} %", (f"prefill.gpu_percent={share}",)) for share in shares]
+    return [*split[:1], *found, *split[1:]]
 
 
 class Measured(NamedTuple):
@@ -155,13 +157,14 @@ def main(config: ModelConfig = LLAMA_8B) -> None:
             *("--rate", str(options.rate), "--duration", str(options.duration), "--warmup", "8"),
             *("--prompt-tokens", options.prompt_tokens, "--output-tokens", options.output_tokens),
         ]
-        measured = []
-        for variant in variants(options.shares, options.chunks):
-            try:
-                measured.append(measure(variant, model, options.device, load, options.set))
-                show(measured[-1])
-            except (DeploymentFailed, subprocess.TimeoutExpired, httpx.HTTPError) as error:
-                print(f"{variant.name}: {error}", flush=True)
+        measured: list[Measured] = []
+        with contextlib.suppress(KeyboardInterrupt):  # what was measured by then is recorded
+            for variant in variants(options.shares, options.chunks):
+                try:
+                    measured.append(measure(variant, model, options.device, load, options.set))
+                    show(measured[-1])
+                except (DeploymentFailed, subprocess.TimeoutExpired, httpx.HTTPError) as error:
+                    print(f"{variant.name}: {error}", flush=True)
         device_name = torch.cuda.get_device_name() if options.device.startswith("cuda") else processor_name()
         params = {"rate": options.rate, "prompt_tokens": options.prompt_tokens, "output_tokens": options.output_tokens}
         record(measured, device_name, params, options.out)

@@ -132,10 +132,11 @@ def test_the_tokens_of_the_plain_runner(
             assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)  # another kernel's logsumexp
 
 
-def test_a_step_that_owes_prompt_logprobs_and_draws_nothing(model: Any) -> None:
+@pytest.mark.parametrize("length", [94, MAX_ROWS + 1, 2 * MAX_ROWS + 1])
+def test_chunks_that_owe_prompt_logprobs_and_draw_nothing_or_have_one_row(model: Any, length: int) -> None:
     [request] = [each for each in requests() if each.sampling.prompt_logprobs is not None]
-    longer = msgspec.structs.replace(request, token_ids=(*request.token_ids, *request.token_ids))
-    assert len(longer.token_ids) > MAX_ROWS
+    longer = msgspec.structs.replace(request, token_ids=(request.token_ids * 3)[:length])
+    assert len(longer.token_ids) == length > MAX_ROWS
     expected = answers(make_engine(model, 0), [longer])
     found = answers(use_gpu_runner(make_engine(model, 1), model), [longer])
     assert found[longer.request_id][0] == expected[longer.request_id][0]

@@ -145,7 +145,7 @@ def _decode_shape(shape: StepShape) -> StepShape:
 def _logits_rows(scheduled: tuple[ScheduledSequence, ...]) -> Iterator[range]:
     start = 0
     for entry in scheduled:
-        stop = start + entry.num_drawn + (len(prompt_logprob_range(entry)) if entry.num_tokens > 1 else 0)
+        stop = start + len(prompt_logprob_range(entry)) + entry.num_drawn
         yield range(start, stop)
         start = stop
 
