@@ -1,6 +1,7 @@
 """`python -m benchmarks.gpu <what>`: measurements on one CUDA device.
 
-gemm, attention, decode-step   the published figures, appended as JSON lines in --out
+gemm, attention, decode-step, decode-step-fp8
+                               the published figures, appended as JSON lines in --out
 tune                           measure every GEMM plan, write the device's plan table to --out
 sweep-attention                time attention plans, as JSON lines in --out
 fp8                            try, time and compare FP8 products, write their plan table to --out
@@ -13,12 +14,14 @@ from pathlib import Path
 
 from benchmarks.gpu import fp8, fp8_vet, record, sweeps
 
+_FP8 = ("fp8", "fp8-vet", "decode-step-fp8")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument(
         "what",
-        choices=["gemm", "attention", "decode-step", "tune", "sweep-attention", "compile-share", "fp8", "fp8-vet"],
+        choices=["gemm", "attention", "decode-step", "tune", "sweep-attention", "compile-share", *_FP8],
     )
     parser.add_argument("share", nargs="*", type=int, help="compile-share: which share, of how many; fp8-vet: plans")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="a directory")
@@ -31,6 +34,8 @@ def main() -> None:
             record.record_attention(options.out)
         case "decode-step":
             record.record_steps(options.out)
+        case "decode-step-fp8":
+            record.record_steps(options.out, has_fp8=True)
         case "tune":
             sweeps.tune(options.out, options.budget or 400)
         case "sweep-attention":

@@ -52,7 +52,7 @@ def test_a_table_measured_with_other_libraries_brings_our_own_kernels(monkeypatc
         def read_bytes(self) -> bytes:
             return msgspec.json.encode(table)
 
-    monkeypatch.setattr(fp8_table.resources, "files", lambda package: Package())
+    monkeypatch.setattr("importlib.resources.files", lambda package: Package())
     for versions, expected in (({"torch": "1"}, LIBRARY), ({"torch": "2"}, HOPPER)):
         monkeypatch.setattr(fp8_table, "library_versions", lambda versions=versions: versions)
         assert load_fp8_plans("x").linear(64, 64, 1, silu_mul=False) == expected
