@@ -204,12 +204,12 @@ def _run_hopper(call: _Call) -> None:
 
 
 def _run_stream(call: _Call) -> None:
-    from cluster.engine.kernels.triton import fp8_hopper
+    from cluster.engine.kernels.triton import fp8_stream
 
     plan, weights = call.plan, 2 if call.silu_mul else 1
     shared = plan.num_stages * 4 * GROUP * (plan.block_m + 64 * weights)
     most = 3 if plan.block_m * weights <= 32 else 2  # five accumulators must fit a thread's registers
-    fp8_hopper.fp8_stream_kernel[(call.tiles,)](
+    fp8_stream.fp8_stream_kernel[(call.tiles,)](
         *_gluon_arguments(call, plan.block_m, 64), BLOCK_M=plan.block_m,
         maxnreg=_STREAM_REGISTERS[min(most, max(1, _SHARED_BYTES // shared))], **_gluon_constants(call),
     )  # fmt: skip
