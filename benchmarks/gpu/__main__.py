@@ -1,6 +1,7 @@
 """`python -m benchmarks.gpu <what>`: measurements on one CUDA device.
 
-gemm, attention, decode-step   the published figures, appended as JSON lines in --out
+gemm, attention, decode-step, decode-step-fp8
+                               the published figures, appended as JSON lines in --out
 tune                           measure every GEMM plan, write the device's plan table to --out
 sweep-attention                time attention plans, as JSON lines in --out
 fp8                            try, time and compare FP8 products, write their plan table to --out
@@ -18,6 +19,8 @@ from pathlib import Path
 
 from benchmarks.gpu import engine, fp8, fp8_vet, record, record_engine, sweeps
 
+_FP8 = ("fp8", "fp8-vet", "decode-step-fp8")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
@@ -25,7 +28,8 @@ def main() -> None:
         "what",
         choices=[
             *("gemm", "attention", "decode-step", "tune", "sweep-attention", "engine", "exactness"),
-            *("compile-share", "compile-engine", "fp8", "fp8-vet"),
+            *("compile-share", "compile-engine"),
+            *_FP8,
         ],
     )
     parser.add_argument("share", nargs="*", type=int, help="compile-*: which share, of how many; fp8-vet: plans")
@@ -40,6 +44,8 @@ def main() -> None:
             record.record_attention(options.out)
         case "decode-step":
             record.record_steps(options.out)
+        case "decode-step-fp8":
+            record.record_steps(options.out, has_fp8=True)
         case "tune":
             sweeps.tune(options.out, options.budget or 400)
         case "sweep-attention":

@@ -24,7 +24,7 @@ from cluster.engine.kernels.cuda_fp8 import CudaFp8
 from cluster.engine.kernels.triton.fp8_plans import REFERENCE_FP8, Fp8Plan
 
 Job = tuple[bool, Fp8Plan]
-CANNOT_RUN = (triton.OutOfResources, triton.CompilationError, RuntimeError, ValueError)
+CANNOT_RUN = (triton.TritonError, RuntimeError, ValueError, AssertionError)
 _OUTPUTS, _INPUTS = 1024, 4096  # K as the layers have it, for the same specialisation of the kernels
 _SILENCE_S = 12.0  # of a child at one plan, its two compilations included
 _START_S = 25.0  # of a child before its first plan

@@ -9,33 +9,39 @@ import torch
 
 from benchmarks.gpu.attention import paged_inputs
 from benchmarks.gpu.timing import graph_ms
-from cluster.engine.kernels.cuda_ops import CudaLinearWeight, CudaOps
-from cluster.engine.kernels.ops import AttentionMetadata
+from cluster.engine.kernels.cuda_ops import CudaOps
+from cluster.engine.kernels.fp8 import quantize_weight
+from cluster.engine.kernels.ops import AttentionMetadata, LinearWeight
 
 LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_SIZE, FFN, VOCABULARY = 32, 4096, 32, 8, 128, 14336, 128256
 
 
 class _Layer(NamedTuple):
-    qkv: CudaLinearWeight
-    o: CudaLinearWeight
-    gate_up: CudaLinearWeight
-    down: CudaLinearWeight
+    qkv: LinearWeight
+    o: LinearWeight
+    gate_up: LinearWeight
+    down: LinearWeight
     norm_K: torch.Tensor
 
 
 class DecodeStep:
-    """Seeded random weights of the 8B shape (15 GB) and everything a step reads but its batch."""
+    """Random weights of the 8B shape (15 GB, 8 GB with FP8 layers) and everything a step reads but its batch."""
 
-    def __init__(self, ops: CudaOps, qkv_dtype: torch.dtype) -> None:
-        self.ops, self.qkv_dtype = ops, qkv_dtype
+    def __init__(self, ops: CudaOps, qkv_dtype: torch.dtype, *, has_fp8: bool = False) -> None:
+        self.ops, self.qkv_dtype, self.has_fp8 = ops, qkv_dtype, has_fp8
         self.layers = [self._layer() for _ in range(LAYERS)]
-        self.lm_head = self._weight(VOCABULARY, WIDTH)
+        self.lm_head = ops.pack_linear(self._random(VOCABULARY, WIDTH))
         self.embedding = torch.randn((VOCABULARY, WIDTH), device="cuda", dtype=torch.bfloat16)
         angles = torch.arange(40000, device="cuda")[:, None] * 5e5 ** (-torch.arange(64, device="cuda") / 64)
         self.cos_sin_PD = torch.cat([angles.cos(), angles.sin()], dim=1)
 
-    def _weight(self, n: int, k: int) -> CudaLinearWeight:
-        return self.ops.pack_linear(torch.randn((n, k), device="cuda", dtype=torch.bfloat16) * k**-0.5)
+    def _random(self, n: int, k: int) -> torch.Tensor:
+        weight_NK: torch.Tensor = torch.randn((n, k), device="cuda", dtype=torch.bfloat16) * k**-0.5
+        return weight_NK
+
+    def _weight(self, n: int, k: int) -> LinearWeight:
+        weight_NK = self._random(n, k)
+        return self.ops.pack_fp8(*quantize_weight(weight_NK)) if self.has_fp8 else self.ops.pack_linear(weight_NK)
 
     def _layer(self) -> _Layer:
         return _Layer(
@@ -55,15 +61,17 @@ class DecodeStep:
         """Next token ids, greedy, with each row's logsumexp computed too."""
         ops = self.ops
         residual = ops.embedding(token_ids, self.embedding)
-        x = ops.rms_norm(residual, self.layers[0].norm_K, 1e-5)
+        x = ops.rms_norm(residual, self.layers[0].norm_K, 1e-5, input_of=self.layers[0].qkv)
         for index, layer in enumerate(self.layers):
             qkv = ops.linear(x, layer.qkv, out_dtype=self.qkv_dtype)
             q = ops.rope_and_cache(qkv, kv[:, index], metadata, self.cos_sin_PD, HEADS)
             mixed = ops.attention(q, kv[:, index], metadata, HEAD_SIZE**-0.5)
-            x = ops.add_rms_norm(residual, ops.linear(mixed, layer.o, out_dtype=ops.residual_dtype), layer.norm_K, 1e-5)
-            active = ops.linear_silu_mul(x, layer.gate_up)
+            update = ops.linear(mixed, layer.o, out_dtype=ops.residual_dtype)
+            x = ops.add_rms_norm(residual, update, layer.norm_K, 1e-5, input_of=layer.gate_up)
+            active = ops.linear_silu_mul(x, layer.gate_up, input_of=layer.down)
             update = ops.linear(active, layer.down, out_dtype=ops.residual_dtype)
-            x = ops.add_rms_norm(residual, update, layer.norm_K, 1e-5)
+            reader = self.layers[index + 1].qkv if index + 1 < LAYERS else self.lm_head
+            x = ops.add_rms_norm(residual, update, layer.norm_K, 1e-5, input_of=reader)
         logits = ops.linear(x, self.lm_head, out_dtype=torch.float32)
         ops.log_softmax_stats(logits)
         return ops.argmax(logits)

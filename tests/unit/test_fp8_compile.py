@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -24,7 +25,6 @@ NARROW_HOPPER = Fp8Plan(kind="hopper", block_m=128, block_n=128, num_stages=4)
 CASES = {
     "reference": (REFERENCE_FP8, 0, False, 0),
     "few rows": (UNMEASURED_FP8[0][1], 0, True, 0),
-    "few rows, blocks": (UNMEASURED_FP8[0][1], 128, False, 0),
     "tma": (Fp8Plan(kind="tma", block_m=128, block_n=128, num_warps=8, num_stages=4), 0, False, 0),
     "hopper": (HOPPER, 0, False, 0),
     "hopper, SwiGLU": (NARROW_HOPPER, 0, True, 160),  # its epilogue alone spills
@@ -57,7 +57,8 @@ def test_products_run_on_wgmma_alone(
     assert "wgmma.mma_async" in ptx
     assert "e4m3.e4m3" in ptx
     assert "mma.sync" not in ptx  # it accumulates e4m3 otherwise
-    assert "fma.rn.f32" not in ptx or scale_rows  # no product fuses with the sum after it, save where it shall
+    assert "fma.rn.f32" not in ptx or scale_rows
+    assert not re.search(r"(add|mul)\.f32", ptx)  # without .rn the assembler may fuse a product with a sum
     assert spilled_bytes(kernel) <= spills
 
 
@@ -90,13 +91,7 @@ def test_impossible_plans_are_refused_when_they_are_made(options: dict[str, obje
 
 
 @pytest.mark.parametrize(
-    ("scaling", "width", "has_update"),
-    [
-        (Scaling.CHANNEL, 576, False),
-        (Scaling.BLOCK, 576, True),
-        (Scaling.CHANNEL, 4096, True),
-        (Scaling.BLOCK, 100, False),
-    ],
+    ("scaling", "width", "has_update"), [(Scaling.CHANNEL, 576, False), (Scaling.BLOCK, 4096, True)]
 )
 def test_the_fused_norm_sums_in_the_order_of_the_plain_one(
     scaling: Scaling, width: int, has_update: bool, tmp_path: Path

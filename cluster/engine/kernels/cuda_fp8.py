@@ -74,13 +74,18 @@ class CudaFp8:
         self, x: torch.Tensor, weight: CudaFp8Weight, bias_N: torch.Tensor | None, out_dtype: torch.dtype
     ) -> torch.Tensor:
         out = torch.empty((x.shape[0], weight.out_features), dtype=out_dtype, device=x.device)
-        plan = self.plans.linear(weight.out_features, weight.in_features, x.shape[0], silu_mul=False)
+        is_plain = bias_N is None and out_dtype == torch.bfloat16 and weight.scaling is Scaling.CHANNEL
+        plan = self.plans.linear(
+            weight.out_features, weight.in_features, x.shape[0], silu_mul=False, takes_library=is_plain
+        )
         self.run_linear(self.quantized(x, weight), weight, bias_N, out, plan, silu_mul=False)
         return out
 
     def linear_silu_mul(self, x: torch.Tensor, gate_up: CudaFp8Weight, input_of: LinearWeight | None) -> torch.Tensor:
         features = gate_up.out_features // 2
         plan = self.plans.linear(features, gate_up.in_features, x.shape[0], silu_mul=True)
+        if gate_up.scaling is Scaling.BLOCK and x.shape[0] > 64:  # the warp-group kernel does not fuse them
+            plan = Fp8Plan(kind="separate")
         if plan.kind == "separate" and isinstance(input_of, CudaFp8Weight):
             return fp8_launch.silu_mul_quantize(self.linear(x, gate_up, None, torch.bfloat16), input_of.scaling)
         if plan.kind == "separate":

@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from cluster.engine.kernels import fp8
 from cluster.engine.kernels.fp8 import GROUP, Scaling
 from cluster.engine.kernels.triton import fp8_linear, fp8_quant
-from cluster.engine.kernels.triton.fp8_plans import Fp8Plan, unmeasured_plan
+from cluster.engine.kernels.triton.fp8_plans import Fp8Plan, fitting, unmeasured_plan
 from cluster.engine.kernels.triton.launch import aligned, run_rms_norm
 
 _SHARED_BYTES = 227 * 1024  # of a multiprocessor of an H100 or H200
@@ -110,13 +110,14 @@ def run_linear(
     A plan whose kernel does not take these operands gives way to a chain: other speed, same bits. `promote`
     False is another order of the sum, to be measured; chain and tma only.
     """
+    plan = fitting(plan, operands.scale_rows, silu_mul=silu_mul)
     call = _Call(operands, bias_N, out_MN, plan, silu_mul, num_programs, promote)
     match plan.kind:
         case "chain":
             _run_chain(call)
         case "tma" if _tma_takes(out_MN):
             _run_tma(call)
-        case "hopper" if operands.scale_rows == 0 or (operands.scale_rows, plan.block_n, silu_mul) == (128, 128, False):
+        case "hopper":
             _run_hopper(call)
         case "stream" if operands.scale_rows % 64 == 0:
             _run_stream(call)
@@ -203,12 +204,12 @@ def _run_hopper(call: _Call) -> None:
 
 
 def _run_stream(call: _Call) -> None:
-    from cluster.engine.kernels.triton import fp8_hopper
+    from cluster.engine.kernels.triton import fp8_stream
 
     plan, weights = call.plan, 2 if call.silu_mul else 1
     shared = plan.num_stages * 4 * GROUP * (plan.block_m + 64 * weights)
     most = 3 if plan.block_m * weights <= 32 else 2  # five accumulators must fit a thread's registers
-    fp8_hopper.fp8_stream_kernel[(call.tiles,)](
+    fp8_stream.fp8_stream_kernel[(call.tiles,)](
         *_gluon_arguments(call, plan.block_m, 64), BLOCK_M=plan.block_m,
         maxnreg=_STREAM_REGISTERS[min(most, max(1, _SHARED_BYTES // shared))], **_gluon_constants(call),
     )  # fmt: skip

@@ -54,6 +54,18 @@ class Fp8Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 REFERENCE_FP8 = Fp8Plan(num_stages=1)
+
+
+def fitting(plan: Fp8Plan, scale_rows: int, *, silu_mul: bool) -> Fp8Plan:
+    """`plan`, or its like where block scales (`scale_rows` rows of W to a scale, 0: none) leave the warp-group
+    kernel too few registers."""
+    if plan.kind != "hopper" or scale_rows == 0:
+        return plan
+    if scale_rows == 128 and not silu_mul:
+        return msgspec.structs.replace(plan, block_n=128)
+    return Fp8Plan(kind="tma", block_m=128, block_n=64, num_warps=8, num_stages=4)
+
+
 UNMEASURED_FP8: tuple[tuple[int, Fp8Plan], ...] = (
     (16, Fp8Plan(block_m=16, block_n=64, num_stages=8, swap=True, evict_first=True)),
     (32, Fp8Plan(block_m=32, block_n=64, num_stages=8, swap=True, evict_first=True)),

@@ -17,13 +17,22 @@ from cluster.engine.kernels.triton.table import file_stem, library_versions
 
 
 class Fp8Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The fastest admitted plan of one weight for up to `max_rows` rows. N counts outputs, K inputs."""
+    """The fastest admitted plan of one weight for up to `max_rows` rows. N counts outputs, K inputs.
+
+    `otherwise` serves what a library does not take: a bias, fp32 results, block scales.
+    """
 
     out_features: int
     in_features: int
     max_rows: int
     silu_mul: bool = False
     plan: Fp8Plan
+    otherwise: Fp8Plan | None = None
+
+    @property
+    def own_plan(self) -> Fp8Plan:
+        """The fastest one of ours."""
+        return self.plan if self.plan.kind != "library" else self.otherwise or unmeasured_plan(self.max_rows)
 
 
 class Fp8Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -47,14 +56,17 @@ class Fp8PlanIndex:
         """Every measured plan."""
         return [entry for entries in self._by_shape.values() for entry in entries]
 
-    def linear(self, out_features: int, in_features: int, num_rows: int, *, silu_mul: bool) -> Fp8Plan:
+    def linear(
+        self, out_features: int, in_features: int, num_rows: int, *, silu_mul: bool, takes_library: bool = True
+    ) -> Fp8Plan:
         """Bounds ascend; the largest one serves all rows above it."""
         key = (out_features, in_features, silu_mul)
         entries = self._by_shape.get(key, self._nearest.get(key))
         if entries is None:
             entries = self._nearest[key] = self._plans_of_nearest(key)
         position = bisect_left(entries, num_rows, key=lambda entry: entry.max_rows)
-        return entries[min(position, len(entries) - 1)].plan
+        entry = entries[min(position, len(entries) - 1)]
+        return entry.plan if takes_library else entry.own_plan
 
     def _plans_of_nearest(self, key: tuple[int, int, bool]) -> list[Fp8Entry]:
         out_features, in_features, silu_mul = key
@@ -80,6 +92,4 @@ def load_fp8_plans(device_name: str) -> Fp8PlanIndex:
 
 
 def _without_library(entry: Fp8Entry) -> Fp8Entry:
-    if entry.plan.kind != "library":
-        return entry
-    return msgspec.structs.replace(entry, plan=unmeasured_plan(entry.max_rows))
+    return msgspec.structs.replace(entry, plan=entry.own_plan)
