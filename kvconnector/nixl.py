@@ -44,6 +44,9 @@ _ENVIRONMENT = {
 _CPU_ENVIRONMENT = {
     # Without a GPU or an RDMA card UCX tries many transports in vain; "sm" is shared memory and CMA.
     "UCX_TLS": "tcp,sm,self",
+    # Where a libefa is installed UCX's InfiniBand modules load it, and with it a second libibverbs and libnl beside
+    # those of NIXL: the process then ends with a segmentation fault.
+    "UCX_MODULES": "^ib",
 }
 _CUDA_ENVIRONMENT = {
     # Without it two GPUs of one host, or two processes on one, go through host memory and TCP: 0.5 GB/s

@@ -133,14 +133,11 @@ def test_a_rank_that_is_silent_is_gone(tmp_path: Path, monkeypatch: pytest.Monke
             os.kill(pids[1], signal.SIGCONT)
 
 
-@pytest.mark.parametrize("num_ranks", [3, 6])
-def test_a_wrong_world_is_told_once_and_every_rank_ends(num_ranks: int, tmp_path: Path) -> None:
-    with job_of(tmp_path, num_ranks=num_ranks) as job:
-        assert job.wait(END_S) == [2] * num_ranks, job.log_tail()
+def test_a_wrong_world_is_told_once_and_every_rank_ends(tmp_path: Path) -> None:
+    with job_of(tmp_path, num_ranks=6) as job:
+        assert job.wait(END_S) == [2] * 6, job.log_tail()
         [message] = job.lines
-        assert message.startswith(
-            f"configuration: srun started {num_ranks} ranks, but this configuration means 4 ranks"
-        )
+        assert message.startswith("configuration: srun started 6 ranks, but this configuration means 4 ranks")
 
 
 def test_torchrun_shows_why_a_world_is_wrong(tmp_path: Path) -> None:
