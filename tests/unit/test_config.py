@@ -91,7 +91,10 @@ def test_wrong_keys_and_types_are_named(tmp_path: Path, text: str, expected: str
         ("decode: {engine: {kv_cache_bytes: 999999999999999TiB}}", "kv_cache_bytes: must be between"),
         ("decode: {engine: {max_batched_tokens: 32}}", "is less than max_num_sequences (64)"),
         ("decode: {engine: {speculation: {method: oracle}}}", 'method: expected "none" or "ngram" or "draft"'),
-        ("decode: {engine: {speculation: {method: draft}}}", "draft with no draft_model; set decode.engine.speculation.d"),
+        (
+            "decode: {engine: {speculation: {method: draft}}}",
+            "draft with no draft_model; set decode.engine.speculation.d",
+        ),
         ("decode: {engine: {speculation: {draft_model: m}}}", "none with a draft_model; set it to draft, or leave"),
         (
             "decode: {engine: {speculation: {num_tokens: 0}}}",
