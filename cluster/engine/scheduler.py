@@ -130,7 +130,7 @@ class Scheduler:
             self.blocks.free(sequence.table)
             sequence.table = None
             if self.speculator is not None:
-                self.speculator.proposer.on_released(sequence)
+                self.speculator.on_released(sequence)
 
     # ---- the policy's side
 

@@ -59,6 +59,8 @@ def finish_checked(engine: Engine, requests: list[Request]) -> dict[str, Outcome
             check_stored(engine)
     assert not engine.has_work()
     assert engine.blocks.num_free == engine.num_blocks
+    assert engine.scheduler.speculator is not None
+    assert not engine.scheduler.speculator._lengths, "something is kept of sequences that have ended"
     check_cached(engine, [(*each.token_ids, *outcomes[each.request_id].token_ids) for each in requests])
     return outcomes
 

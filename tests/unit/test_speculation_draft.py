@@ -234,10 +234,11 @@ def test_a_sequence_that_has_lost_its_blocks_holds_nothing_in_the_draft_runner()
     for _ in range(4):
         engine.step()
     [sequence] = engine.scheduler.running
-    draftee = proposer_of(engine)._draftees[sequence]
+    draftee = proposer_of(engine)._draftees[id(sequence)]
     assert draftee.shadow.table is sequence.table is not None
     engine.cancel("a", 0)
     assert draftee.shadow.table is None
+    assert not proposer_of(engine)._draftees
 
 
 # ---- the books of the draft's KV

@@ -156,12 +156,15 @@ def test_text_without_repetition_gets_no_guesses() -> None:
         assert not offered(proposer, sequence)
 
 
-def test_a_sequence_that_is_gone_leaves_nothing_behind() -> None:
-    proposer, sequence = NgramProposer(2, 4), sequence_of(1, 2, 3)
-    offered(proposer, sequence)
-    assert len(proposer._followers) == 1
-    del sequence
-    assert len(proposer._followers) == 0
+def test_a_sequence_without_blocks_leaves_nothing_behind() -> None:
+    fixture = Fixture()
+    proposer = fixture.speculator.proposer = NgramProposer(2, 4)
+    fixture.propose()
+    fixture.speculator.on_verified(fixture.sequence, 2, 1)
+    assert len(proposer._followers) == len(fixture.speculator._lengths) == 1
+    fixture.speculator.on_released(fixture.sequence)
+    assert not proposer._followers
+    assert not fixture.speculator._lengths
 
 
 # ---- the speculator

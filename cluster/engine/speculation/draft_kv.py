@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 from cluster.engine.block_holders import BlockTable
 from cluster.engine.block_manager import BlockManager
@@ -38,7 +37,7 @@ class DraftKV:
     def __init__(self, blocks: BlockManager) -> None:
         self._blocks = blocks
         self._generation_of = array("q", [_NEVER]) * blocks.num_blocks
-        self._stored: WeakKeyDictionary[Sequence, _Stored] = WeakKeyDictionary()
+        self._stored: dict[int, _Stored] = {}  # by identity of the sequence
 
     def num_stored(self, sequence: Sequence) -> int:
         """How many of the sequence's first tokens have their draft KV. Never all: the newest lacks it."""
@@ -58,16 +57,16 @@ class DraftKV:
 
     def on_released(self, sequence: Sequence) -> None:
         """Its blocks are no longer its own; what they hold may be found again."""
-        self._stored.pop(sequence, None)
+        self._stored.pop(id(sequence), None)
 
     def _settled(self, sequence: Sequence) -> _Stored:
         """With its guesses compared to what the tokens have become."""
         table, tokens = sequence.table, sequence.token_ids
         assert table is not None
-        stored = self._stored.get(sequence)
+        stored = self._stored.get(id(sequence))
         assert stored is None or stored.table is table
         if stored is None:
-            stored = self._stored[sequence] = _Stored(table, self._num_found(table, len(tokens)))
+            stored = self._stored[id(sequence)] = _Stored(table, self._num_found(table, len(tokens)))
         if stored.guessed and stored.num_sure < len(tokens):
             guessed, stored.guessed = stored.guessed, ()
             num_right = 0

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
 import msgspec
 
@@ -43,7 +42,7 @@ class DraftRunner(Protocol):
 class _Draftee:
     """What is known of one sequence."""
 
-    shadow: Sequence
+    shadow: Sequence  # has the sequence's table
     num_failures: int = 0  # proposals in a row of which nothing was accepted
     resume_at: int = 0  # tokens that it must have before it is guessed for again
 
@@ -56,7 +55,7 @@ class DraftModelProposer:
         self._kv = kv
         self._max_position = max_position  # the draft model's context, which may be shorter than the target's
         self._max_batched_tokens = max_batched_tokens
-        self._draftees: WeakKeyDictionary[Sequence, _Draftee] = WeakKeyDictionary()
+        self._draftees: dict[int, _Draftee] = {}  # by identity of the sequence
         self._num_passes = 0
 
     def prepare(self, sequences: ListLike[Sequence]) -> None:
@@ -96,20 +95,21 @@ class DraftModelProposer:
         return [tuple(guesses) for guesses in drafts]
 
     def on_released(self, sequence: Sequence) -> None:
+        """The shadow loses its table, too: a runner may keep what it knows of it until then."""
         self._kv.on_released(sequence)
-        draftee = self._draftees.get(sequence)
+        draftee = self._draftees.pop(id(sequence), None)
         if draftee is not None:
             draftee.shadow.table = None
 
     def on_verified(self, sequence: Sequence, num_drafts: int, num_accepted: int) -> None:
-        draftee = self._draftees[sequence]
+        draftee = self._draftees[id(sequence)]
         draftee.num_failures = 0 if num_accepted else draftee.num_failures + 1
         if draftee.num_failures >= MOST_FAILURES:
             pause = min(1 << draftee.num_failures, LONGEST_PAUSE)
             draftee.resume_at = len(sequence.token_ids) + pause
 
     def _is_ready(self, sequence: Sequence, position: int) -> bool:
-        draftee = self._draftees.get(sequence)
+        draftee = self._draftees.get(id(sequence))
         is_paused = draftee is not None and len(sequence.token_ids) < draftee.resume_at
         return not is_paused and position < self._max_position
 
@@ -122,9 +122,9 @@ class DraftModelProposer:
         return ScheduledSequence(shadow, start, end - start, samples=True)
 
     def _shadow(self, sequence: Sequence) -> Sequence:
-        draftee = self._draftees.get(sequence)
+        draftee = self._draftees.get(id(sequence))
         if draftee is None:
-            draftee = self._draftees[sequence] = _Draftee(_shadow_of(sequence))
+            draftee = self._draftees[id(sequence)] = _Draftee(_shadow_of(sequence))
         draftee.shadow.table = sequence.table
         return draftee.shadow
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 from cluster.engine.sequence import Sequence
 from cluster.engine.speculation.ngram_index import NgramIndex
@@ -42,16 +41,16 @@ class NgramProposer:
     def __init__(self, min_length: int, max_length: int) -> None:
         self._min_length = min_length
         self._max_length = max_length
-        self._followers: WeakKeyDictionary[Sequence, _Follower] = WeakKeyDictionary()
+        self._followers: dict[int, _Follower] = {}  # by identity of the sequence
 
     def prepare(self, sequences: ListLike[Sequence]) -> None:
         """Nothing is to be prepared."""
 
     def offer(self, sequence: Sequence, limit: int) -> int:
-        follower = self._followers.get(sequence)
+        follower = self._followers.get(id(sequence))
         if follower is None:
             index = NgramIndex(sequence.token_ids, self._min_length, self._max_length)
-            follower = self._followers[sequence] = _Follower(index)
+            follower = self._followers[id(sequence)] = _Follower(index)
         if follower.num_known != len(sequence.token_ids):
             _look_up(follower, sequence.token_ids)
         if follower.source is None or follower.num_right < follower.needed:
@@ -63,10 +62,10 @@ class NgramProposer:
         return [self._copy(sequence, count) for sequence, count in granted]
 
     def on_released(self, sequence: Sequence) -> None:
-        """What is known of its tokens stays true."""
+        self._followers.pop(id(sequence), None)
 
     def on_verified(self, sequence: Sequence, num_drafts: int, num_accepted: int) -> None:
-        follower = self._followers[sequence]
+        follower = self._followers[id(sequence)]
         if num_accepted:
             follower.trust()
         else:
@@ -75,7 +74,7 @@ class NgramProposer:
     def _copy(self, sequence: Sequence, count: int) -> tuple[int, ...]:
         """`count` tokens from the source on. A source that reaches the end of the text goes on in the copy
         itself, as in LZ77: a loop of any period is continued for as long as is wanted."""
-        source, tokens = self._followers[sequence].source, sequence.token_ids
+        source, tokens = self._followers[id(sequence)].source, sequence.token_ids
         assert source is not None
         drafts = list(tokens[source : source + count])
         while len(drafts) < count:

@@ -9,7 +9,7 @@ from cluster.engine.sequence import Sequence
 
 
 class Proposer(Protocol):
-    """Guesses the next tokens of running sequences. May forget a sequence, and forgets one that is gone."""
+    """Guesses the next tokens of running sequences. Keeps what it knows of one until `on_released`."""
 
     def prepare(self, sequences: ListLike[Sequence]) -> None:
         """Called in each step, with all sequences that decode, before any drafts are asked for. Bounded work

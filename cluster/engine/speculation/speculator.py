@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field
-from weakref import WeakKeyDictionary
 
 from cluster.engine.block_manager import BlockManager
 from cluster.engine.sequence import Sequence
@@ -34,7 +33,7 @@ class Speculator:
     proposer: Proposer
     max_tokens: int
     counts: SpeculationCounts = field(init=False)
-    _lengths: WeakKeyDictionary[Sequence, int] = field(default_factory=WeakKeyDictionary)
+    _lengths: dict[int, int] = field(default_factory=dict)  # by identity of a sequence that has blocks
 
     def __post_init__(self) -> None:
         self.counts = SpeculationCounts([0] * self.max_tokens)
@@ -74,16 +73,21 @@ class Speculator:
             counts.accepted_per_position[place] += 1
         length = max(min(2 * num_accepted, self.max_tokens), 1)
         if num_accepted == num_drafts:  # it may have been given fewer than it wanted
-            length = max(length, self._lengths.get(sequence, 0))
-        self._lengths[sequence] = length
+            length = max(length, self._lengths.get(id(sequence), 0))
+        self._lengths[id(sequence)] = length
         self.proposer.on_verified(sequence, num_drafts, num_accepted)
+
+    def on_released(self, sequence: Sequence) -> None:
+        """The sequence has lost its blocks: it has ended, or was preempted and may come back."""
+        self._lengths.pop(id(sequence), None)
+        self.proposer.on_released(sequence)
 
     def _limit(self, sequence: Sequence) -> int:
         """Drafts that may be useful: one more token is drawn behind the last, and it must be within the
         limits of the sequence."""
         if sequence.draws_by_history:
             return 0
-        wanted = self._lengths.get(sequence, min(FIRST_LENGTH, self.max_tokens))
+        wanted = self._lengths.get(id(sequence)) or min(FIRST_LENGTH, self.max_tokens)
         return min(wanted, sequence.max_total_tokens - sequence.num_tokens - 1)
 
 
