@@ -174,14 +174,18 @@ class GpuModelRunner:
     # ---- start
 
     def warm_up(self) -> None:
-        """Compare the library's products, compile every kernel that a step may need, capture the graphs."""
-        drawn_sizes = [
-            size for size in self._staging.row_sizes if size <= max(len(self._tokens_R), _LOGIT_ROWS_AT_ONCE)
-        ]
-        self.compile(self._staging.row_sizes, drawn_sizes)
+        """Compile every kernel that a step may need, capture the graphs. Products of the library that were not
+        compared before are compared now."""
+        self.compile_all()
         if self._graphs is not None:
             self._capture(self._graphs)
             logger.info("%d graphs captured", len(self._graphs))
+        torch.cuda.empty_cache()
+
+    def compile_all(self) -> None:
+        """`compile` for all sizes that steps of this runner can have."""
+        most = max(len(self._tokens_R), _LOGIT_ROWS_AT_ONCE)
+        self.compile(self._staging.row_sizes, [size for size in self._staging.row_sizes if size <= most])
 
     @torch.inference_mode()
     def compile(self, row_sizes: Sequence[int], logits_sizes: Sequence[int]) -> None:

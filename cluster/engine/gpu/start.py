@@ -69,10 +69,15 @@ def _runner(
 
 
 def _measure_step(model: GpuModel, ops: CudaOps, layout: KVLayout, config: EngineConfig, max_model_len: int) -> int:
-    """Bytes that the largest step has allocated at its peak, on a pool of one block."""
+    """Bytes that the largest step has allocated at its peak, on a pool of one block.
+
+    The library's products are compared before: a comparison takes more than a step, and its memory is given
+    back before the pool takes what is free.
+    """
     kv_cache = KVCache(layout, 1, ops.device)
     runner = _runner(model, ops, kv_cache, config, max_model_len, max_drafts=_max_drafts(config))
-    torch.cuda.synchronize()
+    runner.compile_all()
+    torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     runner.run_largest()
