@@ -15,7 +15,8 @@ class BlockRows:
 
     def __init__(self, num_rows: int, max_blocks: int) -> None:
         self._blocks = np.zeros((num_rows, max_blocks), np.int32)
-        self._known: list[tuple[BlockTable, int] | None] = [None] * num_rows  # what the row mirrors, how many blocks
+        # What the row mirrors: how many blocks of it, and after how many shrinks.
+        self._known: list[tuple[BlockTable, int, int] | None] = [None] * num_rows
         self._owners: list[Sequence | None] = [None] * num_rows
         self._row_of: dict[int, int] = {}  # by identity of the sequence, which the row keeps alive
         self._free = list(range(num_rows))
@@ -34,9 +35,9 @@ class BlockRows:
                 row = self._take_row(sequence)
             count = len(table.block_ids)
             known = self._known[row]
-            if known is None or known[0] is not table or known[1] != count:
+            if known is None or known[0] is not table or known[1:] != (count, table.num_shrinks):
                 self._blocks[row, :count] = np.frombuffer(table.block_ids, np.int32)
-                self._known[row] = (table, count)
+                self._known[row] = (table, count, table.num_shrinks)
             rows[index] = row
             longest = max(longest, count)
         return self._blocks[rows, :longest]

@@ -44,10 +44,11 @@ def start_gpu(
 def start_draft(
     model: GpuModel, ops: CudaOps, layout: KVLayout, config: EngineConfig, num_blocks: int, max_model_len: int
 ) -> GpuModelRunner:
-    """A draft model's runner over a pool of its own. It verifies nothing, so it has no graphs for drafts."""
+    """A draft model's runner over a pool of its own. Where all drafts came true, its next step has two rows of a
+    sequence."""
     with torch.cuda.device(ops.device):
         kv_cache = memory.allocate_pool(layout, num_blocks, ops.device)
-        runner = _runner(model, ops, kv_cache, config, max_model_len, max_drafts=0)
+        runner = _runner(model, ops, kv_cache, config, max_model_len, max_drafts=1)
         runner.warm_up()
     return runner
 

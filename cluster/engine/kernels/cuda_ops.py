@@ -64,6 +64,9 @@ class CudaExpertWeight:
         return self.weight_ENK.nbytes
 
 
+_MAX_OVERLAPPED_ROWS = 512
+
+
 class CudaOps:
     """`Ops` for one CUDA device. Sets torch's process-wide cuBLAS switches: no split-K, ever.
 
@@ -83,6 +86,10 @@ class CudaOps:
         self._num_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         torch.backends.cuda.preferred_blas_library("cublaslt")
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (False, False)
+
+    def _pdl(self, rows: torch.Tensor) -> int:
+        """Kernels of many rows gain nothing from it and lose 1 % (prefill of an 8B shape, H100)."""
+        return self.pdl if len(rows) <= _MAX_OVERLAPPED_ROWS else 0
 
     def pack_linear(self, weight_NK: torch.Tensor) -> CudaLinearWeight:
         weight = weight_NK.to(self.device).contiguous()
@@ -138,7 +145,7 @@ class CudaOps:
             plan = unmeasured_plan(x_TK.shape[0])
         launch.run_linear(
             launch.aligned(x_TK), weight.weight_NK, bias_N, out_TN, plan,
-            silu_mul=silu_mul, num_programs=self._num_multiprocessors, pdl=self.pdl,
+            silu_mul=silu_mul, num_programs=self._num_multiprocessors, pdl=self._pdl(x_TK),
         )  # fmt: skip
 
     def embedding(self, token_ids_T: torch.Tensor, table_VK: torch.Tensor) -> torch.Tensor:
@@ -155,7 +162,7 @@ class CudaOps:
     ) -> torch.Tensor:
         if isinstance(input_of, CudaFp8Weight):
             return self.fp8.rms_norm(x_TK, None, weight_K, eps, input_of)
-        return launch.run_rms_norm(x_TK, None, weight_K, eps, out_dtype, pdl=self.pdl)
+        return launch.run_rms_norm(x_TK, None, weight_K, eps, out_dtype, pdl=self._pdl(x_TK))
 
     def add_rms_norm(
         self,
@@ -168,7 +175,7 @@ class CudaOps:
     ) -> torch.Tensor:
         if isinstance(input_of, CudaFp8Weight):
             return self.fp8.rms_norm(residual_TK, update_TK, weight_K, eps, input_of)
-        return launch.run_rms_norm(residual_TK, update_TK, weight_K, eps, torch.bfloat16, pdl=self.pdl)
+        return launch.run_rms_norm(residual_TK, update_TK, weight_K, eps, torch.bfloat16, pdl=self._pdl(residual_TK))
 
     def rope_and_cache(
         self,
@@ -182,14 +189,14 @@ class CudaOps:
         norm_eps: float = 0.0,
     ) -> torch.Tensor:
         return launch.run_rope_and_cache(
-            qkv_TC, kv_N2GSD, metadata, cos_sin_PD, num_heads, q_norm_D, k_norm_D, norm_eps, pdl=self.pdl
+            qkv_TC, kv_N2GSD, metadata, cos_sin_PD, num_heads, q_norm_D, k_norm_D, norm_eps, pdl=self._pdl(qkv_TC)
         )
 
     def attention(
         self, q_THD: torch.Tensor, kv_N2GSD: torch.Tensor, metadata: AttentionMetadata, scale: float
     ) -> torch.Tensor:
         return launch.run_attention(
-            q_THD, kv_N2GSD, metadata, scale, self.plans.attention, self._num_multiprocessors, pdl=self.pdl
+            q_THD, kv_N2GSD, metadata, scale, self.plans.attention, self._num_multiprocessors, pdl=self._pdl(q_THD)
         )
 
     def log_softmax_stats(self, logits_TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -198,7 +205,7 @@ class CudaOps:
 
     def vocab_stats(self, logits_TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(max, logsumexp, argmax) of `log_softmax_stats` and `argmax`, from one pass over the logits."""
-        return launch.run_vocab_stats(logits_TV, pdl=self.pdl)
+        return launch.run_vocab_stats(logits_TV, pdl=self._pdl(logits_TV))
 
     def softmax(self, logits_TV: torch.Tensor) -> torch.Tensor:
         _, logsumexp, _ = self.vocab_stats(logits_TV)
@@ -212,7 +219,7 @@ class CudaOps:
         return CudaExpertWeight(weight if weight.data_ptr() % 16 == 0 else weight.clone())
 
     def moe_route(self, logits_TE: torch.Tensor, top_k: int, *, renormalise: bool) -> ExpertChoice:
-        return ExpertChoice(*moe_launch.run_route(logits_TE, top_k, renormalise=renormalise, pdl=self.pdl))
+        return ExpertChoice(*moe_launch.run_route(logits_TE, top_k, renormalise=renormalise, pdl=self._pdl(logits_TE)))
 
     def moe_experts(
         self,
@@ -232,8 +239,8 @@ class CudaOps:
         return moe_launch.run_experts(
             x_TK, experts_TJ, gate_up.weight_ENK, down.weight_ENK, plan or self.moe_plans.plan(shape, num_rows),
             first_expert=first_expert, num_programs=self._num_multiprocessors, out_dtype=self.residual_dtype,
-            pdl=self.pdl,
+            pdl=self._pdl(x_TK),
         )  # fmt: skip
 
     def moe_combine(self, rows_TJK: torch.Tensor, weights_TJ: torch.Tensor) -> torch.Tensor:
-        return moe_launch.run_combine(rows_TJK, weights_TJ, self.residual_dtype, pdl=self.pdl)
+        return moe_launch.run_combine(rows_TJK, weights_TJ, self.residual_dtype, pdl=self._pdl(rows_TJK))
