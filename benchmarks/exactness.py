@@ -7,10 +7,11 @@ greedy and sampled) and compares token ids and the bits of all logprobs with the
 chunk 512, one request at a time, cold. Then the digests of the KV that every worker, prefill and decode,
 still has of each prompt are compared, too (and every hand-over has checked its own).
 
-    python -m benchmarks.exactness [--quick] [--break MUTATION] [--dry-run]
+    python -m benchmarks.exactness [--quick] [--speculation ngram] [--break MUTATION] [--dry-run]
 
 `--break` runs with a kernel whose order is wrong on purpose: then cells must differ, or the matrix
-proves nothing. Exit code: 0 if all cells are equal (with --break: if some are not).
+proves nothing. With `--speculation` every deployment but the first, the reference's, speculates. Exit code:
+0 if all cells are equal (with --break: if some are not).
 """
 
 from __future__ import annotations
@@ -120,12 +121,16 @@ def _refuse_blind_data(outputs: Sequence[Output]) -> None:
     assert len(tokens) > 20, "the answers are all alike: the data would not reveal a difference"
 
 
-def run_matrix(model: str, matrix: Matrix, environment: dict[str, str] | None = None) -> Results:
+def run_matrix(
+    model: str, matrix: Matrix, environment: dict[str, str] | None = None, speculation: str = "none"
+) -> Results:
     """One deployment per (topology, chunk), all cells of it, and its block accounting afterwards."""
     reference = Reference(matrix)
     results = Results([], [])
-    for topology, chunk in matrix.deployments:
-        with deployment(model, _settings(topology, chunk), environment=environment) as running:
+    for index, (topology, chunk) in enumerate(matrix.deployments):
+        settings = _settings(topology, chunk)
+        settings.append(f"decode.engine.speculation.method={speculation if index else 'none'}")
+        with deployment(model, settings, environment=environment) as running:
             asyncio.run(_run_cells(running, topology, chunk, matrix, reference, results))
             assert_settled(running)
     return results
@@ -167,7 +172,7 @@ def main() -> int:
     arguments = _parse_arguments()
     matrix = BROKEN if arguments.mutation else QUICK if arguments.quick else FULL
     environment = {"TANDEM_BREAK_KERNEL": arguments.mutation} if arguments.mutation else None
-    results = run_matrix(arguments.model, matrix, environment)
+    results = run_matrix(arguments.model, matrix, environment, arguments.speculation)
     mismatches = sum(bool(cell.differences) for cell in results.cells)
     num_compared = sum(kv.num_compared for kv in results.kv)
     kv_mismatches = sum(kv.num_different for kv in results.kv)
@@ -177,13 +182,21 @@ def main() -> int:
     if arguments.mutation:
         return 0 if mismatches else 1
     if not arguments.dry_run:
-        _record(arguments.model, matrix, len(results.cells), mismatches, num_compared, kv_mismatches)
+        _record(arguments, matrix, len(results.cells), mismatches, num_compared, kv_mismatches)
     return 1 if mismatches or kv_mismatches else 0
 
 
-def _record(model: str, matrix: Matrix, cells: int, mismatches: int, num_compared: int, kv_mismatches: int) -> None:
+def _record(
+    arguments: argparse.Namespace,
+    matrix: Matrix,
+    cells: int,
+    mismatches: int,
+    num_compared: int,
+    kv_mismatches: int,
+) -> None:
     params: dict[str, Parameter] = {
-        "model": model,
+        "model": arguments.model,
+        "speculation": arguments.speculation,
         "prompts": matrix.num_prompts,
         "deployments": ", ".join(f"{topology} chunk {chunk}" for topology, chunk in matrix.deployments),
         "concurrencies": ",".join(map(str, matrix.concurrencies)),
@@ -198,6 +211,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--quick", action="store_true", help="a small part of the matrix")
+    parser.add_argument("--speculation", choices=("none", "ngram"), default="none")
     parser.add_argument("--break", dest="mutation", metavar="MUTATION", help="a kernel mutation; cells must differ")
     parser.add_argument("--dry-run", action="store_true", help="print only, write no result lines")
     return parser.parse_args()
