@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from importlib import resources
 
 import msgspec
 
 from cluster.engine.kernels.triton.fp8_plans import UNMEASURED_FP8, Fp8Plan, unmeasured_plan
-from cluster.engine.kernels.triton.table import file_stem, library_versions
+from cluster.engine.kernels.triton.table import find_table, library_versions
 
 
 class Fp8Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -82,10 +81,10 @@ class Fp8PlanIndex:
 
 def load_fp8_plans(device_name: str) -> Fp8PlanIndex:
     """The committed plans of this device, or defaults that run on any. Speed differs, bits do not."""
-    file = resources.files(__package__) / "tables" / f"{file_stem(device_name)}_fp8.json"
-    if not file.is_file():
+    found = find_table(device_name, "_fp8")
+    if found is None:
         return Fp8PlanIndex(Fp8Table(device=device_name))
-    table = msgspec.json.decode(file.read_bytes(), type=Fp8Table)
+    table = msgspec.json.decode(found, type=Fp8Table)
     if table.versions != library_versions():
         table = msgspec.structs.replace(table, linear=tuple(_without_library(entry) for entry in table.linear))
     return Fp8PlanIndex(table)

@@ -101,12 +101,18 @@ def load_plan_index(device_name: str) -> PlanIndex:
     run on any. Speed differs, bits do not: where a plan names cuBLASLt, each product is compared first
     (`library_admission.py`).
     """
-    directory = resources.files(__package__) / "tables"
-    for name in (device_name, _SAME_MULTIPROCESSORS.get(device_name, "")):
-        file = directory / f"{file_stem(name)}.json"
-        if name and file.is_file():
-            return PlanIndex(msgspec.json.decode(file.read_bytes(), type=PlanTable))
-    return PlanIndex(PlanTable(device=device_name))
+    found = find_table(device_name, "")
+    return PlanIndex(PlanTable(device=device_name) if found is None else msgspec.json.decode(found, type=PlanTable))
 
 
-_SAME_MULTIPROCESSORS = {"NVIDIA H100 80GB HBM3": "NVIDIA H200", "NVIDIA H100": "NVIDIA H200"}
+_SAME_MULTIPROCESSORS = (("NVIDIA H200", "NVIDIA H100 80GB HBM3"),)
+
+
+def find_table(device_name: str, suffix: str) -> bytes | None:
+    """The committed table of a device, or of one with the same multiprocessors. `suffix` names the kind."""
+    alike = [name for names in _SAME_MULTIPROCESSORS if device_name in names for name in names]
+    for name in (device_name, *alike):
+        file = resources.files(__package__) / "tables" / f"{file_stem(name)}{suffix}.json"
+        if file.is_file():
+            return file.read_bytes()
+    return None
