@@ -116,7 +116,7 @@ class Follower:
                     case Assigned() as assigned:
                         return assigned
                     case Refused(why):
-                        raise StartupError(f"rank 0 has given up: {why.splitlines()[0]}")
+                        raise StartupError(f"rank 0 has given up: {why.partition(chr(10))[0]}")
         except ChannelLost as lost:
             raise StartupError(f"{self._leader} is gone before the start: {lost}") from None
 
