@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+RAY = {"kuberay__enabled": True}
 GPU = {"resource": "nvidia.com/gpu", "count": 4}
 
 # (what is changed in ci/cpu-demo-values.yaml, text of the refusal)
@@ -117,4 +118,19 @@ BAD_VALUES: tuple[tuple[dict[str, Any], str], ...] = (
         {"disaggregatedSet": {"enabled": True}, "decode__autoscaling": {"type": "hpa", "max": 1}},
         "decode.autoscaling.type is hpa, but disaggregatedSet.enabled",
     ),
+    # KubeRay
+    ({"kuberay__enabled": "yes"}, "/kuberay/enabled"),
+    ({"kuberay__rayVersion": "latest"}, "/kuberay/rayVersion"),
+    ({"kuberay__workers": {}}, "additional properties 'workers' not allowed"),
+    ({**RAY, "fullnameOverride": "2nd"}, "its name must begin with a letter"),
+    ({**RAY, "disaggregatedSet": {"enabled": True}}, "kuberay.enabled and disaggregatedSet.enabled are both set"),
+    ({**RAY, "discovery__type": "kubernetes"}, "discovery.type is kubernetes, but kuberay.enabled"),
+    ({**RAY, "router__replicas": 2}, "router.replicas is 2, but kuberay.enabled"),
+    ({**RAY, "decode__autoscaling": {"type": "keda"}}, "decode.autoscaling.type is keda, but kuberay.enabled"),
+    ({**RAY, "prefill__workload": "LeaderWorkerSet"}, "prefill.workload is LeaderWorkerSet, but kuberay.enabled"),
+    (
+        {**RAY, "preview__groupsOfRanks": True, "decode__group": {"tensorParallel": 2}},
+        "decode.group has 2 ranks, and kuberay.enabled renders groups of one rank only",
+    ),
+    ({**RAY, "decode__engine__num_threads": None}, "decode.engine.num_threads is not set, and kuberay.enabled"),
 )

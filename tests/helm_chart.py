@@ -89,6 +89,10 @@ def pod_templates(manifests: list[Manifest]) -> Iterator[tuple[str, Manifest]]:
             case "DisaggregatedSet":
                 for role in spec["roles"]:
                     yield role["name"], role["spec"]["leaderWorkerTemplate"]["workerTemplate"]
+            case "RayCluster":
+                yield "router", spec["headGroupSpec"]["template"]
+                for group in spec["workerGroupSpecs"]:
+                    yield group["groupName"], group["template"]
 
 
 def check_native(manifests: list[Manifest]) -> list[Manifest]:

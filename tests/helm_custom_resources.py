@@ -1,7 +1,7 @@
 """What the chart uses of other projects' custom resources, as closed schemas written by hand after their definitions
-(LeaderWorkerSet and DisaggregatedSet v1, KEDA v1alpha1, PodMonitor v1, InferencePool v1). They are a part of each:
-pod templates are validated by `helm_chart.check_native`, and `python -m benchmarks.helm --crds DIRECTORY` validates
-against the complete definitions where one has them.
+(LeaderWorkerSet and DisaggregatedSet v1, KEDA v1alpha1, PodMonitor v1, InferencePool v1, RayCluster v1). They are a part
+of each: pod templates are validated by `helm_chart.check_native`, and `python -m benchmarks.helm --crds DIRECTORY`
+validates against the complete definitions where one has them.
 """
 
 from __future__ import annotations
@@ -54,6 +54,19 @@ TRIGGER = closed(
     metadata=closed("serverAddress query threshold", serverAddress=TEXT, query=TEXT, threshold=TEXT),
 )
 
+TEMPLATE = closed("metadata spec", metadata=closed("labels", labels=OBJECT, annotations=OBJECT), spec=OBJECT)
+RAY_PARAMS: Schema = {"type": "object", "additionalProperties": TEXT}  # of `ray start`, all of them text
+RAY_WORKERS = closed(
+    "groupName minReplicas maxReplicas rayStartParams template",
+    groupName=TEXT,
+    replicas=COUNT,
+    minReplicas=COUNT,
+    maxReplicas=COUNT,
+    labels={"type": "object", "additionalProperties": TEXT},
+    rayStartParams=RAY_PARAMS,
+    template=TEMPLATE,
+)
+
 SCHEMAS: dict[tuple[str, str], Schema] = {
     ("leaderworkerset.x-k8s.io/v1", "LeaderWorkerSet"): resource(GROUP),
     ("disaggregatedset.x-k8s.io/v1", "DisaggregatedSet"): resource(
@@ -84,6 +97,16 @@ SCHEMAS: dict[tuple[str, str], Schema] = {
             selector=LABELS,
             targetPorts=several(closed("number", number=PORT)),
             endpointPickerRef=closed("name port", name=TEXT, port=closed("number", number=PORT)),
+        )
+    ),
+    ("ray.io/v1", "RayCluster"): resource(
+        closed(
+            "headGroupSpec",
+            rayVersion=TEXT,  # required with authOptions
+            authOptions=closed("mode", mode={"enum": ["disabled", "token"]}),
+            upgradeStrategy=closed("type", type={"enum": ["Recreate", "None"]}),
+            headGroupSpec=closed("template", rayStartParams=RAY_PARAMS, template=TEMPLATE),
+            workerGroupSpecs=several(RAY_WORKERS),
         )
     ),
 }

@@ -14,9 +14,13 @@ import msgspec
 import pytest
 import yaml
 
+from cluster.config import ClusterConfig, load_config
 from cluster.control.worker_config import WorkerConfig
 from cluster.engine.config import EngineConfig, SpeculationConfig
 from cluster.errors import ConfigError
+from cluster.launch.local import DRAIN_MARGIN_S
+from cluster.launch.ray_plan import check_ray, placement_request
+from cluster.launch.topology import plan_topology
 from cluster.router.config import RouterConfig, check_config
 from tests.helm_bad_values import BAD_VALUES
 from tests.helm_chart import (
@@ -37,6 +41,7 @@ from tests.helm_custom_resources import SCHEMAS
 
 NAMES = [path.name.removesuffix("-values.yaml") for path in VALUES_FILES]
 SINGLE_RANK = ["cpu-demo", "one-gpu"]
+ON_RAY = ["kuberay"]  # one config for all, of `cluster launch`
 every_file = pytest.mark.parametrize("name", NAMES)
 
 
@@ -57,7 +62,7 @@ def test_every_kind_of_object_is_rendered_by_some_file() -> None:
     assert kinds >= {
         *("ConfigMap", "Deployment", "Service", "ServiceAccount", "NetworkPolicy", "PodDisruptionBudget"),
         *("LeaderWorkerSet", "DisaggregatedSet", "HorizontalPodAutoscaler", "ScaledObject"),
-        *("PodMonitor", "InferencePool"),
+        *("PodMonitor", "InferencePool", "RayCluster"),
     }
     assert not kinds & {"ClusterRole", "ClusterRoleBinding", "Secret"}
 
@@ -86,20 +91,22 @@ def test_pods_are_locked_down(name: str) -> None:
         assert spec["securityContext"]["runAsUser"] > 0
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         assert not [volume for volume in spec["volumes"] if "hostPath" in volume]
-        [container] = spec["containers"]
-        security = container["securityContext"]
-        assert security["readOnlyRootFilesystem"] is True
-        assert security["allowPrivilegeEscalation"] is False
-        assert security["capabilities"]["drop"] == ["ALL"]
-        assert set(security["capabilities"].get("add", [])) <= {"IPC_LOCK"}
-        assert not security.get("privileged")
-        assert not [entry for entry in container["env"] if "secretKeyRef" in entry.get("valueFrom", {})]
-        assert "memory" in container["resources"]["limits"]
-        mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
+        mounts: dict[str, bool] = {}  # volume to "can be written"
+        for container in spec["containers"]:
+            security = container["securityContext"]
+            assert security["readOnlyRootFilesystem"] is True
+            assert security["allowPrivilegeEscalation"] is False
+            assert security["capabilities"]["drop"] == ["ALL"]
+            assert set(security["capabilities"].get("add", [])) <= {"IPC_LOCK"}
+            assert not security.get("privileged")
+            assert not [entry for entry in container["env"] if "secretKeyRef" in entry.get("valueFrom", {})]
+            assert "memory" in container["resources"]["limits"]
+            for mount in container["volumeMounts"]:
+                mounts[mount["name"]] = mounts.get(mount["name"], False) or not mount.get("readOnly")
         assert set(mounts) == {volume["name"] for volume in spec["volumes"]}
-        assert ("cluster-key" in mounts) == (role != "router")
-        writable = {name for name, mount in mounts.items() if not mount.get("readOnly")}
-        assert writable <= {"tmp", "cache", "shm"}
+        assert ("cluster-key" in mounts) == (role != "router" or name in ON_RAY)
+        writable = {volume for volume, is_writable in mounts.items() if is_writable}
+        assert writable <= {"tmp", "cache", "shm", *(["ray", "ray-tmp", "ray-cache"] if name in ON_RAY else [])}
 
 
 @every_file
@@ -110,7 +117,8 @@ def test_every_role_has_its_policy_and_budget(name: str) -> None:
         assert policy["policyTypes"] == ["Ingress", "Egress"]
         assert all("from" in rule for rule in policy["ingress"]) == (role != "router")
         labels = dict(pod_templates(manifests))[role]["metadata"]["labels"]
-        for selector in (policy["podSelector"], named(manifests, "PodDisruptionBudget", role)["spec"]["selector"]):
+        budgets = [] if name in ON_RAY else [named(manifests, "PodDisruptionBudget", role)["spec"]["selector"]]
+        for selector in (policy["podSelector"], *budgets):
             assert selector["matchLabels"].items() <= labels.items()
 
 
@@ -124,7 +132,8 @@ def test_selectors_find_the_pods(name: str) -> None:
             "leaderworkerset.sigs.k8s.io/worker-index": "0"
         }  # set by its controller
         assert service["spec"]["selector"].items() <= labels.items()
-        ports = {port["name"] for port in pods[role]["spec"]["containers"][0]["ports"]}
+        containers = pods[role]["spec"]["containers"]
+        ports = {port["name"] for container in containers for port in container.get("ports", [])}
         assert {port["targetPort"] for port in service["spec"]["ports"]} <= ports
 
 
@@ -145,7 +154,7 @@ def test_the_quantization_reaches_the_workers() -> None:
         assert [config.model_quantization for config in configs] == [expected, expected]
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - set(SINGLE_RANK)))
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {*SINGLE_RANK, *ON_RAY}))
 def test_a_worker_refuses_the_config_of_a_group_of_ranks(name: str) -> None:
     manifests = render(read_values(name))
     check_config(_router_config(manifests))
@@ -231,6 +240,70 @@ def test_a_drain_does_not_look_like_death() -> None:
     assert liveness["periodSeconds"] * liveness["failureThreshold"] > 300
 
 
+def test_on_ray_one_config_describes_the_whole_deployment(tmp_path: Path) -> None:
+    config = cluster_config(render(read_values("kuberay")), tmp_path)
+    check_ray(config)
+    assert (config.prefill.replicas, config.decode.replicas) == (1, 2)
+    assert config.decode.engine.kv_cache_bytes == 268435456
+    assert config.launch.ray.decode_labels == {"tandem-pool": "decode"}
+    assert config.security.cluster_key_file == "/var/run/secrets/tandem/cluster-key"
+    hub = {"source": "huggingface", "huggingface": {"repository": "a/b", "revision": "a" * 40}}
+    model = cluster_config(render(changed(read_values("kuberay"), model={**hub, "name": "m"})), tmp_path).model
+    assert (model.path, model.revision, model.served_name) == ("a/b", "a" * 40, "m")
+
+
+def test_on_ray_a_group_fits_one_pod_of_its_pool(tmp_path: Path) -> None:
+    values = changed(
+        read_values("kuberay"),
+        decode__engine={"device": "cuda", "kv_cache_bytes": 1 << 30},
+        decode__accelerator={"claim": "gpu"},
+    )
+    manifests = render(values)
+    config = cluster_config(manifests, tmp_path)
+    [ray] = of_kind(manifests, "RayCluster")
+    for group in ray["spec"]["workerGroupSpecs"]:
+        [planned] = [each for each in plan_topology(config, 1).groups if each.name == f"{group['groupName']}-0"]
+        request = placement_request(config, planned)
+        assert request.labels == group["labels"]
+        params = group["rayStartParams"]
+        assert request.bundles[0]["CPU"] == int(params["num-cpus"])
+        assert request.bundles[0].get("GPU", 0) == int(params.get("num-gpus", 0))
+
+
+def test_on_ray_nobody_else_reaches_ray() -> None:
+    manifests = render(read_values("kuberay"))
+    for role in ("router", "prefill", "decode"):
+        for rule in named(manifests, "NetworkPolicy", role)["spec"]["ingress"]:
+            [port] = rule["ports"]
+            assert "from" in rule or (role, port["port"]) == ("router", 8000)
+    [ray] = of_kind(manifests, "RayCluster")
+    assert ray["spec"]["authOptions"] == {"mode": "token"}
+    assert not {"Deployment", "PodDisruptionBudget"} & {manifest["kind"] for manifest in manifests}
+
+
+def test_on_ray_pods_have_time_for_both_drains(tmp_path: Path) -> None:
+    manifests = render(read_values("kuberay"))
+    drain_s = cluster_config(manifests, tmp_path).launch.drain_timeout_s
+    for _, template in pod_templates(manifests):
+        assert template["spec"]["terminationGracePeriodSeconds"] > 2 * (drain_s + DRAIN_MARGIN_S)
+
+
+def test_on_ray_pods_come_and_go_without_a_restart_of_the_launch() -> None:
+    def checksum(**changes: Any) -> str:
+        template = dict(pod_templates(render(changed(read_values("kuberay"), **changes))))["router"]
+        found: str = template["metadata"]["annotations"]["checksum/config"]
+        return found
+
+    assert checksum() == checksum(decode__replicas=5)
+    assert checksum() != checksum(decode__engine__max_num_sequences=7)
+
+
+def test_on_ray_the_version_is_that_of_the_image() -> None:
+    locked = (ROOT / "requirements.lock").read_text().splitlines()
+    defaults = yaml.safe_load((CHART / "values.yaml").read_text())
+    assert f"ray=={defaults['kuberay']['rayVersion']}" in locked
+
+
 def test_schema_has_every_key_of_the_configs_and_no_other() -> None:
     schema = json.loads((CHART / "values.schema.json").read_text())
     engine = schema["definitions"]["engine"]["properties"]
@@ -299,3 +372,10 @@ def _config(manifests: list[Manifest], role: str) -> str:
 
 def _router_config(manifests: list[Manifest]) -> RouterConfig:
     return msgspec.json.decode(_config(manifests, "router"), type=RouterConfig)
+
+
+def cluster_config(manifests: list[Manifest], directory: Path) -> ClusterConfig:
+    """Of `cluster launch` in the head pod, read as it would be."""
+    path = directory / "cluster.yaml"
+    path.write_text(named(manifests, "ConfigMap", "cluster")["data"]["cluster.yaml"])
+    return load_config(path)

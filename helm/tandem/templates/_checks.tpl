@@ -28,6 +28,9 @@
 {{- if and (not $values.serviceAccount.create) (eq $values.serviceAccount.router $values.serviceAccount.worker) (eq $values.discovery.type "kubernetes") -}}
 {{- fail "serviceAccount.router and serviceAccount.worker are the same account, and discovery.type is kubernetes: workers would get a right that only routers need" -}}
 {{- end -}}
+{{- if $values.kuberay.enabled -}}
+{{- include "tandem.checkRay" . -}}
+{{- end -}}
 {{- if and $values.inferencePool.enabled (not $values.inferencePool.endpointPicker) -}}
 {{- fail "inferencePool.endpointPicker is not set: an InferencePool needs the service of an endpoint picker" -}}
 {{- end -}}
@@ -131,5 +134,38 @@
 {{- end -}}
 {{- if and (gt (include "tandem.podsPerGroup" .pool | int) 1) (ne .pool.workload "LeaderWorkerSet") (not .values.disaggregatedSet.enabled) -}}
 {{- fail (printf "%s.group spans %s pods, which a %s cannot keep together; set %s.workload to LeaderWorkerSet" $role (include "tandem.podsPerGroup" .pool) .pool.workload $role) -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "tandem.checkRay" -}}
+{{- $values := .Values -}}
+{{- if regexMatch "^[0-9]" (include "tandem.fullname" .) -}}
+{{- fail (printf "kuberay.enabled: the RayCluster would be called %s, and its name must begin with a letter; set fullnameOverride" (include "tandem.fullname" .)) -}}
+{{- end -}}
+{{- if $values.disaggregatedSet.enabled -}}
+{{- fail "kuberay.enabled and disaggregatedSet.enabled are both set: use one" -}}
+{{- end -}}
+{{- if ne $values.discovery.type "dns" -}}
+{{- fail (printf "discovery.type is %s, but kuberay.enabled: the launch tells its router where the workers are; leave it at dns" $values.discovery.type) -}}
+{{- end -}}
+{{- if gt (int $values.router.replicas) 1 -}}
+{{- fail (printf "router.replicas is %v, but kuberay.enabled: the router runs beside the launch in the one head pod" $values.router.replicas) -}}
+{{- end -}}
+{{- range $role := list "router" "prefill" "decode" -}}
+{{- if ne (index $values $role).autoscaling.type "none" -}}
+{{- fail (printf "%s.autoscaling.type is %s, but kuberay.enabled: there is no Deployment to scale; use `cluster scale` in the head pod" $role (index $values $role).autoscaling.type) -}}
+{{- end -}}
+{{- end -}}
+{{- range $role := list "prefill" "decode" -}}
+{{- $pool := index $values $role -}}
+{{- if ne $pool.workload "Deployment" -}}
+{{- fail (printf "%s.workload is %s, but kuberay.enabled: the pods are those of a RayCluster; leave it out" $role $pool.workload) -}}
+{{- end -}}
+{{- if gt (include "tandem.numRanks" $pool | int) 1 -}}
+{{- fail (printf "%s.group has %s ranks, and kuberay.enabled renders groups of one rank only so far" $role (include "tandem.numRanks" $pool)) -}}
+{{- end -}}
+{{- if and (not (hasPrefix "cuda" (default "cpu" $pool.engine.device))) (not $pool.engine.num_threads) -}}
+{{- fail (printf "%s.engine.num_threads is not set, and kuberay.enabled: a rank on CPUs would have one thread, because Ray says nothing of the pod's cores" $role) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}

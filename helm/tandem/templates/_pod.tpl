@@ -16,12 +16,27 @@ annotations:
 {{- end -}}
 
 {{- define "tandem.podSpec" -}}
+{{ include "tandem.podSettings" . }}
+terminationGracePeriodSeconds: {{ (index .root.Values .role).terminationGracePeriodSeconds }}
+containers:
+  - name: {{ .role }}
+    {{- include "tandem.container" . | nindent 4 }}
+volumes:
+  - name: config
+    configMap:
+      name: {{ include "tandem.roleName" . }}
+  {{- include "tandem.volumes" . | nindent 2 }}
+  {{- if ne .role "router" }}
+  {{- include "tandem.keyVolume" .root | nindent 2 }}
+  {{- end }}
+{{- end -}}
+
+{{- define "tandem.podSettings" -}}
 {{- $values := .root.Values -}}
 {{- $block := index $values .role -}}
 serviceAccountName: {{ include "tandem.serviceAccount" . }}
 automountServiceAccountToken: {{ include "tandem.hasToken" . }}
 enableServiceLinks: false
-terminationGracePeriodSeconds: {{ $block.terminationGracePeriodSeconds }}
 securityContext:
   runAsNonRoot: true
   runAsUser: {{ $values.security.runAsUser }}
@@ -71,11 +86,6 @@ resourceClaims:
     resourceClaimName: {{ . }}
 {{- end }}
 {{- end }}
-containers:
-  - name: {{ .role }}
-    {{- include "tandem.container" . | nindent 4 }}
-volumes:
-  {{- include "tandem.volumes" . | nindent 2 }}
 {{- end -}}
 
 {{- define "tandem.tolerations" -}}
@@ -95,40 +105,20 @@ volumes:
 {{- $values := .root.Values -}}
 {{- $block := index $values .role -}}
 {{- $isRouter := eq .role "router" -}}
-image: {{ include "tandem.image" .root }}
-imagePullPolicy: {{ $values.image.pullPolicy }}
+{{ include "tandem.containerImage" .root }}
 args: ["python", "-m", {{ ternary "cluster.router" .role $isRouter | quote }}, "--config", "/etc/tandem/config.json"]
 ports:
   - name: {{ ternary "http" "grpc" $isRouter }}
     containerPort: {{ $block.port }}
 env:
-  - name: HOME
-    value: /tmp
-  - name: XDG_CACHE_HOME
-    value: /var/cache
   {{- if not $isRouter }}
   - name: TANDEM_ADVERTISED_HOST
     valueFrom:
       fieldRef:
         fieldPath: status.podIP
   {{- end }}
-  {{- if and (eq $values.model.source "huggingface") $values.model.huggingface.tokenSecret.name }}
-  - name: HF_TOKEN_PATH
-    value: /var/run/secrets/huggingface/token
-  {{- end }}
-  {{- range $name, $value := $block.env }}
-  - name: {{ $name }}
-    value: {{ $value | quote }}
-  {{- end }}
-securityContext:
-  allowPrivilegeEscalation: false
-  readOnlyRootFilesystem: true
-  runAsNonRoot: true
-  capabilities:
-    drop: [ALL]
-    {{- if and (not $isRouter) (dig "rdma" "ipcLock" false $block) }}
-    add: [IPC_LOCK]
-    {{- end }}
+  {{- include "tandem.env" . | nindent 2 }}
+{{ include "tandem.containerSecurity" . }}
 resources:
   {{- include "tandem.resources" $block | nindent 2 }}
 lifecycle:
@@ -138,18 +128,59 @@ lifecycle:
 {{ include "tandem.probes" . }}
 volumeMounts:
   - {name: config, mountPath: /etc/tandem, readOnly: true}
-  - {name: tmp, mountPath: /tmp}
-  - {name: cache, mountPath: /var/cache}
-  {{- if has $values.model.source (list "pvc" "image") }}
-  - {name: model, mountPath: /model, readOnly: true}
-  {{- end }}
-  {{- if and (eq $values.model.source "huggingface") $values.model.huggingface.tokenSecret.name }}
-  - {name: huggingface-token, mountPath: /var/run/secrets/huggingface, readOnly: true}
-  {{- end }}
+  {{- include "tandem.mounts" . | nindent 2 }}
   {{- if not $isRouter }}
   - {name: cluster-key, mountPath: /var/run/secrets/tandem, readOnly: true}
-  - {name: shm, mountPath: /dev/shm}
   {{- end }}
+{{- end -}}
+
+{{- define "tandem.containerImage" -}}
+image: {{ include "tandem.image" . }}
+imagePullPolicy: {{ .Values.image.pullPolicy }}
+{{- end -}}
+
+{{- define "tandem.containerSecurity" -}}
+securityContext:
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: true
+  runAsNonRoot: true
+  capabilities:
+    drop: [ALL]
+    {{- if and (ne .role "router") (dig "rdma" "ipcLock" false (index .root.Values .role)) }}
+    add: [IPC_LOCK]
+    {{- end }}
+{{- end -}}
+
+{{- define "tandem.env" -}}
+{{- $model := .root.Values.model -}}
+- name: HOME
+  value: /tmp
+- name: XDG_CACHE_HOME
+  value: /var/cache
+{{- if and (eq $model.source "huggingface") $model.huggingface.tokenSecret.name }}
+- name: HF_TOKEN_PATH
+  value: /var/run/secrets/huggingface/token
+{{- end }}
+{{- range $name, $value := (index .root.Values .role).env }}
+- name: {{ $name }}
+  value: {{ $value | quote }}
+{{- end }}
+{{- end -}}
+
+{{/* Of `tandem.volumes`. */}}
+{{- define "tandem.mounts" -}}
+{{- $model := .root.Values.model -}}
+- {name: tmp, mountPath: /tmp}
+- {name: cache, mountPath: /var/cache}
+{{- if has $model.source (list "pvc" "image") }}
+- {name: model, mountPath: /model, readOnly: true}
+{{- end }}
+{{- if and (eq $model.source "huggingface") $model.huggingface.tokenSecret.name }}
+- {name: huggingface-token, mountPath: /var/run/secrets/huggingface, readOnly: true}
+{{- end }}
+{{- if ne .role "router" }}
+- {name: shm, mountPath: /dev/shm}
+{{- end }}
 {{- end -}}
 
 {{/* Requests and limits as given, and the devices, which must be equal in both. Argument: a role's values. */}}
@@ -204,9 +235,6 @@ livenessProbe:
 
 {{- define "tandem.volumes" -}}
 {{- $values := .root.Values -}}
-- name: config
-  configMap:
-    name: {{ include "tandem.roleName" . }}
 - name: tmp
   emptyDir:
     sizeLimit: 1Gi
@@ -240,15 +268,18 @@ livenessProbe:
 {{- end }}
 {{- end }}
 {{- if ne .role "router" }}
-- name: cluster-key
-  secret:
-    secretName: {{ $values.clusterKey.existingSecret }}
-    defaultMode: 0440
-    items:
-      - {key: {{ $values.clusterKey.key }}, path: cluster-key}
 - name: shm
   emptyDir:
     medium: Memory
     sizeLimit: {{ (index $values .role).shmSize }}
 {{- end }}
+{{- end -}}
+
+{{- define "tandem.keyVolume" -}}
+- name: cluster-key
+  secret:
+    secretName: {{ .Values.clusterKey.existingSecret }}
+    defaultMode: 0440
+    items:
+      - {key: {{ .Values.clusterKey.key }}, path: cluster-key}
 {{- end -}}
