@@ -1,6 +1,6 @@
 """What the chart uses of other projects' custom resources, as closed schemas written by hand after their definitions
-(LeaderWorkerSet and DisaggregatedSet v1, KEDA v1alpha1, PodMonitor v1, InferencePool v1, RayCluster v1). They are a part
-of each: pod templates are validated by `helm_chart.check_native`, and `python -m benchmarks.helm --crds DIRECTORY`
+(LeaderWorkerSet and DisaggregatedSet v1, KEDA v1alpha1, PodMonitor v1, InferencePool v1, RayCluster v1). They are a
+part of each: pod templates are validated by `helm_chart.check_native`, and `python -m benchmarks.helm --crds DIRECTORY`
 validates against the complete definitions where one has them.
 """
 

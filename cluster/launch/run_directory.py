@@ -95,7 +95,9 @@ def cluster_key_file(directory: Path, given: str | None) -> Path:
         length = len(path.read_bytes().strip())
     except OSError as error:
         raise ConfigError(f"security.cluster_key_file: cannot read {path}: {error.strerror}") from error
-    if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+    # Another user's file may be ours to read by its group: so Kubernetes hands a secret to a process without root.
+    forbidden = stat.S_IRWXO | (stat.S_IRWXG if status.st_uid == os.getuid() else stat.S_IWGRP)
+    if status.st_mode & forbidden:
         raise ConfigError(f"security.cluster_key_file: others can read {path}; run `chmod 600 {path}`")
     if length < KEY_BYTES:
         raise ConfigError(

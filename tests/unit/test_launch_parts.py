@@ -115,6 +115,23 @@ def test_a_key_file_of_the_user_is_checked(tmp_path: Path, content: bytes | None
     assert "kkkk" not in caught.value.message
 
 
+@pytest.mark.parametrize(("mode", "is_good"), [(0o440, True), (0o444, False), (0o460, False)])
+def test_a_key_file_of_another_user_may_be_read_through_its_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int, is_good: bool
+) -> None:
+    """As Kubernetes mounts a secret: it is root's, and the process's by group."""
+    path = tmp_path / "key"
+    path.write_bytes(b"k" * 64)
+    path.chmod(mode)
+    another = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: another)
+    if is_good:
+        assert cluster_key_file(tmp_path, str(path)) == path
+    else:
+        with pytest.raises(ConfigError, match="others can read"):
+            cluster_key_file(tmp_path, str(path))
+
+
 def test_a_good_key_file_is_used_where_it_is(tmp_path: Path) -> None:
     path = tmp_path / "key"
     path.write_bytes(b"k" * 64)
