@@ -2,6 +2,7 @@
 #
 #   docker build --target cpu  -t REGISTRY/tandem:0.1.0-cpu  .
 #   docker build --target cuda -t REGISTRY/tandem:0.1.0-cuda .
+#   docker build --target cpu --build-arg EXTRAS=ray -t REGISTRY/tandem:0.1.0-cpu-ray .       with Ray, for KubeRay
 
 ARG PYTHON=3.12
 
@@ -16,15 +17,17 @@ COPY requirements.lock ./
 RUN pip install -c requirements.lock pip setuptools wheel
 
 FROM build AS build-cpu
+ARG EXTRAS=
 RUN pip install -c requirements.lock --extra-index-url https://download.pytorch.org/whl/cpu torch
 COPY . .
-RUN pip install -c requirements.lock --no-build-isolation . \
+RUN pip install -c requirements.lock --no-build-isolation ".${EXTRAS:+[$EXTRAS]}" \
  && test -n "$(find /opt/tandem -path '*kernels/cpu/_native*.so')"
 
 FROM build AS build-cuda
+ARG EXTRAS=
 RUN pip install -c requirements.lock torch
 COPY . .
-RUN pip install -c requirements.lock --no-build-isolation . \
+RUN pip install -c requirements.lock --no-build-isolation ".${EXTRAS:+[$EXTRAS]}" \
  && test -n "$(find /opt/tandem -path '*kernels/cpu/_native*.so')"
 
 # tini: as process 1 Python would ignore SIGTERM until a handler is set, which is after loading.

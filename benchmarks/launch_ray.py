@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
@@ -52,8 +53,10 @@ class Proof(msgspec.Struct, frozen=True):
         return not (tally.lost or tally.not_one_end or tally.wrong or self.leaked_blocks) and tally.streams > 0
 
 
-async def prove(running: Deployment, concurrency: int = CONCURRENCY) -> Proof:
-    """Kill the actor of one worker of each pool, then scale up and down, under a steady load."""
+async def prove(
+    running: Deployment, concurrency: int = CONCURRENCY, scaled_pools: Sequence[Role] = tuple(Role)
+) -> Proof:
+    """Kill the actor of one worker of each pool, then scale pools up and down, under a steady load."""
     async with httpx.AsyncClient(timeout=TIMEOUT_S, trust_env=False) as client:
         side = await Side.open(client, running.url)
         cases = await built_in_cases([side], VerifyOptions(num_prompts=NUM_CASES, max_tokens=MAX_TOKENS))
@@ -65,10 +68,10 @@ async def prove(running: Deployment, concurrency: int = CONCURRENCY) -> Proof:
             os.kill(actor_of(victim), signal.SIGKILL)
             replaced += await until_replaced(running, victim)
         for count in (3, 2):
-            answer = await tell(running, Scale({Role.PREFILL: count, Role.DECODE: count}))
+            answer = await tell(running, Scale(dict.fromkeys(scaled_pools, count)))
             if not isinstance(answer, Done):
                 raise RuntimeError(f"scaling to {count}: {answer}")
-            scaled += 2
+            scaled += len(scaled_pools)
     return Proof(tally, replaced, scaled, await num_leaked(running))
 
 

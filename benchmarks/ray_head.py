@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,13 +34,12 @@ class RayHead:
     head: subprocess.Popen[bytes]
     nodes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)  # by their address
 
-    def add_nodes(self, hosts: Sequence[str], *arguments: str) -> None:
-        """More nodes on this machine: raylets with addresses of their own, such as 127.0.0.3."""
-        for host in hosts:
-            command = ("start", "--address", self.address, "--node-ip-address", host, *arguments)
-            self.nodes[host] = _begin(command, self.environment, self._log(host))
-        for host in hosts:
-            _wait_until_started(self.nodes[host], self._log(host))
+    def add_node(self, host: str, *arguments: str) -> None:
+        """One more node on this machine: a raylet with an address of its own, such as 127.0.0.3."""
+        command = ("start", "--address", self.address, "--node-ip-address", host, *arguments)
+        log = self.directory / f"{host}.log"
+        self.nodes[host] = _begin(command, self.environment, log)
+        _wait_until_started(self.nodes[host], log)
 
     def kill_node(self, host: str) -> None:
         _kill_all(self.nodes.pop(host))
@@ -59,13 +58,11 @@ class RayHead:
         for process in (*self.nodes.values(), self.head):
             _kill_all(process)
 
-    def _log(self, host: str) -> Path:
-        return self.directory / f"{host}.log"
-
 
 @contextmanager
-def ray_head(num_cpus: int, **environment: str) -> Iterator[RayHead]:
-    """`environment`: of Ray's processes, in addition to ours. Raises `RuntimeError` with Ray's own words."""
+def ray_head(num_cpus: int, *arguments: str, **environment: str) -> Iterator[RayHead]:
+    """`arguments`: for `ray start`. `environment`: of Ray's processes, in addition to ours. Raises `RuntimeError` with
+    Ray's own words."""
     directory = Path(tempfile.mkdtemp(prefix="tray-", dir="/tmp"))  # short: it holds Unix sockets
     port = choose_free_port("127.0.0.1")
     token = directory / "token"
@@ -78,7 +75,7 @@ def ray_head(num_cpus: int, **environment: str) -> Iterator[RayHead]:
         **environment,
     }
     command: tuple[str, ...] = ("start", "--head", "--port", str(port), "--temp-dir", str(directory / "ray"))
-    command += ("--num-cpus", str(num_cpus), "--include-dashboard", "false")
+    command += ("--num-cpus", str(num_cpus), "--include-dashboard", "false", *arguments)
     process = _begin(command, ours, directory / "head.log")
     head = RayHead(f"127.0.0.1:{port}", directory, ours, process)
     try:

@@ -105,6 +105,7 @@ class RaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     prefill_labels: dict[str, str] = {}  # node labels that Ray must find for a prefill worker
     decode_labels: dict[str, str] = {}  # node labels that Ray must find for a decode worker
     router: Literal["driver", "actor"] = "driver"  # where the router runs: beside the launcher, or where Ray puts it
+    router_labels: dict[str, str] = {}  # node labels that Ray must find for a router that it places
     send_cluster_key: bool = False  # let Ray carry the cluster key to other nodes; else each has it as a file
 
 

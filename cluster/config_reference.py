@@ -110,7 +110,7 @@ def _type(annotation: Any) -> str:
 def _default(field: msgspec.structs.FieldInfo) -> str:
     if is_section(field.type):
         return ""
-    value = field.default
+    value = field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
     if value is None:
         return "null"
     if isinstance(value, bool):

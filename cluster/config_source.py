@@ -146,10 +146,20 @@ def _leaf(path: str, annotation: Any, value: Any, is_text: bool) -> Any:
         return int(float(number) * _UNITS[unit.lower()]) if unit else int(float(number))
     if is_text and value == "null" and type(None) in get_args(annotation):
         return None
+    if is_text and get_origin(annotation) is dict:
+        value = _pairs(path, value)
     try:
         return msgspec.convert(value, annotation, strict=not is_text)
     except msgspec.ValidationError:
         raise ConfigError(f"{path}: expected {type_name(annotation)}, got {_shown(value)}") from None
+
+
+def _pairs(path: str, text: str) -> dict[str, str]:
+    """Of `pool=decode,zone=a`."""
+    pairs = [pair.partition("=") for pair in text.split(",") if pair]
+    if not all(equals for _, equals, _ in pairs):
+        raise ConfigError(f"{path}: expected NAME=VALUE,NAME=VALUE, got {_shown(text)}")
+    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def _unknown_key(root: type[msgspec.Struct], path: str, key: str, prefix: str, annotations: Mapping[str, Any]) -> str:
@@ -182,6 +192,8 @@ def type_name(annotation: Any) -> str:
         return "null"
     if get_origin(annotation) is Literal:
         return " or ".join(f'"{choice}"' for choice in get_args(annotation))
+    if get_origin(annotation) is dict:
+        return "a mapping"
     if get_origin(annotation) in (Union, types.UnionType):
         return " or ".join(type_name(choice) for choice in get_args(annotation))
     names = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}

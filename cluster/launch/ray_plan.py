@@ -70,10 +70,10 @@ def placement_request(config: ClusterConfig, group: WorkerGroup) -> PlacementReq
     )
 
 
-def router_request() -> PlacementRequest:
+def router_request(config: ClusterConfig) -> PlacementRequest:
     """The router as an actor: it computes nothing, a core is enough."""
     cpu = {"CPU": 1.0}
-    return PlacementRequest("router", "STRICT_PACK", (cpu,), (0,), cpu, {})
+    return PlacementRequest("router", "STRICT_PACK", (cpu,), (0,), cpu, config.launch.ray.router_labels)
 
 
 def spans_nodes(config: ClusterConfig) -> bool:

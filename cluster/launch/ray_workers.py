@@ -103,8 +103,8 @@ class RayRouter(RayGroup):
     """The router where Ray has put it. The files of its workers are copied to it."""
 
     def __init__(self, cluster: RayCluster, blueprint: Blueprint, topology: Topology, serving: Serving) -> None:
-        only_here = not spans_nodes(blueprint.config)
-        super().__init__(cluster, router_request(), stop_order=ROUTER_STOPS_FIRST, only_here=only_here)
+        request, only_here = router_request(blueprint.config), not spans_nodes(blueprint.config)
+        super().__init__(cluster, request, stop_order=ROUTER_STOPS_FIRST, only_here=only_here)
         self._blueprint = blueprint
         self._topology = topology
         self._serving = serving

@@ -108,12 +108,14 @@ async def test_a_group_that_loses_a_rank_is_started_anew(cluster: RayCluster, mo
         first = ranks_of("ranks")
         assert len(first) == 3
         assert launcher.pid_of("ranks") == first[0]
+        actors = actors_of(first)
+        assert len(set(actors)) == 3
         os.kill(first[2], signal.SIGKILL)
         await view.until("ranks", "died rank 2, killed by SIGKILL, on node ")
         await view.until("ranks", "ready", count=2)
         second = ranks_of("ranks")
         assert not set(first) & set(second)
-        assert actors_of(second) != []
+        assert sorted(actors_of(second)) == sorted(actors), "the actors are still the same"
         os.kill(actors_of(second)[1], signal.SIGKILL)
         await view.until("ranks", "died rank 1, its Ray actor died")
         await view.until("ranks", "ready", count=3)

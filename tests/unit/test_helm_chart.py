@@ -288,6 +288,25 @@ def test_on_ray_pods_have_time_for_both_drains(tmp_path: Path) -> None:
         assert template["spec"]["terminationGracePeriodSeconds"] > 2 * (drain_s + DRAIN_MARGIN_S)
 
 
+@pytest.mark.parametrize(
+    ("role", "waited_for"),
+    [("router", b"tini\0--\0cluster\0launch\0/etc/tandem/cluster.yaml\0"), ("decode", b"ray::RankActor.news\0")],
+)
+def test_on_ray_a_pod_stays_until_the_launch_is_done_with_it(tmp_path: Path, role: str, waited_for: bytes) -> None:
+    """The preStop hook looks for a process, and must not find itself."""
+    spec = dict(pod_templates(render(read_values("kuberay"))))[role]["spec"]
+    shell, _, script = spec["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    assert shell == "sh"
+    assert "/proc/[0-9]*/cmdline" in script
+    (tmp_path / "1").write_bytes(waited_for)
+    (tmp_path / "2").write_bytes(b"sh\0-c\0" + script.encode() + b"\0")
+    searched = script.replace("/proc/[0-9]*/cmdline", f"{tmp_path}/*").replace("sleep 1", "echo there; break")
+    for expected in ("there\n", ""):
+        done = subprocess.run([shell, "-c", searched], capture_output=True, text=True, timeout=10, check=False)
+        assert done.stdout == expected
+        (tmp_path / "1").unlink(missing_ok=True)
+
+
 def test_on_ray_pods_come_and_go_without_a_restart_of_the_launch() -> None:
     def checksum(**changes: Any) -> str:
         template = dict(pod_templates(render(changed(read_values("kuberay"), **changes))))["router"]

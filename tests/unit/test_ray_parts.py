@@ -32,7 +32,7 @@ from cluster.launch.ray_messages import (
     encode,
     start_decoder,
 )
-from cluster.launch.ray_plan import check_ray, placement_request
+from cluster.launch.ray_plan import check_ray, placement_request, router_request
 from cluster.launch.ray_workers import Blueprint
 from cluster.launch.topology import Rank, WorkerGroup, plan_topology
 from cluster.launch.topology_table import topology_table
@@ -73,13 +73,11 @@ def test_the_ranks_of_one_stage_share_a_node_and_stages_are_packed() -> None:
 
 
 def test_labels_are_those_of_the_pool() -> None:
-    ray = RaySettings(prefill_labels={"pool": "p"}, cpus_per_rank=0.5)
-    config = ClusterConfig()
-    launch = type(config.launch)(backend="ray", ray=ray)
-    config = ClusterConfig(launch=launch)
-    assert placement_request(config, group_of(0, role=Role.PREFILL)).labels == {"pool": "p"}
+    config = configured("launch.ray.prefill_labels=pool=p, zone=a", "launch.ray.cpus_per_rank=0.5")
+    assert placement_request(config, group_of(0, role=Role.PREFILL)).labels == {"pool": "p", "zone": "a"}
     assert placement_request(config, group_of(0)).labels == {}
     assert placement_request(config, group_of(0)).bundles == ({"CPU": 0.5},)
+    assert router_request(configured("launch.ray.router_labels=for=router")).labels == {"for": "router"}
 
 
 def test_threads_are_what_is_reserved() -> None:
@@ -121,6 +119,7 @@ def test_what_cannot_be_had_with_ray_is_named(settings: list[str], reason: str) 
         ("launch.ray.cpus_per_rank=0", "launch.ray.cpus_per_rank: must be between"),
         ("launch.ray.gpus_per_rank=2", "launch.ray.gpus_per_rank: must be between"),
         ("launch.ray.head_timeout_s=0", "launch.ray.head_timeout_s: must be between"),
+        ("launch.ray.decode_labels=pool", "launch.ray.decode_labels: expected NAME=VALUE,NAME=VALUE, got 'pool'"),
         ("launch.backend=slurm", 'expected "local" or "ray"'),
     ],
 )
