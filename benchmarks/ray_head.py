@@ -10,8 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,6 @@ from cluster.launch.ports import choose_free_port
 
 START_TIMEOUT_S = 60.0
 OBJECT_STORE_BYTES = 80 << 20
-STARTED = "Ray runtime started"
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
 
 
@@ -31,32 +29,32 @@ class RayHead:
     address: str
     directory: Path
     environment: dict[str, str]
-    head: subprocess.Popen[bytes]
-    nodes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)  # by their address
+    group: int  # the process group of all that the head consists of
+    nodes: dict[str, int] = field(default_factory=dict)  # and of the other nodes, by their address
 
-    def add_node(self, host: str, *arguments: str) -> None:
-        """One more node on this machine: a raylet with an address of its own, such as 127.0.0.3."""
-        command = ("start", "--address", self.address, "--node-ip-address", host, *arguments)
-        log = self.directory / f"{host}.log"
-        self.nodes[host] = _begin(command, self.environment, log)
-        _wait_until_started(self.nodes[host], log)
+    def add_nodes(self, hosts: Sequence[str], *arguments: str) -> None:
+        """More nodes on this machine: raylets with addresses of their own, such as 127.0.0.3. One after another: nodes
+        that start at the same time would take the same sockets."""
+        for host in hosts:
+            command = ("start", "--address", self.address, "--node-ip-address", host, *arguments)
+            self.nodes[host] = _start(command, self.environment)
 
     def kill_node(self, host: str) -> None:
-        _kill_all(self.nodes.pop(host))
+        _kill_group(self.nodes.pop(host))
 
     def kill_control_store(self) -> None:
         """The server of the head that all of Ray depends on; the head's raylet and its processes stay."""
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
                 program = path.read_bytes().partition(b"\0")[0]
-                if program.endswith(b"/gcs_server") and os.getpgid(int(path.parent.name)) == self.head.pid:
+                if program.endswith(b"/gcs_server") and os.getpgid(int(path.parent.name)) == self.group:
                     os.kill(int(path.parent.name), signal.SIGKILL)
                     return
         raise RuntimeError("the head has no control store")
 
     def close(self) -> None:
-        for process in (*self.nodes.values(), self.head):
-            _kill_all(process)
+        for group in (*self.nodes.values(), self.group):
+            _kill_group(group)
 
 
 @contextmanager
@@ -70,27 +68,26 @@ def ray_head(num_cpus: int, *arguments: str, **environment: str) -> Iterator[Ray
     ours = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
-        "PYTHONUNBUFFERED": "1",
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]),
         **environment,
     }
     command: tuple[str, ...] = ("start", "--head", "--port", str(port), "--temp-dir", str(directory / "ray"))
     command += ("--num-cpus", str(num_cpus), "--include-dashboard", "false", *arguments)
-    process = _begin(command, ours, directory / "head.log")
-    head = RayHead(f"127.0.0.1:{port}", directory, ours, process)
     try:
-        _wait_until_started(process, directory / "head.log")
-        yield head
+        head = RayHead(f"127.0.0.1:{port}", directory, ours, _start(command, ours))
+        try:
+            yield head
+        finally:
+            head.close()
     finally:
-        head.close()
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _begin(arguments: tuple[str, ...], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
-    """`ray start` with those arguments, in a process group of its own."""
-    command = [*RAY, *arguments, "--block", "--disable-usage-stats", "--object-store-memory", str(OBJECT_STORE_BYTES)]
-    with log.open("wb") as output:
-        return subprocess.Popen(
+def _start(arguments: tuple[str, ...], environment: dict[str, str]) -> int:
+    """`ray start` with those arguments; the process group of what it has started."""
+    command = [*RAY, *arguments, "--disable-usage-stats", "--object-store-memory", str(OBJECT_STORE_BYTES)]
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -98,18 +95,18 @@ def _begin(arguments: tuple[str, ...], environment: dict[str, str], log: Path) -
             env={**os.environ, **environment},
             start_new_session=True,
         )
+        try:
+            exit_code = process.wait(START_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            exit_code = None
+        if exit_code != 0:
+            _kill_group(process.pid)
+            process.wait()
+            output.seek(0)
+            raise RuntimeError(f"Ray did not start:\n{output.read().decode(errors='replace')[-2000:]}")
+    return process.pid
 
 
-def _wait_until_started(process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while STARTED not in log.read_text(errors="replace"):
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"Ray did not start:\n{log.read_text(errors='replace')[-2000:]}")
-        time.sleep(0.05)
-
-
-def _kill_all(process: subprocess.Popen[bytes]) -> None:
-    """With all that it has started."""
+def _kill_group(group: int) -> None:
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait(START_TIMEOUT_S)
+        os.killpg(group, signal.SIGKILL)

@@ -32,6 +32,8 @@ from cluster.launch.topology import Topology, plan_topology, with_ports
 from cluster.launch.view import Serving, launch_view
 from cluster.types import Role
 
+HEADLESS_DRAIN_S = 15.0  # without a head Ray ends its drivers and actors within a minute: we end before that
+
 
 def launch_ray(config: ClusterConfig, console: Console) -> None:
     """Blocks until the deployment has ended. Raises an error of our tree when it could not start, when a process died
@@ -77,7 +79,11 @@ def _router(
 async def _run(
     cluster: RayCluster, launcher: LocalLauncher, pools: WorkerPools, router: ProcessSpec | RayRouter, directory: Path
 ) -> None:
-    watch = asyncio.create_task(cluster.watch_head(lambda why: launcher.fail(why, f"{why}: stopping")))
+    def on_loss(why: str) -> None:
+        launcher.fail(why, f"{why}: stopping")
+        asyncio.get_running_loop().call_later(HEADLESS_DRAIN_S, launcher.stop, "")
+
+    watch = asyncio.create_task(cluster.watch_head(on_loss))
     try:
         await run_with_control(launcher, pools, directory)
     finally:

@@ -29,7 +29,8 @@ QUICK = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_failure_threshold": "6",
 }
-PREFILL_HOST, DECODE_HOSTS = "127.0.0.3", ("127.0.0.4", "127.0.0.5")
+DECODE_HOSTS = ("127.0.0.3", "127.0.0.4")
+NUM_HEAD_CPUS = 2  # for the prefill worker and the router
 HEAD_TIMEOUT_S, DRAIN_S = 3, 3
 ENDED_S = HEAD_TIMEOUT_S + 2 * (DRAIN_S + 10) + 30  # two stages with their margins, and what Ray's calls may take
 
@@ -41,22 +42,21 @@ def manifests() -> list[Manifest]:
 
 @pytest.fixture
 def head(manifests: list[Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RayHead]:
-    """A node for each pod of the chart: with its labels and its CPUs. The head has one for the router."""
+    """Nodes like the pods of the chart, with their labels and CPUs; the head is also that of the prefill pool."""
     directory = tmp_path / "run"
     directory.mkdir()
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(directory))
-    with ray_head(1, "--labels", "for=router", **QUICK) as running:
-        [ray] = of_kind(manifests, "RayCluster")
-        arguments = {group["groupName"]: node_arguments(group) for group in ray["spec"]["workerGroupSpecs"]}
-        running.add_node(PREFILL_HOST, *arguments["prefill"])
-        for host in DECODE_HOSTS:
-            running.add_node(host, *arguments["decode"])
+    [ray] = of_kind(manifests, "RayCluster")
+    groups = {group["groupName"]: group for group in ray["spec"]["workerGroupSpecs"]}
+    with ray_head(NUM_HEAD_CPUS, "--labels", labels_of(groups["prefill"]), **QUICK) as running:
+        num_cpus = groups["decode"]["rayStartParams"]["num-cpus"]
+        running.add_nodes(DECODE_HOSTS, "--num-cpus", num_cpus, "--labels", labels_of(groups["decode"]))
         yield running
 
 
-def node_arguments(group: Manifest) -> list[str]:
-    labels = ",".join(f"{name}={value}" for name, value in group["labels"].items())
-    return ["--num-cpus", group["rayStartParams"]["num-cpus"], "--labels", labels]
+def labels_of(group: Manifest) -> str:
+    """As KubeRay gives them to `ray start`."""
+    return ",".join(f"{name}={value}" for name, value in group["labels"].items())
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def config(manifests: list[Manifest], head: RayHead, tmp_path: Path) -> Path:
     config["launch"]["ray"] |= {
         "send_cluster_key": True,
         "router": "actor",
-        "router_labels": {"for": "router"},
+        "router_labels": config["launch"]["ray"]["prefill_labels"],
         "head_timeout_s": HEAD_TIMEOUT_S,
     }
     path = tmp_path / "cluster.yaml"
