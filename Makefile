@@ -55,7 +55,7 @@ $(VENV)/.installed: $(INSTALL_INPUTS) | venv
 
 $(VENV)/.installed-dev: $(INSTALL_INPUTS) | venv
 	$(PIP_INSTALL) pip setuptools wheel
-	$(PIP_INSTALL) --no-build-isolation -e '.[bench,dev]'
+	$(PIP_INSTALL) --no-build-isolation -e '.[bench,dev,ray]'
 	@touch $@ $(VENV)/.installed
 
 .PHONY: venv

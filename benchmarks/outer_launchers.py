@@ -84,7 +84,8 @@ FAKES: Mapping[str, Callable[[int, int, str], Environment]] = {
 
 
 def is_available(launcher: str) -> bool:
-    return launcher in FAKES or shutil.which(launcher) is not None
+    """torchrun comes with torch; it is started as a module, whatever is on the PATH."""
+    return launcher == "torchrun" or launcher in FAKES or shutil.which(launcher) is not None
 
 
 @dataclass
