@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from cluster.config import RaySettings
@@ -33,6 +34,8 @@ QUESTION_TIMEOUT_S = 10.0  # for the head
 SHUTDOWN_TIMEOUT_S = 15.0
 OBJECT_STORE_BYTES = 80 << 20  # of a Ray of our own: nothing is put there
 OUR_OWN = "local"  # as `ray.init` calls a cluster that it starts and that ends with this process
+NO_RAY, NO_ANSWER = "Could not find any running Ray instance", "no answer"  # the first in Ray's words
+AUTH_MODE = "RAY_AUTH_MODE"
 USAGE_STATS = "RAY_USAGE_STATS_ENABLED"
 INTERNAL_RESOURCES = ("node:", "bundle_group", "object_store_memory", "memory")
 
@@ -200,9 +203,16 @@ def _find_ray(settings: RaySettings, tell: Callable[[str], None]) -> str:
     if address == OUR_OWN:
         return address
     if address == "auto":
-        if why_not := _complaint_of_ray([], settings.connect_timeout_s):
-            tell(f"no Ray on this machine lets us in, starting one for this launch ({why_not})")
-        return OUR_OWN if why_not else address
+        why_not = _complaint_of_ray([], settings.connect_timeout_s)
+        if not why_not:
+            return address
+        if not why_not.startswith((NO_RAY, NO_ANSWER)):
+            raise StartupError(
+                "the Ray of this machine does not let us in; for another one set launch.ray.address to HOST:PORT, for "
+                f"one of our own to {OUR_OWN}. It says: {why_not}"
+            )
+        tell("no Ray answers on this machine: starting one for this launch")
+        return OUR_OWN
     if address.startswith("ray://"):
         raise StartupError(f"RAY_ADDRESS: {address} is a Ray Client's; the launcher must run on a node of the cluster")
     deadline = time.monotonic() + settings.connect_timeout_s
@@ -221,13 +231,23 @@ def _find_ray(settings: RaySettings, tell: Callable[[str], None]) -> str:
 def _complaint_of_ray(arguments: list[str], timeout_s: float) -> str:
     """Of its own health check, in a process that can be ended; empty if all is well."""
     command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "health-check", *arguments]
+    environment = {**({AUTH_MODE: "token"} if _has_token() else {}), **os.environ}  # as `ray.init` does it
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s, check=False)
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, env=environment, timeout=timeout_s, check=False
+        )
     except subprocess.TimeoutExpired:
-        return f"no answer within {timeout_s:g} s"
+        return f"{NO_ANSWER} within {timeout_s:g} s"
     if done.returncode == 0:
         return ""
-    return (done.stderr or done.stdout).decode(errors="replace").strip().rpartition("\n")[2] or "no answer"
+    last_line = (done.stderr or done.stdout).decode(errors="replace").strip().rpartition("\n")[2]
+    return last_line.partition(": ")[2] or last_line or NO_ANSWER
+
+
+def _has_token() -> bool:
+    """Where Ray looks for one."""
+    named = [name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if os.environ.get(name)]
+    return bool(named) or (Path.home() / ".ray" / "auth_token").exists()
 
 
 async def _answers(address: str) -> bool:
