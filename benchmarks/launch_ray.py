@@ -53,25 +53,24 @@ class Proof(msgspec.Struct, frozen=True):
         return not (tally.lost or tally.not_one_end or tally.wrong or self.leaked_blocks) and tally.streams > 0
 
 
-async def prove(
-    running: Deployment, concurrency: int = CONCURRENCY, scaled_pools: Sequence[Role] = tuple(Role)
-) -> Proof:
-    """Kill the actor of one worker of each pool, then scale pools up and down, under a steady load."""
+async def prove(running: Deployment, concurrency: int = CONCURRENCY, pools: Sequence[Role] = tuple(Role)) -> Proof:
+    """Under a steady load: kill the actor of a worker of each of `pools`, which have two, then scale them to three and
+    back."""
     async with httpx.AsyncClient(timeout=TIMEOUT_S, trust_env=False) as client:
         side = await Side.open(client, running.url)
         cases = await built_in_cases([side], VerifyOptions(num_prompts=NUM_CASES, max_tokens=MAX_TOKENS))
     replaced = scaled = 0
     async with steady_load(side, cases, concurrency, TIMEOUT_S) as tally:
-        for role in (Role.PREFILL, Role.DECODE):
+        for role in pools:
             await asyncio.sleep(1.0)  # for streams to be in flight
             victim = (await workers(running, role))[0]
             os.kill(actor_of(victim), signal.SIGKILL)
             replaced += await until_replaced(running, victim)
         for count in (3, 2):
-            answer = await tell(running, Scale(dict.fromkeys(scaled_pools, count)))
+            answer = await tell(running, Scale(dict.fromkeys(pools, count)))
             if not isinstance(answer, Done):
                 raise RuntimeError(f"scaling to {count}: {answer}")
-            scaled += len(scaled_pools)
+            scaled += len(pools)
     return Proof(tally, replaced, scaled, await num_leaked(running))
 
 

@@ -95,11 +95,15 @@ class Members:
         self._changed = asyncio.Event()
 
     async def changes(self) -> AsyncIterator[dict[str, bytes]]:
-        """Content by name of all files, now and after each change."""
+        """`files`, now and after each change."""
         while True:
             changed = self._changed
-            yield {name: (self._directory / name).read_bytes() for name in map(members_name, Role)}
+            yield self.files()
             await changed.wait()
+
+    def files(self) -> dict[str, bytes]:
+        """Content by name."""
+        return {name: (self._directory / name).read_bytes() for name in map(members_name, Role)}
 
 
 class WorkerPools:

@@ -22,9 +22,9 @@ from typing import Any
 
 from cluster.config import RaySettings
 from cluster.errors import StartupError
-from cluster.launch.off_loop import off_loop
+from cluster.launch.off_loop import Result, off_loop
 from cluster.launch.ray_actor import RankActor
-from cluster.launch.ray_handle import RankHandle
+from cluster.launch.ray_handle import RankHandle, reason_of
 from cluster.launch.ray_plan import PlacementRequest, shown
 
 PROBE_PAUSE_S = 1.0
@@ -62,10 +62,9 @@ class RayCluster:
         labels = {**request.labels, **({"ray.io/node-id": self.node_id} if only_here else {})}
         placement = Placement(self._ray, self._actor_class, request, labels)
         try:
-            await off_loop(placement.create)
+            await placement.create()
             if not await placement.is_reserved(self._settings.placement_timeout_s):
-                async with asyncio.timeout(QUESTION_TIMEOUT_S):
-                    raise StartupError(await off_loop(self._no_place, request, only_here))
+                raise StartupError(await ask_ray(self._ray, request.name, self._no_place, request, only_here))
         except BaseException:
             placement.remove_soon()
             raise
@@ -115,8 +114,11 @@ class Placement:
         self._is_unwanted = False
         self._lock = threading.Lock()
 
-    def create(self) -> None:
-        """Off the loop."""
+    async def create(self) -> None:
+        """Ask for it. Raises `StartupError`, as all that asks Ray does."""
+        await ask_ray(self._ray, self._request.name, self._create)
+
+    def _create(self) -> None:
         group = self._ray.util.placement_group(
             [dict(bundle) for bundle in self._request.bundles],
             strategy=self._request.strategy,
@@ -132,7 +134,7 @@ class Placement:
     async def is_reserved(self, timeout_s: float) -> bool:
         """Also asked after a node was lost: Ray then reserves anew what was there."""
         deadline = time.monotonic() + timeout_s
-        while not await off_loop(self._group.wait, PLACEMENT_SLICE_S):
+        while not await ask_ray(self._ray, self._request.name, self._group.wait, PLACEMENT_SLICE_S):
             if time.monotonic() > deadline:
                 return False
         return True
@@ -140,7 +142,7 @@ class Placement:
     async def start_actor(self, rank: int) -> RankHandle:
         """An actor in the bundle of `rank`. It dies with this process (it is not detached) and Ray does not restart it:
         a new one would know nothing, so it is ours to make and to tell."""
-        return await off_loop(self._start_actor, rank)
+        return await ask_ray(self._ray, self._request.name, self._start_actor, rank)
 
     def _start_actor(self, rank: int) -> RankHandle:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -167,6 +169,17 @@ class Placement:
     def _remove(self, group: Any) -> None:
         with contextlib.suppress(self._ray.exceptions.RayError, RuntimeError, OSError):  # it goes with this process
             self._ray.util.remove_placement_group(group)
+
+
+async def ask_ray(ray: Any, name: str, function: Callable[..., Result], *arguments: object) -> Result:
+    """A call to Ray's head on behalf of the process `name`. Raises `StartupError` with what Ray says."""
+    try:
+        async with asyncio.timeout(QUESTION_TIMEOUT_S):
+            return await off_loop(function, *arguments)
+    except TimeoutError:
+        raise StartupError(f"{name}: Ray's head has not answered for {QUESTION_TIMEOUT_S:g} s") from None
+    except (ray.exceptions.RayError, RuntimeError, ValueError, OSError) as error:
+        raise StartupError(f"{name}: Ray says: {reason_of(error)}") from error
 
 
 @contextmanager

@@ -78,6 +78,10 @@ class RayGroup(ABC):
     @abstractmethod
     def _order(self, rank: int, place: Place) -> Order: ...
 
+    def _has_stayed(self, places: Sequence[Place]) -> bool:
+        """Whether rank 0 is where it was before."""
+        return bool(self._places) and self._places[0].node_id == places[0].node_id
+
     def _followed_files(self) -> AsyncIterator[Files] | None:
         """Files that rank 0 must have, now and after each change."""
         return None

@@ -20,6 +20,9 @@ CLOSE_TIMEOUT_S = 5.0
 SILENCE_S = 30.0  # an actor that cannot be asked for so long counts as dead
 RETRY_PAUSE_S = 0.5
 MAX_REASON = 300  # characters of what Ray says about a death
+TELLING = ("The actor is dead because", "The actor died because")
+RAISED = "an error raised in its creation task"  # a traceback follows
+NOT_INSTALLED = "No module named"
 GUESSES = " Some common causes"  # of Ray; what follows is not about this death
 
 
@@ -50,7 +53,7 @@ class RankHandle:
         try:
             return await self._call(method, arguments, timeout_s)
         except self._errors.ActorUnavailableError as error:
-            raise RankLost(f"its Ray actor cannot be reached: {_reason(error)}") from error
+            raise RankLost(f"its Ray actor cannot be reached: {reason_of(error)}") from error
 
     async def batches(self) -> AsyncIterator[Batch]:
         """News of the process that runs there, until the caller has had enough. Raises `RankLost`; a disturbance of
@@ -61,7 +64,7 @@ class RankHandle:
                 batch = batch_decoder.decode(await self._call("news", (next_number,), NEWS_TIMEOUT_S))
             except self._errors.ActorUnavailableError as error:
                 if time.monotonic() > heard_at + SILENCE_S:
-                    raise RankLost(f"its Ray actor cannot be reached: {_reason(error)}") from error
+                    raise RankLost(f"its Ray actor cannot be reached: {reason_of(error)}") from error
                 await asyncio.sleep(RETRY_PAUSE_S)
                 continue
             next_number, heard_at = batch.next_number, time.monotonic()
@@ -77,7 +80,7 @@ class RankHandle:
             raise
         except self._errors.RayError as error:
             has_died = isinstance(error, self._errors.RayActorError)
-            raise RankLost(f"its Ray actor {'died' if has_died else 'failed'}: {_reason(error)}") from error
+            raise RankLost(f"its Ray actor {'died' if has_died else 'failed'}: {reason_of(error)}") from error
 
     def post(self, method: str, *arguments: object) -> None:
         """Without an answer. That it has not arrived is noticed by `batches`."""
@@ -93,9 +96,11 @@ class RankHandle:
                 await off_loop(self._ray.kill, self._actor)
 
 
-def _reason(error: Exception) -> str:
-    """The line of Ray's long message that says why."""
+def reason_of(error: Exception) -> str:
+    """The line of Ray's long message that says why: of an exception in the actor its last one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if line.startswith(("The actor is dead because", "The actor died because"))]
+    telling = [line for line in lines if line.startswith(TELLING) and RAISED not in line]
     text = (telling[0] if telling else " ".join(lines[-1:])).partition(GUESSES)[0]
+    if NOT_INSTALLED in text:
+        text += "; install the same Tandem on every node of Ray"
     return text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]}…"

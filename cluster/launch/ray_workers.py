@@ -75,8 +75,7 @@ class RayWorker(RayGroup):
         else:
             host = place.host
             self._listen_host = self._planned.host if self._planned.host in WILDCARDS else host
-        has_stayed = bool(self._places) and self._places[0].node_id == place.node_id
-        port = self.group.port if has_stayed else self._planned.port
+        port = self.group.port if self._has_stayed(places) else self._planned.port
         port = port or await self._ranks[0].call("choose_port", self._listen_host)
         self.group = replace(self._planned, host=host, port=port)
         self._blueprint.members.join(self.group)
@@ -108,24 +107,21 @@ class RayRouter(RayGroup):
         self._blueprint = blueprint
         self._topology = topology
         self._serving = serving
-        self._files: Files = {}
+        self._port = topology.router.port
 
     async def _settle(self, places: Sequence[Place]) -> None:
         router = self._topology.router
-        port = router.port or await self._ranks[0].call("choose_port", router.host)
-        self._topology = replace(self._topology, router=replace(router, port=port))
+        if not self._has_stayed(places):
+            self._port = router.port or await self._ranks[0].call("choose_port", router.host)
         host = router.host if is_loopback(router.host) else places[0].host
-        self._serving.url = f"http://{join_address(host, port)}"
-        async for files in self._blueprint.members.changes():
-            self._files = files
-            break
+        self._serving.url = f"http://{join_address(host, self._port)}"
 
     def _order(self, rank: int, place: Place) -> Order:
         plan = self._blueprint
         config = router_config(plan.config, self._topology, plan.model, plan.model_name)
         config = following_members(config, Path(place.directory))
-        config = msgspec.structs.replace(config, model_path=plan.model_reference)
-        files = {**self._files, "router.json": encode(config)}
+        config = msgspec.structs.replace(config, model_path=plan.model_reference, port=self._port)
+        files = {**plan.members.files(), "router.json": encode(config)}
         return Order(self.name, ("cluster.router", "--config", f"{place.directory}/router.json"), {}, files)
 
     def _followed_files(self) -> AsyncIterator[Files]:

@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,10 +36,12 @@ MARK = "TEST_RANK"
 class FakeGroup(RayGroup):
     """Ranks that serve nothing, one for each given stage."""
 
-    def __init__(self, cluster: RayCluster, name: str, *stages: int) -> None:
+    def __init__(self, cluster: RayCluster, name: str, *stages: int, label: str = "") -> None:
         ranks = tuple(Rank(index, "cpu", 1, stage) for index, stage in enumerate(stages))
         group = WorkerGroup(name, Role.DECODE, "127.0.0.1", 0, ranks)
-        super().__init__(cluster, placement_request(ClusterConfig(), group), stop_order=1, only_here=True)
+        labels = {"pool": label} if label else {}
+        request = replace(placement_request(ClusterConfig(), group), labels=labels)
+        super().__init__(cluster, request, stop_order=1, only_here=True)
 
     async def _settle(self, places: Sequence[Place]) -> None:
         assert len({place.node_id for place in places}) == 1
@@ -151,6 +154,12 @@ async def test_one_that_has_no_place_is_refused_and_the_others_go_on(cluster: Ra
 
     groups = [FakeGroup(cluster, "staged", 0, 0, 1), FakeGroup(cluster, "small", 0)]
     await launched(groups, story)
+
+
+async def test_what_ray_refuses_is_told_in_its_words(cluster: RayCluster) -> None:
+    group = FakeGroup(cluster, "odd", 0, label="not a label!")
+    with pytest.raises(StartupError, match=r"odd: Ray says: .*not a label!"):
+        await group.prepare(RecordingView())
 
 
 async def test_a_launch_that_waits_for_a_place_can_be_stopped(cluster: RayCluster) -> None:

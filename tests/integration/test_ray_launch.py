@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import pytest
 
 from benchmarks.deployment import Deployment, DeploymentFailed
 from benchmarks.drain import status, tell
-from benchmarks.launch_ray import actor_of, prove, until_replaced, workers
+from benchmarks.launch_ray import prove
 from benchmarks.ray_head import RayHead, ray_head
 from cluster.launch.control_messages import Done, Drain
 from cluster.types import Role
@@ -30,7 +29,7 @@ from tests.integration.ray_deployments import (
 )
 
 pytestmark = [needs_ray, pytest.mark.timeout(400), pytest.mark.slow]
-NUM_CPUS = 6
+NUM_CPUS = 5
 CONCURRENCY = 2  # the workers that are started meanwhile need the cores too
 
 
@@ -56,7 +55,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def running(head: RayHead, model: Path, runtime: Path) -> Iterator[Deployment]:
-    with on_ray(head, model, "prefill.replicas=2", "decode.replicas=2") as running:
+    with on_ray(head, model, "decode.replicas=2") as running:
         yield running
         last = asyncio.run(status(running)).workers
         pids = processes_of(last)
@@ -89,30 +88,13 @@ def test_pools_are_placed(running: Deployment, head: RayHead) -> None:
     assert placement_groups(head) == {f"tandem-{name}": ("CREATED", "STRICT_PACK") for name in names}
 
 
-def test_a_worker_process_that_dies_is_started_again_by_its_actor(running: Deployment) -> None:
-    async def kill_one() -> None:
-        worker = (await workers(running, Role.DECODE))[0]
-        actor = actor_of(worker)
-        os.kill(worker.pid, signal.SIGKILL)
-        assert await until_replaced(running, worker)
-        [now] = [each for each in await workers(running, Role.DECODE) if each.name == worker.name]
-        assert now.pid != worker.pid
-        assert actor_of(now) == actor
-        assert now.address == worker.address
-
-    expected = answer_of(running.url)
-    asyncio.run(kill_one())
-    assert answer_of(running.url) == expected
-    assert "died (killed by SIGKILL, on node" in running.log.read_text()
-
-
-def test_actors_die_and_pools_change_under_load_and_nothing_is_lost(running: Deployment) -> None:
+def test_an_actor_dies_and_a_pool_changes_under_load_and_nothing_is_lost(running: Deployment) -> None:
     before = asyncio.run(status(running)).workers
     expected = answer_of(running.url)
     proof = asyncio.run(prove(running, CONCURRENCY, [Role.DECODE]))
     assert proof.tally.streams > 0
     assert (proof.tally.lost, proof.tally.not_one_end, proof.tally.wrong, proof.leaked_blocks) == (0, 0, 0, 0)
-    assert (proof.replaced, proof.scaled) == (2, 2)
+    assert (proof.replaced, proof.scaled) == (1, 2)
     assert answer_of(running.url) == expected
     after = asyncio.run(status(running)).workers
     assert len({worker.engine_id for worker in before} & {worker.engine_id for worker in after}) == 2

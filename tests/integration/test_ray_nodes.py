@@ -23,15 +23,15 @@ from tests.integration.ray_deployments import answer_of, assert_gone, needs_ray,
 
 pytestmark = [needs_ray, pytest.mark.timeout(400), pytest.mark.slow]
 
-# Ray notices a lost node in 6 s rather than 15 s; with less, a busy machine looks like a lost one.
+# Ray notices a lost node in 5 s rather than 15 s; with less, a busy machine looks like a lost one.
 QUICK = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_failure_threshold": "6",
+    "RAY_health_check_failure_threshold": "5",
 }
 DECODE_HOSTS = ("127.0.0.3", "127.0.0.4")
 NUM_HEAD_CPUS = 2  # for the prefill worker and the router
-HEAD_TIMEOUT_S, DRAIN_S = 3, 3
+HEAD_TIMEOUT_S, DRAIN_S = 2, 2
 ENDED_S = HEAD_TIMEOUT_S + 2 * (DRAIN_S + 10) + 30  # two stages with their margins, and what Ray's calls may take
 
 
@@ -100,7 +100,7 @@ def test_the_config_of_the_chart_on_several_nodes_one_of_which_is_lost_and_then_
         head.kill_control_store()
         running.launcher.wait(ENDED_S)
     assert "exit code 1" in str(ending.value)
-    assert re.search(r"the Ray head \(.*\) has not answered for 3 s", str(ending.value))
+    assert re.search(r"the Ray head \(.*\) has not answered for 2 s", str(ending.value))
     assert_gone(placed)
 
 

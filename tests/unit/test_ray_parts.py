@@ -20,6 +20,7 @@ from cluster.launch import ray_actor
 from cluster.launch.pools import Members
 from cluster.launch.ray_actor import RankActor
 from cluster.launch.ray_cluster import connected
+from cluster.launch.ray_handle import reason_of
 from cluster.launch.ray_messages import (
     Ended,
     Logged,
@@ -161,6 +162,26 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(StartupError, match=r"tandem-serving\[ray\]"), connected(RaySettings(), print):
         pass
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("The actor died unexpectedly.\n\tclass_name: A\nThe actor is dead because it was killed.", "it was killed."),
+        ("The actor died because its node has died. Node Id: 1", "its node has died. Node Id: 1"),
+        ("The actor is dead because X. Some common causes include: (1) the moon", "because X."),
+        (
+            "The actor died because of an error raised in its creation task, A\nValueError: no disk",
+            "ValueError: no disk",
+        ),
+        ("task failed\nModuleNotFoundError: No module named 'cluster'", "install the same Tandem on every node of Ray"),
+        ("", ""),
+    ],
+)
+def test_of_what_ray_says_the_reason_is_kept(said: str, reason: str) -> None:
+    kept = reason_of(Exception(said))
+    assert kept.endswith(reason)
+    assert "\n" not in kept
 
 
 @pytest.fixture
