@@ -81,6 +81,7 @@ class CudaOps:
         self.plans = load_plan_index(torch.cuda.get_device_name(device))
         self.pdl = pdl
         self.library = LibraryAdmission()
+        self._tiles = launch.TileLists()
         self.moe_plans = load_moe_plan_index(torch.cuda.get_device_name(device))
         self.fp8 = CudaFp8(device)
         self._num_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -196,8 +197,9 @@ class CudaOps:
         self, q_THD: torch.Tensor, kv_N2GSD: torch.Tensor, metadata: AttentionMetadata, scale: float
     ) -> torch.Tensor:
         return launch.run_attention(
-            q_THD, kv_N2GSD, metadata, scale, self.plans.attention, self._num_multiprocessors, pdl=self._pdl(q_THD)
-        )
+            q_THD, kv_N2GSD, metadata, scale, self.plans.attention, self._num_multiprocessors,
+            pdl=self._pdl(q_THD), tiles=self._tiles,
+        )  # fmt: skip
 
     def log_softmax_stats(self, logits_TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         maximum, logsumexp, _ = self.vocab_stats(logits_TV)

@@ -346,3 +346,33 @@ def prefill_kernel(
         y = tl.math.div_rn(O, tl.broadcast_to(total(L)[:, None], O.shape)) + 0.0
         out_ptrs = out_ptr + (row_start + row).to(tl.int64)[:, None] * stride_out + head[:, None] * D + offs_d[None, :]
         tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=valid[:, None] & (offs_d < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["num_sequences", "max_rows"])
+def list_tiles_kernel(
+    tiles_ptr, query_start_ptr, context_len_ptr, num_sequences, max_rows,
+    ROWS_PER_TILE: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """One record per program: sequence, first row in it, the sequence's first row of the step, its rows, its context.
+
+    Once per step instead of in every program of every layer. Sequences with more than max_rows rows have tiles,
+    listed as `prefill_kernel` takes them; the records past the last tile have no rows.
+    """
+    sequences = tl.arange(0, BLOCK_B)
+    keep_sequence = sequences < num_sequences
+    first = tl.load(query_start_ptr + sequences, mask=keep_sequence, other=0)
+    last = tl.load(query_start_ptr + sequences + 1, mask=keep_sequence, other=0)
+    tiles = tl.where(last - first > max_rows, tl.cdiv(last - first, ROWS_PER_TILE), 0)
+    index = tl.sum(tiles, axis=0) - 1 - tl.program_id(0)
+    tile_ptr = tiles_ptr + tl.program_id(0) * 8
+    if index >= 0:
+        sequence = find_item(tl.cumsum(tiles, axis=0), index)
+        tile = index - tl.sum(tl.where(sequences < sequence, tiles, 0), axis=0)
+        row_start = tl.load(query_start_ptr + sequence)
+        tl.store(tile_ptr, sequence)
+        tl.store(tile_ptr + 1, tile * ROWS_PER_TILE)
+        tl.store(tile_ptr + 2, row_start)
+        tl.store(tile_ptr + 3, tl.load(query_start_ptr + sequence + 1) - row_start)
+        tl.store(tile_ptr + 4, tl.load(context_len_ptr + sequence))
+    else:
+        tl.store(tile_ptr + 3, 0)

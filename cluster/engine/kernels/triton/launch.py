@@ -174,8 +174,9 @@ def run_attention(
     out_dtype: torch.dtype | None = None,
     *,
     pdl: int = False,
+    tiles: TileLists | None = None,
 ) -> torch.Tensor:
-    """(T, H * D) in q's type or the one given.
+    """(T, H * D) in q's type or the one given. `tiles` keeps what all layers of a step share.
 
     Sequences of few rows take the split kernels, the others the tiled one: the same bits.
     """
@@ -188,16 +189,44 @@ def run_attention(
     out = torch.empty((num_rows, num_heads * head_size), dtype=out_dtype or q_THD.dtype, device=q_THD.device)
     if num_rows == 0:
         return out
-    call = _AttentionCall(q_THD, kv_N2GSD, metadata, out, scale / math.log(2.0), pdl)
+    call = _AttentionCall(q_THD, kv_N2GSD, metadata, out, scale / math.log(2.0), pdl, tiles or TileLists())
     split_rows_max = max(1, plan.split_block_rows // call.group) if call.num_sequences <= _FEW_SEQUENCES else 1
     if metadata.num_rows_max <= split_rows_max:
         _run_split(call, plan, metadata.num_rows_max, num_multiprocessors)
     elif call.num_sequences == 1:
         _run_prefill(call, plan, 0)
     else:
-        _run_split(call, plan, 1, num_multiprocessors)
+        if metadata.num_rows_min <= 1:
+            _run_split(call, plan, 1, num_multiprocessors)
         _run_prefill(call, plan, 1)
     return out
+
+
+class TileLists:
+    """The tiles of the step that was asked for last, one record each (`attention.list_tiles_kernel`)."""
+
+    def __init__(self) -> None:
+        self._metadata: AttentionMetadata | None = None
+        self._shape = (0, 0, 0)
+        self._tiles = torch.empty(0)
+
+    def of(self, metadata: AttentionMetadata, num_tiles: int, rows_per_tile: int, max_rows: int) -> torch.Tensor:
+        """(num_tiles, 8) int32. A step's metadata is one object, made anew for every step."""
+        shape = (num_tiles, rows_per_tile, max_rows)
+        if self._metadata is not metadata or self._shape != shape:
+            num_sequences = metadata.context_len.shape[0]
+            self._tiles = torch.empty((num_tiles, 8), dtype=torch.int32, device=metadata.context_len.device)
+            attention.list_tiles_kernel[(num_tiles,)](
+                self._tiles, metadata.query_start, metadata.context_len, num_sequences, max_rows,
+                ROWS_PER_TILE=rows_per_tile, BLOCK_B=_block_b(num_sequences), num_warps=1,
+            )  # fmt: skip
+            self._metadata, self._shape = metadata, shape
+        return self._tiles
+
+
+def _block_b(num_sequences: int) -> int:
+    """Few sizes: each is compiled."""
+    return max(16, int(triton.next_power_of_2(num_sequences)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +237,7 @@ class _AttentionCall:
     out: torch.Tensor
     scale_log2: float
     pdl: int
+    tiles: TileLists
 
     @property
     def group(self) -> int:
@@ -228,7 +258,7 @@ class _AttentionCall:
             "BLOCK_KV": block_kv(head_size),
             "SPLIT_KEYS": SPLIT_KEYS,
             "BLOCK_SIZE": self.kv_N2GSD.shape[3],
-            "BLOCK_B": max(16, triton.next_power_of_2(self.num_sequences)),  # few sizes: each is compiled
+            "BLOCK_B": _block_b(self.num_sequences),
         }
 
 
@@ -299,13 +329,14 @@ def _run_prefill_hopper(call: _AttentionCall, plan: AttentionPlan, max_rows: int
     rows = (kv.shape[0] - 1) * (kv.stride(0) // head_size) + 2 * kv.stride(1) // head_size
     layout = NVMMASharedLayout(128, 16, 2)
     kv_rows = GluonTensorDescriptor(kv, [rows, head_size], [head_size, 1], [keys, head_size], layout)
-    tiles = num_rows // (128 // call.group) + call.num_sequences
+    rows_per_tile = 128 // call.group
+    num_tiles = num_rows // rows_per_tile + call.num_sequences
     constants = call.constants(128)
-    for unused in ("NUM_KV_HEADS", "BLOCK_D", "BLOCK_ROWS"):
+    for unused in ("NUM_KV_HEADS", "BLOCK_D", "BLOCK_ROWS", "BLOCK_B"):
         del constants[unused]
-    attention_hopper.prefill_hopper_kernel[(tiles, kv.shape[2])](
-        call.q_THD, kv_rows, call.out, metadata.query_start, metadata.context_len, metadata.block_table,
-        call.num_sequences, max_rows, call.scale_log2, call.q_THD.stride(0), call.out.stride(0),
+    attention_hopper.prefill_hopper_kernel[(num_tiles, kv.shape[2])](
+        call.q_THD, kv_rows, call.out, call.tiles.of(metadata, num_tiles, rows_per_tile, max_rows),
+        metadata.block_table, call.scale_log2, call.q_THD.stride(0), call.out.stride(0),
         metadata.block_table.stride(0), kv.stride(0) // head_size, kv.stride(1) // head_size,
         kv.stride(2) // head_size, **constants, STAGES=plan.prefill_num_stages, num_warps=4,
     )  # fmt: skip
