@@ -193,11 +193,18 @@ class CudaOps:
         )
 
     def attention(
-        self, q_THD: torch.Tensor, kv_N2GSD: torch.Tensor, metadata: AttentionMetadata, scale: float
+        self,
+        q_THD: torch.Tensor,
+        kv_N2GSD: torch.Tensor,
+        metadata: AttentionMetadata,
+        scale: float,
+        *,
+        window: int | None = None,
     ) -> torch.Tensor:
         return launch.run_attention(
-            q_THD, kv_N2GSD, metadata, scale, self.plans.attention, self._num_multiprocessors, pdl=self._pdl(q_THD)
-        )
+            q_THD, kv_N2GSD, metadata, scale, self.plans.attention, self._num_multiprocessors, window=window,
+            pdl=self._pdl(q_THD),
+        )  # fmt: skip
 
     def log_softmax_stats(self, logits_TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         maximum, logsumexp, _ = self.vocab_stats(logits_TV)

@@ -173,6 +173,7 @@ def run_attention(
     num_multiprocessors: int,
     out_dtype: torch.dtype | None = None,
     *,
+    window: int | None = None,
     pdl: int = False,
 ) -> torch.Tensor:
     """(T, H * D) in q's type or the one given.
@@ -185,10 +186,12 @@ def run_attention(
         raise ValueError(f"{num_heads} query heads do not divide among {num_kv_heads} KV heads")
     if scale <= 0:
         raise ValueError(f"the softmax scale must be positive, got {scale}")
+    if window is not None and window < 1:
+        raise ValueError(f"a window must hold at least the row's own key, got {window}")
     out = torch.empty((num_rows, num_heads * head_size), dtype=out_dtype or q_THD.dtype, device=q_THD.device)
     if num_rows == 0:
         return out
-    call = _AttentionCall(q_THD, kv_N2GSD, metadata, out, scale / math.log(2.0), pdl)
+    call = _AttentionCall(q_THD, kv_N2GSD, metadata, out, scale / math.log(2.0), window, pdl)
     split_rows_max = max(1, plan.split_block_rows // call.group) if call.num_sequences <= _FEW_SEQUENCES else 1
     if metadata.num_rows_max <= split_rows_max:
         _run_split(call, plan, metadata.num_rows_max, num_multiprocessors)
@@ -207,6 +210,7 @@ class _AttentionCall:
     metadata: AttentionMetadata
     out: torch.Tensor
     scale_log2: float
+    window: int | None  # None is a constant to the compiler
     pdl: int
 
     @property
@@ -238,6 +242,8 @@ def _run_split(call: _AttentionCall, plan: AttentionPlan, max_rows: int, num_mul
     num_heads, head_size = call.q_THD.shape[1:]
     block_rows = max(16, triton.next_power_of_2(max_rows * call.group))
     splits_each = triton.cdiv(metadata.context_len_max, SPLIT_KEYS)
+    if call.window is not None:  # that many keys in a row, wherever they begin
+        splits_each = min(splits_each, (call.window + max_rows - 3) // SPLIT_KEYS + 2)
     items = call.num_sequences * splits_each * kv.shape[2]
     if splits_each > 1 and metadata.num_keys_max is not None:
         items = min(items, (call.num_sequences + metadata.num_keys_max // SPLIT_KEYS) * kv.shape[2])
@@ -249,7 +255,7 @@ def _run_split(call: _AttentionCall, plan: AttentionPlan, max_rows: int, num_mul
     constants = call.constants(block_rows)
     attention.split_kernel[(programs,)](
         call.q_THD, kv, call.out, partial, partial_m, partial_l, metadata.query_start, metadata.context_len,
-        metadata.block_table, call.num_sequences, max_rows, call.scale_log2, call.q_THD.stride(0),
+        metadata.block_table, call.num_sequences, max_rows, call.window, call.scale_log2, call.q_THD.stride(0),
         call.out.stride(0), metadata.block_table.stride(0), kv.stride(0), kv.stride(1), kv.stride(2), **constants,
         num_warps=plan.split_num_warps, num_stages=plan.split_num_stages, **overlap(call.pdl),
     )  # fmt: skip
@@ -259,7 +265,8 @@ def _run_split(call: _AttentionCall, plan: AttentionPlan, max_rows: int, num_mul
         del constants[unused]
     attention.fold_kernel[(call.num_sequences, max_rows * num_heads)](
         call.out, partial, partial_m, partial_l, metadata.query_start, metadata.context_len,
-        call.num_sequences, max_rows, call.out.stride(0), **constants, num_warps=1, **overlap(call.pdl),
+        call.num_sequences, max_rows, call.window, call.out.stride(0), **constants, num_warps=1,
+        **overlap(call.pdl),
     )  # fmt: skip
 
 
@@ -267,7 +274,8 @@ def _run_prefill(call: _AttentionCall, plan: AttentionPlan, max_rows: int) -> No
     """Serve the sequences with more than `max_rows` rows."""
     metadata, kv = call.metadata, call.kv_N2GSD
     num_rows, _, head_size = call.q_THD.shape
-    if plan.prefill_kind == "hopper" and head_size in (64, 128) and kv.shape[3] % block_kv(head_size) == 0:
+    in_whole_blocks = head_size in (64, 128) and kv.shape[3] % block_kv(head_size) == 0
+    if plan.prefill_kind == "hopper" and in_whole_blocks and call.window is None:
         _run_prefill_hopper(call, plan, max_rows)
         return
     block_rows = max(plan.prefill_block_rows, triton.next_power_of_2(call.group))
@@ -280,7 +288,7 @@ def _run_prefill(call: _AttentionCall, plan: AttentionPlan, max_rows: int) -> No
         kv_rows = TensorDescriptor(kv, [rows, head_size], [head_size, 1], [keys, head_size])
     attention.prefill_kernel[(tiles, kv.shape[2])](
         call.q_THD, kv, kv_rows, call.out, metadata.query_start, metadata.context_len, metadata.block_table,
-        call.num_sequences, max_rows, call.scale_log2, call.q_THD.stride(0), call.out.stride(0),
+        call.num_sequences, max_rows, call.window, call.scale_log2, call.q_THD.stride(0), call.out.stride(0),
         metadata.block_table.stride(0), kv.stride(0), kv.stride(1), kv.stride(2),
         **call.constants(block_rows), USE_TMA=use_tma,
         num_warps=plan.prefill_num_warps, num_stages=plan.prefill_num_stages,
