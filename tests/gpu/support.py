@@ -100,17 +100,20 @@ class Paged:
         rows: list[int],
         contexts: list[int] | None = None,
         plan: AttentionPlan | None = None,
+        *,
+        window: int | None = None,
     ) -> list[torch.Tensor]:
         """The last `rows` rows of each sequence cut to its context, in one batch; one fp32 result per sequence."""
         contexts = contexts or [self.contexts[sequence] for sequence in sequences]
         metadata = self.metadata(sequences, rows, contexts)
         q = torch.cat([self.q[s][c - r : c] for s, r, c in zip(sequences, rows, contexts, strict=True)])
         out = launch.run_attention(
-            q, self.layer, metadata, self.scale, plan or AttentionPlan(), NUM_MULTIPROCESSORS, torch.float32
-        )
+            q, self.layer, metadata, self.scale, plan or AttentionPlan(), NUM_MULTIPROCESSORS, torch.float32,
+            window=window,
+        )  # fmt: skip
         return list(out.split(rows))
 
-    def expected(self, sequence: int) -> torch.Tensor:
+    def expected(self, sequence: int, window: int | None = None) -> torch.Tensor:
         """float64 causal attention of all rows."""
         context = self.contexts[sequence]
         blocks = self.table[sequence, : -(-context // self.block_size)].long()
@@ -119,8 +122,10 @@ class Paged:
         group = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         scores = torch.einsum("thd,khd->htk", q, k) * self.scale
-        future = torch.ones((context, context), dtype=torch.bool, device=q.device).triu(1)
-        weights = scores.masked_fill(future, float("-inf")).softmax(-1)
+        unseen = torch.ones((context, context), dtype=torch.bool, device=q.device).triu(1)
+        if window is not None:
+            unseen |= unseen.new_ones((context, context)).tril(-window)
+        weights = scores.masked_fill(unseen, float("-inf")).softmax(-1)
         return torch.einsum("htk,khd->thd", weights, v).flatten(1)
 
 

@@ -69,9 +69,10 @@ class ReversedFold(ReferenceOps):
         values_CD: torch.Tensor,
         positions_R: torch.Tensor,
         scale: float,
+        window: int,
     ) -> torch.Tensor:
         order = torch.cat(list(reversed(torch.split(torch.arange(len(keys_CD)), 256))))
-        return super()._attend_head(q_RD, keys_CD[order], values_CD[order], positions_R, scale)
+        return super()._attend_head(q_RD, keys_CD[order], values_CD[order], positions_R, scale, window)
 
 
 # One row that sees every key of whole splits: turning their order is all that `ReversedFold` does.

@@ -7,18 +7,20 @@ Triton decides at its first import whether it interprets.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from cluster.engine.kernels.ops import AttentionMetadata
-from cluster.engine.kernels.triton import launch
+from cluster.engine.kernels.triton import attention, launch
 from cluster.engine.kernels.triton.plans import AttentionPlan, LinearPlan
 from cluster.engine.kv_cache import KVLayout
 from kvconnector import digest
 from kvconnector.digest import KVDigester, Span
 from kvconnector.digest_kernel import start_digests
-from tests.gpu.support import Paged, relative_error
+from tests.gpu.support import Paged, mutated, relative_error
 
 LINEAR_PLANS = [
     LinearPlan(block_m=16, block_n=32, block_k=64),
@@ -74,6 +76,55 @@ def test_attention_of_a_prefix_does_not_see_what_follows() -> None:
     expected = cache.expected(0)
     for context in (1, 65, 513):
         assert relative_error(cache.attend([0], [1], [context])[0], expected[context - 1 : context]) < 2e-3
+
+
+@pytest.mark.parametrize("window", [1, 40, 64, 515])
+def test_attention_within_a_window(window: int) -> None:
+    """Decode, a few rows, prefill; windows that begin in a split, at its edge, and hold more than one."""
+    contexts = [580, 70, 1]
+    cache = Paged(contexts, num_heads=4, num_kv_heads=2, head_size=16, dtype=torch.float16, device="cpu")
+    expected = [cache.expected(index, window) for index in range(3)]
+    for rows, use_tma in (([1, 1, 1], False), ([3, 1, 1], False), ([90, 33, 1], False), ([90, 33, 1], True)):
+        plan = AttentionPlan(prefill_block_rows=32, prefill_use_tma=use_tma)
+        for index, out in enumerate(cache.attend([0, 1, 2], rows, plan=plan, window=window)):
+            assert relative_error(out, expected[index][-rows[index] :]) < 2e-3, (rows, index)
+
+
+@pytest.mark.parametrize("window", [40, 515])
+def test_masked_blocks_have_the_bits_of_skipped_ones(window: int) -> None:
+    """A tile of many rows visits blocks that some of its rows do not see; a single row's program skips them."""
+    cache = Paged([640], num_heads=2, num_kv_heads=1, head_size=16, dtype=torch.float16, device="cpu")
+    single = [cache.attend([0], [1], [context], window=window)[0] for context in range(560, 641, 5)]
+    for block_rows in (16, 256):
+        plan = AttentionPlan(prefill_block_rows=block_rows, split_block_rows=16)
+        rows = cache.attend([0], [100], plan=plan, window=window)[0]
+        assert torch.equal(rows[19::5], torch.cat(single)), block_rows
+
+
+def test_work_and_scratch_are_bounded_by_the_window() -> None:
+    """Entries of blocks before the window may be wild: nobody looks at them."""
+    cache = Paged([1200], num_heads=2, num_kv_heads=1, head_size=16, dtype=torch.float16, device="cpu")
+    for rows in (1, 3, 70):
+        expected = cache.attend([0], [rows], window=30)[0]
+        kept = cache.table[0, : (1200 - rows - 29) // 64].clone()
+        cache.table[0, : len(kept)] = 1 << 30
+        assert torch.equal(cache.attend([0], [rows], window=30)[0], expected), rows
+        cache.table[0, : len(kept)] = kept
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("> q_pos[:, None] - window", ">= q_pos[:, None] - window"),
+        ("position - window + 1, 0)", "position - window + 65, 0)"),
+        ("cdiv(last_window, BLOCK_KV) * BLOCK_KV", "cdiv(0 * last_window, BLOCK_KV) * BLOCK_KV"),
+    ],
+)
+def test_planted_wrong_windows_are_found(old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = Paged([200], num_heads=2, num_kv_heads=1, head_size=16, dtype=torch.float16, device="cpu")
+    monkeypatch.setattr(launch, "attention", mutated(attention, old, new, tmp_path))
+    rows = cache.attend([0], [200], window=70)[0]
+    assert not relative_error(rows, cache.expected(0, 70)) < 2e-3
 
 
 @pytest.mark.parametrize("normed", [False, True])
@@ -141,6 +192,8 @@ def test_impossible_calls_are_refused() -> None:
         launch.run_attention(cache.q[0][:1, :3], cache.layer, metadata, 0.1, AttentionPlan(), 4)
     with pytest.raises(ValueError, match="scale must be positive"):
         launch.run_attention(cache.q[0][:1], cache.layer, metadata, 0.0, AttentionPlan(), 4)
+    with pytest.raises(ValueError, match="window must hold"):
+        launch.run_attention(cache.q[0][:1], cache.layer, metadata, 0.1, AttentionPlan(), 4, window=0)
 
 
 def test_digests_of_the_device_equal_those_of_the_host() -> None:

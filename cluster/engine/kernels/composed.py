@@ -86,9 +86,15 @@ class ComposedOps:
         )
 
     def attention(
-        self, q_THD: torch.Tensor, kv_N2GSD: torch.Tensor, metadata: AttentionMetadata, scale: float
+        self,
+        q_THD: torch.Tensor,
+        kv_N2GSD: torch.Tensor,
+        metadata: AttentionMetadata,
+        scale: float,
+        *,
+        window: int | None = None,
     ) -> torch.Tensor:
-        return self.attention_family.attention(q_THD, kv_N2GSD, metadata, scale)
+        return self.attention_family.attention(q_THD, kv_N2GSD, metadata, scale, window=window)
 
     def log_softmax_stats(self, logits_TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.softmax_family.log_softmax_stats(logits_TV)

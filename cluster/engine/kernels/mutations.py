@@ -63,12 +63,23 @@ class ReversedSingleRowLinear(DelegatingOps):
 
 
 class UnsplitSingleRowAttention(DelegatingOps):
-    """Attention of a sequence with one row sums all keys at once, in float64: better, and different."""
+    """Attention of a sequence with one row sums all keys at once, in float64: better, and different.
+
+    Layers with a window are left alone.
+    """
 
     def attention(
-        self, q_THD: torch.Tensor, kv_N2GSD: torch.Tensor, metadata: AttentionMetadata, scale: float
+        self,
+        q_THD: torch.Tensor,
+        kv_N2GSD: torch.Tensor,
+        metadata: AttentionMetadata,
+        scale: float,
+        *,
+        window: int | None = None,
     ) -> torch.Tensor:
-        out_TC = super().attention(q_THD, kv_N2GSD, metadata, scale)
+        out_TC = super().attention(q_THD, kv_N2GSD, metadata, scale, window=window)
+        if window is not None:
+            return out_TC
         starts = metadata.query_start.tolist()
         for sequence, context_len in enumerate(metadata.context_len.tolist()):
             if starts[sequence + 1] - starts[sequence] != 1:
@@ -80,6 +91,23 @@ class UnsplitSingleRowAttention(DelegatingOps):
             weights = torch.softmax(q_GRD @ keys.transpose(1, 2) * scale, dim=-1)
             out_TC[starts[sequence]] = (weights @ values).flatten().to(out_TC.dtype)
         return out_TC
+
+
+class WiderSingleRowWindow(DelegatingOps):
+    """In a step of single rows, as decoding has them, a sliding window holds one key too many."""
+
+    def attention(
+        self,
+        q_THD: torch.Tensor,
+        kv_N2GSD: torch.Tensor,
+        metadata: AttentionMetadata,
+        scale: float,
+        *,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        if window is not None and metadata.num_rows_max == 1:
+            window += 1
+        return super().attention(q_THD, kv_N2GSD, metadata, scale, window=window)
 
 
 class RankOrderSingleRowCombine(DelegatingOps):
@@ -95,6 +123,7 @@ class RankOrderSingleRowCombine(DelegatingOps):
 MUTANTS = {
     "linear": ReversedSingleRowLinear,
     "attention": UnsplitSingleRowAttention,
+    "window": WiderSingleRowWindow,
     "moe": RankOrderSingleRowCombine,
 }
 

@@ -186,9 +186,19 @@ class Ops(Protocol):
         ...
 
     def attention(
-        self, q_THD: torch.Tensor, kv_N2GSD: torch.Tensor, metadata: AttentionMetadata, scale: float
+        self,
+        q_THD: torch.Tensor,
+        kv_N2GSD: torch.Tensor,
+        metadata: AttentionMetadata,
+        scale: float,
+        *,
+        window: int | None = None,
     ) -> torch.Tensor:
-        """(T, H*D) bf16: causal attention over the paged cache in the canonical split order."""
+        """(T, H*D) bf16: causal attention over the paged cache in the canonical split order.
+
+        `window` (at least 1): the row at position p sees keys max(0, p - window + 1) .. p, so `window` of them with
+        its own, as `sliding_window_overlay` in transformers' `masking_utils.py` has it (`kv_idx > q_idx -
+        sliding_window`). None: keys 0 .. p."""
         ...
 
     def log_softmax_stats(self, logits_TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

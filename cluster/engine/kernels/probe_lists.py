@@ -39,6 +39,10 @@ ATTENTION_PROBES = (
     attention_probe(CacheShape(256, 2, 1, 16, ((250, 270),))),
     attention_probe(CacheShape(64, 8, 2, 64, ((2045, 2048),), Magnitudes.CANCELLING)),
     attention_probe(CacheShape(96, 3, 1, 16, ((40, 60),), Magnitudes.DENORMAL)),
+    attention_probe(replace(_SHAPE, window=40)),
+    attention_probe(CacheShape(64, 4, 2, 32, ((500, 530), (0, 50), (600, 601)), Magnitudes.WIDE, window=24)),
+    attention_probe(CacheShape(128, 8, 1, 64, ((1539, 1540), (700, 701)), window=520)),
+    attention_probe(CacheShape(64, 8, 2, 64, ((2045, 2048),), Magnitudes.CANCELLING, window=1100)),
 )
 ROPE_PROBES = (
     rope_probe(replace(_SHAPE, has_norms=True)),

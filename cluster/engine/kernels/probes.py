@@ -148,6 +148,7 @@ class CacheShape:
     sequences: Sequence[tuple[int, int]]
     magnitudes: Magnitudes = Magnitudes.NORMAL
     has_norms: bool = False
+    window: int | None = None
 
 
 class PagedInputs:
@@ -217,7 +218,7 @@ class PagedInputs:
     def attend(self, ops: Ops, spans: Sequence[tuple[int, int, int]]) -> torch.Tensor:
         """`store`, then attention over everything stored so far."""
         q, metadata = self.store(ops, spans)
-        return ops.attention(q, self.kv_N2GSD, metadata, self.shape.head_size**-0.5)
+        return ops.attention(q, self.kv_N2GSD, metadata, self.shape.head_size**-0.5, window=self.shape.window)
 
 
 def attention_probe(shape: CacheShape) -> Probe:
@@ -244,7 +245,8 @@ def rope_probe(shape: CacheShape) -> Probe:
 
 def _describe(shape: CacheShape) -> str:
     spans = ",".join(f"{start}-{end}" for start, end in shape.sequences)
-    return f"D{shape.head_size} {shape.num_heads}/{shape.num_kv_heads} rows {spans} {shape.magnitudes.value}"
+    window = f" window {shape.window}" if shape.window else ""
+    return f"D{shape.head_size} {shape.num_heads}/{shape.num_kv_heads} rows {spans} {shape.magnitudes.value}{window}"
 
 
 def norm_probe(rows: int, width: int, magnitudes: Magnitudes) -> Probe:

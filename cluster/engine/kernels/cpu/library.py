@@ -28,7 +28,7 @@ _SIGNATURES = {  # one letter per parameter of csrc/exports.h
     "rms_norm": "pipifiipii",
     "add_rms_norm": "ppipifiipi",
     "rope_and_cache": "ppiiiipppppifiiiiipi",
-    "attention": "ppiiiipppiiiiiifpi",
+    "attention": "ppiiiipppiiiiiiifpi",
     "log_softmax_stats": "piiippi",
     "softmax": "piiipi",
     "argmax": "piiipi",

@@ -15,6 +15,7 @@ from cluster.engine.kernels.ops import AttentionMetadata, LinearWeight
 
 _BF16, _F32 = torch.bfloat16, torch.float32
 MAX_HEAD_SIZE = 256
+_NO_WINDOW = 1 << 40  # longer than any context
 
 
 class PackedWeight:
@@ -225,7 +226,13 @@ class NativeOps(ExpertLoop):
         return q_THD
 
     def attention(
-        self, q_THD: torch.Tensor, kv_N2GSD: torch.Tensor, metadata: AttentionMetadata, scale: float
+        self,
+        q_THD: torch.Tensor,
+        kv_N2GSD: torch.Tensor,
+        metadata: AttentionMetadata,
+        scale: float,
+        *,
+        window: int | None = None,
     ) -> torch.Tensor:
         num_rows, num_heads, head_size = q_THD.shape
         num_kv_heads, block_size = kv_N2GSD.shape[2:4]
@@ -236,6 +243,7 @@ class NativeOps(ExpertLoop):
         assert head_size <= MAX_HEAD_SIZE
         assert num_heads % num_kv_heads == 0
         assert scale > 0
+        assert window is None or window > 0
         block_table = metadata.block_table
         assert block_table.stride(1) == 1 or block_table.shape[1] == 1
         out = torch.zeros((num_rows, num_heads * head_size), dtype=_BF16)  # padding rows stay 0
@@ -252,6 +260,7 @@ class NativeOps(ExpertLoop):
             num_kv_heads,
             head_size,
             block_size,
+            _NO_WINDOW if window is None else window,
             scale,
             out.data_ptr(),
             self.num_threads,

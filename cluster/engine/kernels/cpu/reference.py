@@ -125,7 +125,13 @@ class ReferenceOps(ExpertLoop):
         return q
 
     def attention(
-        self, q_THD: torch.Tensor, kv_N2GSD: torch.Tensor, metadata: AttentionMetadata, scale: float
+        self,
+        q_THD: torch.Tensor,
+        kv_N2GSD: torch.Tensor,
+        metadata: AttentionMetadata,
+        scale: float,
+        *,
+        window: int | None = None,
     ) -> torch.Tensor:
         out_THD = torch.zeros_like(q_THD)
         block_size = kv_N2GSD.shape[3]
@@ -137,27 +143,48 @@ class ReferenceOps(ExpertLoop):
             blocks = metadata.block_table[sequence, : -(-context_len // block_size)].long()
             keys, values = kv_N2GSD[blocks].permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :context_len]
             first_position = context_len - (last - first)
-            out_THD[first:last] = self._attend_sequence(q_THD[first:last], keys, values, first_position, scale)
+            out_THD[first:last] = self._attend_sequence(
+                q_THD[first:last], keys, values, first_position, scale, window or context_len
+            )
         return out_THD.flatten(1, 2)
 
     def _attend_sequence(
-        self, q_THD: torch.Tensor, keys_GCD: torch.Tensor, values_GCD: torch.Tensor, first: int, scale: float
+        self,
+        q_THD: torch.Tensor,
+        keys_GCD: torch.Tensor,
+        values_GCD: torch.Tensor,
+        first: int,
+        scale: float,
+        window: int,
     ) -> torch.Tensor:
-        """Rows at positions first, first + 1 ...; C keys, the last row sees them all."""
+        """Rows at positions first, first + 1 ...; C keys, the last row is at the position of the last one."""
+        last_window = max(0, keys_GCD.shape[1] - window)
+        if values_GCD[:, :last_window].isfinite().all() and values_GCD[:, first + 1 :].isfinite().all():
+            return self._attend_rows(q_THD, keys_GCD, values_GCD, first, scale, window)
+        # 0 * inf is NaN: a row must not meet the values of positions it does not see, not even with weight 0.
+        rows = []
+        for p, q in enumerate(q_THD, start=first):
+            values = values_GCD[:, : p + 1].clone()
+            values[:, : max(0, p + 1 - window)] = 0
+            rows.append(self._attend_rows(q[None], keys_GCD[:, : p + 1], values, p, scale, window))
+        return torch.cat(rows)
+
+    def _attend_rows(
+        self,
+        q_THD: torch.Tensor,
+        keys_GCD: torch.Tensor,
+        values_GCD: torch.Tensor,
+        first: int,
+        scale: float,
+        window: int,
+    ) -> torch.Tensor:
         num_rows, num_heads, _ = q_THD.shape
-        if num_rows > 1 and not values_GCD[:, first:].isfinite().all():
-            # 0 * inf is NaN: a row must not meet the values of later positions, not even with weight 0.
-            rows = [
-                self._attend_sequence(q[None], keys_GCD[:, : p + 1], values_GCD[:, : p + 1], p, scale)
-                for p, q in enumerate(q_THD, start=first)
-            ]
-            return torch.cat(rows)
         heads_per_kv_head = num_heads // len(keys_GCD)
         positions = torch.arange(first, first + num_rows).repeat_interleave(heads_per_kv_head)
         out = []
         for kv_head, (keys, values) in enumerate(zip(keys_GCD, values_GCD, strict=True)):
             heads = q_THD[:, kv_head * heads_per_kv_head : (kv_head + 1) * heads_per_kv_head]
-            rows_RD = self._attend_head(heads.flatten(0, 1), keys, values, positions, scale)
+            rows_RD = self._attend_head(heads.flatten(0, 1), keys, values, positions, scale, window)
             out.append(rows_RD.view(num_rows, heads_per_kv_head, -1))
         return torch.cat(out, dim=1)
 
@@ -168,21 +195,25 @@ class ReferenceOps(ExpertLoop):
         values_CD: torch.Tensor,
         positions_R: torch.Tensor,
         scale: float,
+        window: int,
     ) -> torch.Tensor:
-        best = total = weighted = torch.empty(0)
+        """Every split is visited; a row's result starts with the first one it sees any key of."""
+        first_R = (positions_R - window + 1).clamp(min=0)
+        folded: _Split | None = None
         for start in range(0, len(keys_CD), SPLIT):
             end = min(start + SPLIT, len(keys_CD))
-            is_visible = torch.arange(start, end) <= positions_R[:, None]
+            key_C = torch.arange(start, end)
+            is_visible = (key_C >= first_R[:, None]) & (key_C <= positions_R[:, None])
             scores = dot_chain(keys_CD[start:end], q_RD, self.instructions).t() * scale
             part = self._attend_split(scores, values_CD[start:end], is_visible)
-            if start == 0:
-                best, total, weighted = part
+            if folded is None:
+                folded = part
                 continue
-            joined = _merge((best, total, weighted), part)
-            reaches = (positions_R >= start)[:, None]
-            best, total, weighted = (
-                torch.where(reaches, new, old) for new, old in zip(joined, (best, total, weighted), strict=True)
-            )
+            joins = ((first_R < start) & (positions_R >= start))[:, None]
+            begins = ((first_R >= start) & (first_R < end))[:, None]
+            folded = _choose(begins, part, _choose(joins, _merge(folded, part), folded))
+        assert folded is not None
+        _, total, weighted = folded
         return (weighted / total).bfloat16()
 
     def _attend_split(
@@ -242,6 +273,11 @@ def _merge(left: _Split, right: _Split) -> _Split:
     best = torch.maximum(left[0], right[0])
     scale_left, scale_right = exp(left[0] - best), exp(right[0] - best)
     return best, left[1] * scale_left + right[1] * scale_right, left[2] * scale_left + right[2] * scale_right
+
+
+def _choose(which_R1: torch.Tensor, left: _Split, right: _Split) -> _Split:
+    best, total, weighted = (torch.where(which_R1, a, b) for a, b in zip(left, right, strict=True))
+    return best, total, weighted
 
 
 def _shift(best: torch.Tensor) -> torch.Tensor:

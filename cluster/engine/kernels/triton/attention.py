@@ -14,9 +14,14 @@ The definition, per (row, query head), which every kernel here computes to the s
 
 p·v is a tensor core chain in ascending key order. l and L have 8 lanes: lane c sums the keys of a
 block whose number is c modulo 8 by a binary tree written out in `lane_sums`, and ΣL is the same tree
-over the lanes; a sum left to the compiler would follow the tile shape. A masked block changes nothing
-(a = 1, p = 0), so programs may skip it or not. Keys past the end of a sequence are not read; their V
-counts as 0, because a stale page may hold NaN.
+over the lanes; a sum left to the compiler would follow the tile shape. Keys past the end of a sequence
+are not read; their V counts as 0, because a stale page may hold NaN.
+
+With a sliding window a row sees its last `window` keys only; splits and blocks stay where they are. A
+masked block changes nothing, so programs may skip it or not: before the first seen key m = -inf, which
+the exponents take as 0, so that l, acc and both factors are 0 and the next block or split starts as if
+it were the first; after it m' = m, so the factor is 1 and p is 0. A `window` of None is known when a
+kernel is compiled and leaves nothing of this in it.
 """
 
 from __future__ import annotations
@@ -72,10 +77,22 @@ def fold(M, L, O, m, l, acc):
 
 
 @triton.jit
-def probabilities(s, q_pos, key_pos, m, scale_log2, MASKED: tl.constexpr):
+def first_visible(position, window):
+    """The first key that the row at `position` sees."""
+    if window is None:
+        return position * 0
+    else:  # a return does not end what is compiled
+        return tl.maximum(position - window + 1, 0)
+
+
+@triton.jit
+def probabilities(s, q_pos, key_pos, m, scale_log2, window, MASKED: tl.constexpr):
     """(new maximum, exp2(old - new), p) of one block of scores. -inf stands for no key seen yet."""
     if MASKED:
-        s = tl.where(key_pos[None, :] <= q_pos[:, None], s, float("-inf"))
+        visible = key_pos[None, :] <= q_pos[:, None]
+        if window is not None:
+            visible = visible & (key_pos[None, :] > q_pos[:, None] - window)
+        s = tl.where(visible, s, float("-inf"))
     top = tl.maximum(m, tl.max(s, axis=1) * scale_log2)
     shift = tl.where(top == float("-inf"), 0.0, top) if MASKED else top
     factor = tl.full(s.shape, 0.0, tl.float32) + scale_log2
@@ -130,47 +147,81 @@ def find_item(counts_ends, index):
 
 @triton.jit
 def count_splits(
-    query_start_ptr, context_len_ptr, num_sequences, max_rows, SPLIT_KEYS: tl.constexpr, BLOCK_B: tl.constexpr
+    query_start_ptr, context_len_ptr, num_sequences, max_rows, window, SPLIT_KEYS: tl.constexpr, BLOCK_B: tl.constexpr
 ):
-    """(BLOCK_B,) number of splits of each sequence that the split kernels serve, 0 for the others."""
+    """(BLOCK_B,) number of splits that any row of each sequence sees and the split kernels serve, 0 for the others."""
     sequence = tl.arange(0, BLOCK_B)
     keep = sequence < num_sequences
     first = tl.load(query_start_ptr + sequence, mask=keep, other=0)
     last = tl.load(query_start_ptr + sequence + 1, mask=keep, other=0)
     context = tl.load(context_len_ptr + sequence, mask=keep, other=0)
     rows = last - first
-    return tl.where((rows > 0) & (rows <= max_rows), tl.cdiv(context, SPLIT_KEYS), 0)
+    serves = (rows > 0) & (rows <= max_rows)
+    seen = tl.cdiv(context, SPLIT_KEYS) - first_visible(context - rows, window) // SPLIT_KEYS
+    return tl.where(serves, seen, 0)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "max_rows"])
+@triton.jit(do_not_specialize=["num_sequences", "max_rows", "window"])
+def list_splits_kernel(
+    records_ptr, firsts_ptr, query_start_ptr, context_len_ptr, num_sequences, max_rows, window,
+    SPLIT_KEYS: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """The work of `split_kernel`, one record per program: sequence, split, the sequence's first row of the step,
+    its rows, its context. Once per step instead of in every program of every layer.
+
+    `firsts[b]` is the place of sequence b's first record, `firsts[B]` the number of records. Splits that no row
+    sees are not listed.
+    """
+    splits = count_splits(query_start_ptr, context_len_ptr, num_sequences, max_rows, window, SPLIT_KEYS, BLOCK_B)
+    ends = tl.cumsum(splits, axis=0)
+    sequences = tl.arange(0, BLOCK_B)
+    index = tl.program_id(0)
+    if index == 0:
+        tl.store(firsts_ptr + sequences, ends - splits, mask=sequences < num_sequences)
+        tl.store(firsts_ptr + num_sequences, tl.sum(splits, axis=0))
+    if index < tl.sum(splits, axis=0):
+        sequence = find_item(ends, index)
+        place = index - tl.sum(tl.where(sequences < sequence, splits, 0), axis=0)
+        row_start = tl.load(query_start_ptr + sequence)
+        num_rows = tl.load(query_start_ptr + sequence + 1) - row_start
+        context = tl.load(context_len_ptr + sequence)
+        record_ptr = records_ptr + index * 8
+        tl.store(record_ptr, sequence)
+        tl.store(record_ptr + 1, first_visible(context - num_rows, window) // SPLIT_KEYS + place)
+        tl.store(record_ptr + 2, row_start)
+        tl.store(record_ptr + 3, num_rows)
+        tl.store(record_ptr + 4, context)
+
+
+@triton.jit(do_not_specialize=["num_sequences", "max_rows", "window"])
 def split_kernel(
-    q_ptr, kv_ptr, out_ptr, partial_ptr, partial_m_ptr, partial_l_ptr, query_start_ptr, context_len_ptr, table_ptr,
-    num_sequences, max_rows, scale_log2, stride_q, stride_out, stride_table, stride_block, stride_kv, stride_head,
+    q_ptr, kv_ptr, out_ptr, partial_ptr, partial_m_ptr, partial_l_ptr, records_ptr, firsts_ptr, table_ptr,
+    num_sequences, max_rows, window, scale_log2, stride_q, stride_out, stride_table, stride_block, stride_kv,
+    stride_head,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KV: tl.constexpr, SPLIT_KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_B: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Few rows, many keys: one (sequence, split, KV head) at a time, partial results to scratch.
 
-    The list of work is implied by the lengths on the device, so the grid is fixed and the kernel can
-    be captured. Partials of item i lie at i: (max_rows · GROUP, D) values, m, and (.., 8) l. A sequence
-    of one split is folded here and goes to the result: `fold_kernel` leaves it alone.
+    The list of work is on the device, so the grid is fixed and the kernel can be captured. Partials of item i
+    lie at i: (max_rows · GROUP, D) values, m, and (.., 8) l. A sequence of one split is folded here and goes to
+    the result: `fold_kernel` leaves it alone.
     """
     begin(PDL)
-    splits = count_splits(query_start_ptr, context_len_ptr, num_sequences, max_rows, SPLIT_KEYS, BLOCK_B)
-    ends = tl.cumsum(splits, axis=0)
-    num_items = tl.sum(splits, axis=0) * NUM_KV_HEADS
-    sequences = tl.arange(0, BLOCK_B)
+    num_items = tl.load(firsts_ptr + num_sequences) * NUM_KV_HEADS
     tile_row = tl.arange(0, BLOCK_ROWS)
     offs_d = tl.arange(0, BLOCK_D)
     for item in tl.range(tl.program_id(0), num_items, tl.num_programs(0)):
         kv_head = item % NUM_KV_HEADS
-        index = item // NUM_KV_HEADS
-        sequence = find_item(ends, index)
-        split = index - tl.sum(tl.where(sequences < sequence, splits, 0), axis=0)
-        row_start = tl.load(query_start_ptr + sequence)
-        num_rows = tl.load(query_start_ptr + sequence + 1) - row_start
-        context = tl.load(context_len_ptr + sequence)
+        record_ptr = records_ptr + item // NUM_KV_HEADS * 8
+        sequence = tl.load(record_ptr)
+        split = tl.load(record_ptr + 1)
+        row_start = tl.load(record_ptr + 2)
+        num_rows = tl.load(record_ptr + 3)
+        context = tl.load(record_ptr + 4)
+        first_seen = first_visible(context - num_rows, window)
+        first_split = first_seen // SPLIT_KEYS
 
         row = tile_row // GROUP
         head = kv_head * GROUP + tile_row % GROUP
@@ -185,7 +236,10 @@ def split_kernel(
         head_ptr = kv_ptr + kv_head * stride_head
         sequence_table = table_ptr + sequence.to(tl.int64) * stride_table
         first_key = split * SPLIT_KEYS
-        for start in tl.range(first_key, tl.minimum(first_key + SPLIT_KEYS, context), BLOCK_KV):
+        stop = tl.minimum(first_key + SPLIT_KEYS, context)
+        if window is not None:
+            first_key = tl.maximum(first_key, first_seen // BLOCK_KV * BLOCK_KV)
+        for start in tl.range(first_key, stop, BLOCK_KV):
             k, v, key_pos = load_block(
                 head_ptr,
                 sequence_table,
@@ -199,11 +253,11 @@ def split_kernel(
                 BLOCK_SIZE,
                 True,
             )
-            m, alpha, p = probabilities(tl.dot(q, k), q_pos, key_pos, m, scale_log2, True)
+            m, alpha, p = probabilities(tl.dot(q, k), q_pos, key_pos, m, scale_log2, window, True)
             l, acc = accumulate(p, v, alpha, l, acc)
 
         keep = valid[:, None] & (offs_d < D)[None, :]
-        if context <= SPLIT_KEYS:
+        if context - first_split * SPLIT_KEYS <= SPLIT_KEYS:
             M = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
             M, L, O = fold(M, tl.zeros_like(l), tl.zeros_like(acc), m, l, acc)
             y = tl.math.div_rn(O, tl.broadcast_to(total(L)[:, None], O.shape)) + 0.0
@@ -219,12 +273,12 @@ def split_kernel(
             tl.store(partial_l_ptr + scratch_row[:, None] * 8 + lanes[None, :], l, mask=valid[:, None])
 
 
-@triton.jit(do_not_specialize=["num_sequences", "max_rows"])
+@triton.jit(do_not_specialize=["max_rows", "window"])
 def fold_kernel(
-    out_ptr, partial_ptr, partial_m_ptr, partial_l_ptr, query_start_ptr, context_len_ptr, num_sequences,
-    max_rows, stride_out,
+    out_ptr, partial_ptr, partial_m_ptr, partial_l_ptr, firsts_ptr, query_start_ptr, context_len_ptr,
+    max_rows, window, stride_out,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    SPLIT_KEYS: tl.constexpr, BLOCK_B: tl.constexpr, PDL: tl.constexpr,
+    SPLIT_KEYS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Left fold over the splits of one (row, query head), ascending, where there are several."""
     begin(PDL)
@@ -233,10 +287,10 @@ def fold_kernel(
     head = tl.program_id(1) % (NUM_KV_HEADS * GROUP)
     row_start = tl.load(query_start_ptr + sequence)
     num_rows = tl.load(query_start_ptr + sequence + 1) - row_start
-    num_splits = tl.cdiv(tl.load(context_len_ptr + sequence), SPLIT_KEYS)
+    context = tl.load(context_len_ptr + sequence)
+    num_splits = tl.cdiv(context, SPLIT_KEYS) - first_visible(context - num_rows, window) // SPLIT_KEYS
     if (num_rows <= max_rows) & (row < num_rows) & (num_splits > 1):
-        splits = count_splits(query_start_ptr, context_len_ptr, num_sequences, max_rows, SPLIT_KEYS, BLOCK_B)
-        before = tl.sum(tl.where(tl.arange(0, BLOCK_B) < sequence, splits, 0), axis=0)
+        before = tl.load(firsts_ptr + sequence)
         offs_d = tl.arange(0, BLOCK_D)
         tile_row = row * GROUP + head % GROUP
         M = tl.full((1,), float("-inf"), tl.float32)
@@ -255,10 +309,29 @@ def fold_kernel(
         tl.store(out_row + offs_d[None, :], y.to(out_ptr.dtype.element_ty), mask=(offs_d < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["num_sequences", "max_rows"])
+@triton.jit
+def masked_block(
+    q, q_pos, M, L, O, m, l, acc, head_ptr, sequence_table, start, context, window, scale_log2, stride_block,
+    stride_kv, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_KV: tl.constexpr, SPLIT_KEYS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """The next block of a tile, where not every row sees every key."""
+    k, v, key_pos = load_block(
+        head_ptr, sequence_table, start, context, stride_block, stride_kv, D, BLOCK_D, BLOCK_KV, BLOCK_SIZE, True
+    )
+    before = tl.where(start % SPLIT_KEYS == 0, float("-inf"), m)
+    top, alpha, p = probabilities(tl.dot(q, k), q_pos, key_pos, before, scale_log2, window, True)
+    if start % SPLIT_KEYS == 0:
+        M, L, O = fold(M, L, O, m, l, acc)
+    l, acc = accumulate(p, v, alpha, l, acc)
+    return M, L, O, top, l, acc
+
+
+@triton.jit(do_not_specialize=["num_sequences", "max_rows", "window"])
 def prefill_kernel(
     q_ptr, kv_ptr, kv_desc, out_ptr, query_start_ptr, context_len_ptr, table_ptr,
-    num_sequences, max_rows, scale_log2, stride_q, stride_out, stride_table, stride_block, stride_kv, stride_head,
+    num_sequences, max_rows, window, scale_log2, stride_q, stride_out, stride_table, stride_block, stride_kv,
+    stride_head,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KV: tl.constexpr, SPLIT_KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_B: tl.constexpr, USE_TMA: tl.constexpr,
@@ -266,7 +339,8 @@ def prefill_kernel(
     """Many rows: one tile of (rows, GROUP query heads of one KV head) per program, all its splits in turn.
 
     Serves sequences with more than max_rows rows. The last tiles of a sequence, which see the most
-    keys, start first.
+    keys, start first. Blocks that some rows see only in part, at the windows' beginnings and at the
+    rows' own positions, are masked; those between them are not.
     """
     ROWS_PER_TILE: tl.constexpr = BLOCK_ROWS // GROUP
     sequences = tl.arange(0, BLOCK_B)
@@ -304,7 +378,17 @@ def prefill_kernel(
         acc = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
         head_ptr = kv_ptr + kv_head * stride_head
         sequence_table = table_ptr + sequence.to(tl.int64) * stride_table
-        for start in tl.range(0, full_stop, BLOCK_KV):
+        full_start = 0
+        if window is not None:
+            first_block = first_visible(first_pos, window) // BLOCK_KV * BLOCK_KV
+            last_window = first_visible(key_stop - 1, window)
+            full_start = tl.minimum(tl.cdiv(last_window, BLOCK_KV) * BLOCK_KV, full_stop)
+            for start in tl.range(first_block, full_start, BLOCK_KV, num_stages=1):
+                M, L, O, m, l, acc = masked_block(
+                    q, q_pos, M, L, O, m, l, acc, head_ptr, sequence_table, start, context, window, scale_log2,
+                    stride_block, stride_kv, D, BLOCK_D, BLOCK_KV, SPLIT_KEYS, BLOCK_SIZE,
+                )  # fmt: skip
+        for start in tl.range(full_start, full_stop, BLOCK_KV):
             if USE_TMA:
                 block = tl.load(sequence_table + start // BLOCK_SIZE)
                 place = block * (stride_block // D) + kv_head * (stride_head // D) + start % BLOCK_SIZE
@@ -317,31 +401,16 @@ def prefill_kernel(
                     BLOCK_SIZE, False,
                 )  # fmt: skip
             before = tl.where(start % SPLIT_KEYS == 0, float("-inf"), m)
-            top, alpha, p = probabilities(tl.dot(q, k), q_pos, key_pos, before, scale_log2, False)
+            top, alpha, p = probabilities(tl.dot(q, k), q_pos, key_pos, before, scale_log2, window, False)
             if start % SPLIT_KEYS == 0:  # alpha is 0 there, which also clears l and acc for the new split
                 M, L, O = fold(M, L, O, m, l, acc)
             m = top
             l, acc = accumulate(p, v, alpha, l, acc)
         for start in tl.range(full_stop, key_stop, BLOCK_KV, num_stages=1):
-            k, v, key_pos = load_block(
-                head_ptr,
-                sequence_table,
-                start,
-                context,
-                stride_block,
-                stride_kv,
-                D,
-                BLOCK_D,
-                BLOCK_KV,
-                BLOCK_SIZE,
-                True,
-            )
-            before = tl.where(start % SPLIT_KEYS == 0, float("-inf"), m)
-            top, alpha, p = probabilities(tl.dot(q, k), q_pos, key_pos, before, scale_log2, True)
-            if start % SPLIT_KEYS == 0:
-                M, L, O = fold(M, L, O, m, l, acc)
-            m = top
-            l, acc = accumulate(p, v, alpha, l, acc)
+            M, L, O, m, l, acc = masked_block(
+                q, q_pos, M, L, O, m, l, acc, head_ptr, sequence_table, start, context, window, scale_log2,
+                stride_block, stride_kv, D, BLOCK_D, BLOCK_KV, SPLIT_KEYS, BLOCK_SIZE,
+            )  # fmt: skip
         M, L, O = fold(M, L, O, m, l, acc)
         y = tl.math.div_rn(O, tl.broadcast_to(total(L)[:, None], O.shape)) + 0.0
         out_ptrs = out_ptr + (row_start + row).to(tl.int64)[:, None] * stride_out + head[:, None] * D + offs_d[None, :]

@@ -22,6 +22,7 @@ struct Attention {
   const i32 *query_start, *context_len, *block_table;
   i64 table_stride;
   i64 num_sequences, H, G, D, block_size;
+  i64 window;   // keys that a row sees, its own included; larger than any context: all
   float scale;  // > 0
   u16* out;     // (T, H, D)
 
@@ -32,7 +33,9 @@ struct Attention {
   // Up to QUERY_ROWS rows (token-major, then head) of one sequence and one KV head.
   struct Task {
     i32 sequence, kv_head, first_row, num_rows;
-    i32 num_splits;
+    i32 first_split, end_split;  // those before are out of every row's window
+
+    i64 num_splits() const { return end_split - first_split; }
   };
 
   i64 num_tokens(i64 b) const { return query_start[b + 1] - query_start[b]; }
@@ -42,6 +45,9 @@ struct Attention {
   }
   i32 lowest_position(const Task& t) const { return position(t, 0); }
   i32 highest_position(const Task& t) const { return position(t, t.num_rows - 1); }
+  i64 first_visible(i64 position) const { return position < window ? 0 : position - window + 1; }
+  // Where work begins: groups of keys that no row sees would add zeros to sums that are zero.
+  i64 first_key(const Task& t) const { return first_visible(lowest_position(t)) / GROUP * GROUP; }
   i64 row_offset(const Task& t, int row) const {
     const i64 flat = t.first_row + row, R = heads_per_kv();
     return ((query_start[t.sequence] + flat / R) * H + t.kv_head * R + flat % R) * D;
@@ -146,18 +152,22 @@ struct Attention {
 
   // Scores -> weights [row][key] in bf16 (0 up to the end of the last group), maximum and sum per row.
   void softmax(const Task& t, int query_tile, i64 start, i64 num_keys, i64 key_groups, const Workspace& ws, const Part& part) const {
-    alignas(64) i32 positions[16];
+    alignas(64) i32 positions[16], firsts[16];
     bool sees_all = true;
     for (int r = 0; r < 16; r++) {
       const int row = query_tile * 16 + r;
       positions[r] = row < t.num_rows ? position(t, row) : INT32_MAX;
-      sees_all &= positions[r] >= start + num_keys - 1;
+      firsts[r] = row < t.num_rows ? static_cast<i32>(first_visible(positions[r])) : 0;
+      sees_all &= positions[r] >= start + num_keys - 1 && firsts[r] <= start;
     }
-    I16 sees;
-    memcpy(&sees, positions, 64);
+    I16 last, first;
+    memcpy(&last, positions, 64);
+    memcpy(&first, firsts, 64);
     if (!sees_all)
-      for (i64 k = 0; k < num_keys; k++)
-        store(ws.scores + k * 16, sees >= splat(static_cast<i32>(start + k)) ? load(ws.scores + k * 16) : splat(LOWEST));
+      for (i64 k = 0; k < num_keys; k++) {
+        const I16 key = splat(static_cast<i32>(start + k));
+        store(ws.scores + k * 16, (last >= key) & (first <= key) ? load(ws.scores + k * 16) : splat(LOWEST));
+      }
     for (i64 k = num_keys; k < key_groups * GROUP; k++) store(ws.scores + k * 16, splat(LOWEST));
     V16 best = splat(LOWEST);
     for (i64 k = 0; k < num_keys; k++) best = larger(load(ws.scores + k * 16), best);
@@ -196,8 +206,11 @@ struct Attention {
 
   // 0 * inf is NaN: are there values that some rows of the task must not meet, not even with weight 0?
   bool has_dangerous_values(const Task& t, i64 start, i64 end) const {
-    i64 position = lowest_position(t) + 1;
-    for (position = position > start ? position : start; position < end; position++) {
+    const i64 after = lowest_position(t) + 1, before = first_visible(highest_position(t));
+    return has_infinite_values(t, start, before < end ? before : end) || has_infinite_values(t, after > start ? after : start, end);
+  }
+  bool has_infinite_values(const Task& t, i64 start, i64 end) const {  // or NaN
+    for (i64 position = start; position < end; position++) {
       const u16* v = value(t, position);
       for (i64 d = 0; d < D; d++)
         if ((v[d] & 0x7f80) == 0x7f80) return true;
@@ -210,17 +223,27 @@ struct Attention {
                         const Workspace& ws, float* weighted) const {
     float* all = ws.scores;  // this tile's are no longer needed, and D <= 256 fits
     for (int r = 0; r < 16 && query_tile * 16 + r < t.num_rows; r++) {
-      const i64 visible = position(t, query_tile * 16 + r) + 1;
-      interleave_values(t, start, visible < end ? visible : end, key_groups, ws);
+      const i64 last = position(t, query_tile * 16 + r);
+      interleave_values(t, start, last + 1 < end ? last + 1 : end, key_groups, ws);
+      clear_values(first_visible(last) - start, key_groups, ws);
       weigh(scope, key_groups, ws, all);
       for (i64 tile = 0; tile < value_tiles(); tile++) memcpy(weighted + tile * TILE + r * 16, all + tile * TILE + r * 16, 64);
     }
   }
 
+  // Zeroes the first `count` of the interleaved values.
+  void clear_values(i64 count, i64 key_groups, const Workspace& ws) const {
+    if (count > key_groups * GROUP) count = key_groups * GROUP;
+    for (i64 tile = 0; tile < value_tiles(); tile++)
+      for (i64 key = 0; key < count; key++)
+        for (i64 lane = 0; lane < 16; lane++) ws.values[tile * SPLIT * 16 + key / 2 * 32 + lane * 2 + key % 2] = 0;
+  }
+
   void compute_split(typename Dot::Scope& scope, const Task& t, i64 split, const Workspace& ws, const Part& part,
                      const Task* following = nullptr) const {
-    const i64 start = split * SPLIT, visible = highest_position(t) + 1;
-    const i64 end = visible < start + SPLIT ? visible : start + SPLIT;
+    const i64 start = split == t.first_split ? first_key(t) : split * SPLIT;
+    const i64 visible = highest_position(t) + 1, split_end = (split + 1) * SPLIT;
+    const i64 end = visible < split_end ? visible : split_end;
     const i64 num_keys = end - start, key_groups = (num_keys + GROUP - 1) / GROUP;
     const bool is_dangerous = has_dangerous_values(t, start, end);
     if (groups() * GROUP != D) pad_keys(t, start, num_keys, ws);
@@ -228,8 +251,9 @@ struct Attention {
       score(scope, t, tile, start, num_keys, ws);
       softmax(t, tile, start, num_keys, key_groups, ws, part);
       if (tile == 0 && !is_dangerous) {
-        const bool is_last = split + 1 == t.num_splits;
-        interleave_values(t, start, end, key_groups, ws, is_last ? following : &t, is_last ? 0 : start + SPLIT);
+        const bool is_last = split + 1 == t.end_split;
+        const i64 next_start = !is_last ? split_end : following ? first_key(*following) : 0;
+        interleave_values(t, start, end, key_groups, ws, is_last ? following : &t, next_start);
       }
       float* weighted = part.weighted + tile * value_tiles() * TILE;
       if (is_dangerous) weigh_row_by_row(scope, t, tile, start, end, key_groups, ws, weighted);
@@ -237,7 +261,7 @@ struct Attention {
     }
   }
 
-  // sum = sum (+) part, for the rows that see any key of the split.
+  // sum = sum (+) part, for the rows that see any key of the split; sum = part where it is their first.
   void merge(const Task& t, i64 split, const Part& sum, const Part& part) const {
     for (int tile = 0; tile < tiles(t); tile++) {
       alignas(64) float scale_sum[16], scale_part[16], best[16], total[16];
@@ -249,12 +273,16 @@ struct Attention {
       for (int r = 0; r < 16; r++) {
         const int row = tile * 16 + r;
         if (row >= t.num_rows || position(t, row) < split * SPLIT) continue;
-        sum.best[row] = best[r];
-        sum.total[row] = total[r];
+        const i64 row_split = first_visible(position(t, row)) / SPLIT;
+        if (row_split > split) continue;
+        const bool is_first = row_split == split;
+        sum.best[row] = is_first ? part.best[row] : best[r];
+        sum.total[row] = is_first ? part.total[row] : total[r];
         for (i64 column = 0; column < value_tiles(); column++) {
           float* to = sum.weighted + (tile * value_tiles() + column) * TILE + r * 16;
           const float* from = part.weighted + (tile * value_tiles() + column) * TILE + r * 16;
-          store(to, load(to) * splat(scale_sum[r]) + (load(from) + 0.0f) * splat(scale_part[r]));
+          if (is_first) store(to, load(from) + 0.0f);
+          else store(to, load(to) * splat(scale_sum[r]) + (load(from) + 0.0f) * splat(scale_part[r]));
         }
       }
     }
@@ -282,8 +310,9 @@ struct Attention {
           if (!list) continue;
           Task& t = list[count];
           const i64 here = rows - first < QUERY_ROWS ? rows - first : QUERY_ROWS;
-          t = {static_cast<i32>(b), static_cast<i32>(g), static_cast<i32>(first), static_cast<i32>(here), 0};
-          t.num_splits = highest_position(t) / SPLIT + 1;
+          t = {static_cast<i32>(b), static_cast<i32>(g), static_cast<i32>(first), static_cast<i32>(here), 0, 0};
+          t.first_split = static_cast<i32>(first_visible(lowest_position(t)) / SPLIT);
+          t.end_split = highest_position(t) / SPLIT + 1;
         }
     }
     return count;
@@ -293,9 +322,9 @@ struct Attention {
     const Workspace ws = workspace();
     const Part sum = part_at(ws.sum), part = part_at(ws.part);
     pack_queries(t, ws);
-    compute_split(scope, t, 0, ws, sum, following);
+    compute_split(scope, t, t.first_split, ws, sum, following);
     begin(t, sum);
-    for (i64 split = 1; split < t.num_splits; split++) {
+    for (i64 split = t.first_split + 1; split < t.end_split; split++) {
       compute_split(scope, t, split, ws, part, following);
       merge(t, split, sum, part);
     }
@@ -307,19 +336,21 @@ struct Attention {
     float* parts = static_cast<float*>(aligned_alloc(64, num_parts * part_floats() * 4));
     if (!parts) abort();
     for_each_task<Dot::Scope>(threads, num_parts, [&](i64 index, Dot::Scope& scope) {
-      i64 task = 0, split = index;
-      while (split >= tasks[task].num_splits) split -= tasks[task++].num_splits;
+      i64 task = 0, place = index;
+      while (place >= tasks[task].num_splits()) place -= tasks[task++].num_splits();
+      const Task& t = tasks[task];
       const Workspace ws = workspace();
-      pack_queries(tasks[task], ws);
-      compute_split(scope, tasks[task], split, ws, part_at(parts + index * part_floats()));
+      pack_queries(t, ws);
+      compute_split(scope, t, t.first_split + place, ws, part_at(parts + index * part_floats()));
     });
     FloatingPointMode mode;
-    for (i64 task = 0, first = 0; task < num_tasks; first += tasks[task++].num_splits) {
+    for (i64 task = 0, first = 0; task < num_tasks; first += tasks[task++].num_splits()) {
+      const Task& t = tasks[task];
       const Part sum = part_at(parts + first * part_floats());
-      begin(tasks[task], sum);
-      for (i64 split = 1; split < tasks[task].num_splits; split++)
-        merge(tasks[task], split, sum, part_at(parts + (first + split) * part_floats()));
-      write(tasks[task], sum);
+      begin(t, sum);
+      for (i64 place = 1; place < t.num_splits(); place++)
+        merge(t, t.first_split + place, sum, part_at(parts + (first + place) * part_floats()));
+      write(t, sum);
     }
     free(parts);
   }
@@ -330,7 +361,7 @@ struct Attention {
     if (!tasks) abort();
     list_tasks(tasks);
     i64 num_parts = 0, num_rows = 0;
-    for (i64 i = 0; i < num_tasks; i++) num_parts += tasks[i].num_splits, num_rows += tasks[i].num_rows * tasks[i].num_splits;
+    for (i64 i = 0; i < num_tasks; i++) num_parts += tasks[i].num_splits(), num_rows += tasks[i].num_rows * tasks[i].num_splits();
     constexpr i64 WORTH_A_THREAD = 2;  // splits
     if (num_parts < 2 * WORTH_A_THREAD) threads = 1;
     if (threads > 1 && num_tasks < 4 * threads && num_parts > num_tasks) run_by_splits(threads, tasks, num_tasks, num_parts);

@@ -54,9 +54,10 @@ TANDEM_EXPORT(rope_and_cache)(const float* qkv, u16* kv, i64 block_stride, i64 k
 
 TANDEM_EXPORT(attention)(const u16* q, const u16* kv, i64 block_stride, i64 kv_stride, i64 head_stride, i64 token_stride,
                          const i32* query_start, const i32* context_len, const i32* block_table, i64 table_stride,
-                         i64 num_sequences, i64 H, i64 G, i64 D, i64 block_size, float scale, u16* out, i64 threads) {
+                         i64 num_sequences, i64 H, i64 G, i64 D, i64 block_size, i64 window, float scale, u16* out,
+                         i64 threads) {
   Attention{q, kv, block_stride, kv_stride, head_stride, token_stride, query_start, context_len, block_table, table_stride,
-            num_sequences, H, G, D, block_size, scale, out}
+            num_sequences, H, G, D, block_size, window, scale, out}
       .run(static_cast<int>(threads));
 }
 
