@@ -139,6 +139,107 @@ def test_graph_with_a_longer_bound_and_padding_equals_eager() -> None:
     assert bits_equal(out[:3], torch.cat(eager))
 
 
+WINDOWS = [1, 64, 100, 600]
+WINDOWED_HEADS = [(8, 2, 128), (9, 3, 64)]
+WINDOWED_PLANS = [PREFILL_PLANS[index] for index in (0, 3, 5, 6, 7, 8)]
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_size"), WINDOWED_HEADS)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_window_is_right_in_float64(num_heads: int, num_kv_heads: int, head_size: int, window: int) -> None:
+    cache = paged(num_heads, num_kv_heads, head_size)
+    expected = cache.expected(0, window)
+    assert relative_error(cache.attend([0], [CONTEXT], window=window)[0], expected) < 6e-3
+    assert relative_error(cache.attend([0], [1], window=window)[0], expected[-1:]) < 6e-3
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_size"), WINDOWED_HEADS)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_window_prefill_chunks_and_decode_have_the_same_bits(
+    num_heads: int, num_kv_heads: int, head_size: int, window: int
+) -> None:
+    cache = paged(num_heads, num_kv_heads, head_size)
+    whole = cache.attend([0], [CONTEXT], window=window)[0]
+    for size in (97, 512):
+        ends = [*range(size, CONTEXT, size), CONTEXT]
+        rows = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        chunks = [cache.attend([0], [count], [end], window=window)[0] for count, end in zip(rows, ends, strict=True)]
+        assert num_differing(torch.cat(chunks), whole) == 0, size
+    edges = {edge + window + step for edge in (0, 64, 512, 1024) for step in (-1, 0, 1)}
+    for context in sorted({1, 64, 65, 512, 513, 1025, 2500} | edges - {0}):
+        row = cache.attend([0], [1], [context], window=window)[0]
+        assert num_differing(row, whole[context - 1 : context]) == 0, context
+    for last in (7, 16):
+        assert num_differing(cache.attend([0], [last], window=window)[0], whole[-last:]) == 0, last
+
+
+@pytest.mark.parametrize("head_size", [64, 128])
+@pytest.mark.parametrize("window", [40, 700])
+def test_every_tile_has_the_same_bits_in_a_window(head_size: int, window: int) -> None:
+    """Tiles differ in how many masked blocks they visit."""
+    cache = paged(8, 2, head_size)
+    expected = cache.attend([0], [CONTEXT], plan=WINDOWED_PLANS[0], window=window)[0]
+    differing = {
+        plan: num_differing(cache.attend([0], [CONTEXT], plan=plan, window=window)[0], expected)
+        for plan in WINDOWED_PLANS[1:]
+    }
+    assert not any(differing.values()), differing
+
+
+def test_a_window_that_holds_everything_is_full_attention() -> None:
+    cache = paged(8, 2, 128)
+    for rows in (1, 16, CONTEXT):
+        assert bits_equal(cache.attend([0], [rows], window=CONTEXT)[0], cache.attend([0], [rows])[0]), rows
+
+
+def test_neighbours_do_not_matter_in_a_window() -> None:
+    contexts = [1, 64, 700, 1537, 33, 2500, 512, 1025]
+    cache = paged(8, 2, 128, contexts)
+    for window in (50, 600):
+        alone = [cache.attend([i], [c], window=window)[0] for i, c in enumerate(contexts)]
+        for rows in (contexts, [1] * 8, [1, 64, 1, 200, 1, 1, 3, 1000], [1, 5, 4, 1, 2, 1, 1, 1]):
+            for plan in (AttentionPlan(), AttentionPlan(prefill_kind="hopper")):
+                together = cache.attend(list(range(8)), rows, plan=plan, window=window)
+                for index, count in enumerate(rows):
+                    assert bits_equal(together[index], alone[index][-count:]), (window, rows, index)
+
+
+def test_window_work_is_bounded_and_captured() -> None:
+    """A graph of a decode step with longer bounds; table entries of blocks before the windows are wild."""
+    contexts = [300, 2500, 700]
+    cache = paged(8, 2, 128, contexts)
+    eager = cache.attend([0, 1, 2], [1, 1, 1], window=90)
+    metadata = cache.metadata([0, 1, 2], [1, 1, 1], contexts)
+    for index, context in enumerate(contexts):
+        metadata.block_table[index, : (context - 90) // 64] = 2**30
+    padded = type(metadata)(
+        metadata.query_start, metadata.context_len, metadata.block_table, metadata.slot_mapping, metadata.positions, 1,
+        8192,
+    )  # fmt: skip
+    q = torch.cat([cache.q[i][-1:] for i in range(3)])
+    out = in_graph(
+        lambda: launch.run_attention(
+            q, cache.layer, padded, cache.scale, AttentionPlan(), NUM_MULTIPROCESSORS, torch.float32, window=90
+        )
+    )
+    assert bits_equal(out, torch.cat(eager))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("> q_pos[:, None] - window", ">= q_pos[:, None] - window"),
+        ("position - window + 1, 0)", "position - window + 65, 0)"),
+        ("(before + split) * NUM", "(before + num_splits - 1 - split) * NUM"),
+    ],
+)
+def test_planted_wrong_windows_are_found(old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = paged(8, 2, 128)
+    whole = cache.attend([0], [CONTEXT], window=1500)[0]
+    monkeypatch.setattr(launch, "attention", mutated(attention, old, new, tmp_path))
+    assert num_differing(cache.attend([0], [1], window=1500)[0], whole[-1:]) > 0
+
+
 def test_planted_reversed_fold_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = paged(8, 2, 128)
     whole = cache.attend([0], [CONTEXT])[0]
@@ -163,7 +264,7 @@ def test_planted_moving_splits_are_found(tmp_path: Path, monkeypatch: pytest.Mon
     old = "first_key = split * SPLIT_KEYS"
     new = "first_key = tl.maximum(split * SPLIT_KEYS - (SPLIT_KEYS - context % SPLIT_KEYS) // 64 * 64, 0)"
     broken = mutated(attention, old, new, tmp_path)
-    stop = "tl.minimum(begin + SPLIT_KEYS, context)"
+    stop = "tl.minimum(first_key + SPLIT_KEYS, context)"
     moved = "tl.minimum((split + 1) * SPLIT_KEYS - (SPLIT_KEYS - context % SPLIT_KEYS) // 64 * 64, context)"
     monkeypatch.setattr(launch, "attention", mutated(broken, stop, moved, tmp_path))
     out = cache.attend([0], [1], [2200])[0]

@@ -79,10 +79,10 @@ def fold(M, L, O, m, l, acc):
 @triton.jit
 def first_visible(position, window):
     """The first key that the row at `position` sees."""
-    if window is None:
-        return position * 0
-    else:  # a return does not end what is compiled
-        return tl.maximum(position - window + 1, 0)
+    first = 0
+    if window is not None:
+        first = tl.maximum(position - window + 1, 0)
+    return first
 
 
 @triton.jit

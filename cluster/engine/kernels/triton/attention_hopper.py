@@ -54,15 +54,24 @@ def _wide(x, like, layout: gl.constexpr):
 
 
 @gluon.jit
+def _first_visible(position, window):
+    """`attention.first_visible`."""
+    first = 0
+    if window is not None:
+        first = gl.maximum(position - window + 1, 0)
+    return first
+
+
+@gluon.jit
 def _produce(
-    kv_desc, table_ptr, k_ring, v_ring, k_ready, v_ready, k_free, v_free, num_blocks, place_head, rows_per_block,
-    rows_of_kv, BLOCK_KV: gl.constexpr, BLOCK_SIZE: gl.constexpr, STAGES: gl.constexpr,
+    kv_desc, table_ptr, k_ring, v_ring, k_ready, v_ready, k_free, v_free, first_block, num_blocks, place_head,
+    rows_per_block, rows_of_kv, BLOCK_KV: gl.constexpr, BLOCK_SIZE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Fill the rings in key order; a buffer is reused when both consumers have freed it."""
     for i in range(num_blocks):
         stage = i % STAGES
         free_phase = (i // STAGES + 1) & 1
-        start = i * BLOCK_KV
+        start = (first_block + i) * BLOCK_KV
         block = gl.load(table_ptr + start // BLOCK_SIZE)
         place = block * rows_per_block + place_head + start % BLOCK_SIZE
         mbarrier.wait(k_free.index(stage), free_phase)
@@ -74,11 +83,14 @@ def _produce(
 
 
 @gluon.jit
-def _softmax(s, q_pos, start, m, scale_log2, masked, S_LAYOUT: gl.constexpr, BLOCK_KV: gl.constexpr):
+def _softmax(s, q_pos, start, m, scale_log2, masked, window, S_LAYOUT: gl.constexpr, BLOCK_KV: gl.constexpr):
     """`attention.probabilities`, the mask decided at run time."""
     if masked:
         key_pos = start + gl.arange(0, BLOCK_KV, gl.SliceLayout(0, S_LAYOUT))
-        s = gl.where(gl.expand_dims(key_pos, 0) <= gl.expand_dims(q_pos, 1), s, float("-inf"))
+        visible = gl.expand_dims(key_pos, 0) <= gl.expand_dims(q_pos, 1)
+        if window is not None:
+            visible = visible & (gl.expand_dims(key_pos, 0) > gl.expand_dims(q_pos - window, 1))
+        s = gl.where(visible, s, float("-inf"))
     top = gl.maximum(m, gl.max(s, axis=1) * scale_log2)
     shift = gl.where(top == float("-inf"), 0.0, top)
     zeros = gl.zeros_like(s)
@@ -99,12 +111,15 @@ def _zero_stale_values(v_buffer, start, context, BLOCK_KV: gl.constexpr, D: gl.c
 
 @gluon.jit
 def _consume(
-    q_ptr, out_ptr, q_shared, k_ring, v_ring, k_ready, v_ready, k_free, v_free, num_blocks, row_start, num_rows,
-    context, first_row, kv_head, scale_log2, stride_q, stride_out, WHICH: gl.constexpr, GROUP: gl.constexpr,
-    ROWS_PER_TILE: gl.constexpr, D: gl.constexpr, BLOCK_KV: gl.constexpr, SPLIT_KEYS: gl.constexpr,
-    STAGES: gl.constexpr,
+    q_ptr, out_ptr, q_shared, k_ring, v_ring, k_ready, v_ready, k_free, v_free, first_block, num_blocks, row_start,
+    num_rows, context, first_row, kv_head, window, scale_log2, stride_q, stride_out, WHICH: gl.constexpr,
+    GROUP: gl.constexpr, ROWS_PER_TILE: gl.constexpr, D: gl.constexpr, BLOCK_KV: gl.constexpr,
+    SPLIT_KEYS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """64 rows of the tile: rows WHICH * 64 .. + 63, each (row of the sequence, query head)."""
+    """64 rows of the tile: rows WHICH * 64 .. + 63, each (row of the sequence, query head).
+
+    The i-th block is number first_block + i of the sequence; none before it is seen by any row of the tile.
+    """
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_KV, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     L_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
@@ -125,7 +140,12 @@ def _consume(
     s_row = WHICH * 64 + gl.arange(0, 64, gl.SliceLayout(1, S_LAYOUT))
     q_pos = context - num_rows + gl.minimum(first_row + s_row // GROUP, num_rows - 1)
     first_pos = context - num_rows + first_row + WHICH * 64 // GROUP
-    first_masked = (first_pos + 1) // BLOCK_KV  # blocks before it are seen whole by every row
+    # Blocks from whole_from up to whole_to (counted from first_block) are seen whole by every row, the others in part.
+    whole_to = (first_pos + 1) // BLOCK_KV - first_block
+    whole_from = 0
+    if window is not None:
+        last_pos = context - num_rows + gl.minimum(first_row + (WHICH * 64 + 63) // GROUP, num_rows - 1)
+        whole_from = (_first_visible(last_pos, window) + BLOCK_KV - 1) // BLOCK_KV - first_block
 
     zeros_s = gl.zeros([64, BLOCK_KV], gl.float32, S_LAYOUT)
     minus = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
@@ -138,7 +158,10 @@ def _consume(
     s = warpgroup_mma(q_buffer, k_ring.index(0).permute([1, 0]), zeros_s, use_acc=False)
     barrier()
     mbarrier.arrive(k_free.index(0), count=1)
-    m, alpha, p = _softmax(s, q_pos, 0, minus, scale_log2, first_masked <= 0, S_LAYOUT, BLOCK_KV)
+    masked = whole_to <= 0
+    if window is not None:
+        masked = masked | (whole_from > 0)
+    m, alpha, p = _softmax(s, q_pos, first_block * BLOCK_KV, minus, scale_log2, masked, window, S_LAYOUT, BLOCK_KV)
     l = gl.convert_layout(_lane_sums(p), L_LAYOUT)
     p_operand = gl.convert_layout(p.to(q_ptr.dtype.element_ty), P_LAYOUT)
 
@@ -153,9 +176,13 @@ def _consume(
         s = warpgroup_mma_wait(1, deps=[s_token])
         barrier()
         mbarrier.arrive(k_free.index(stage), count=1)
-        new_split = i % BLOCKS_PER_SPLIT == 0
+        block = first_block + i
+        new_split = block % BLOCKS_PER_SPLIT == 0
         before = gl.where(new_split, minus, m)
-        top, alpha, p = _softmax(s, q_pos, i * BLOCK_KV, before, scale_log2, i >= first_masked, S_LAYOUT, BLOCK_KV)
+        masked = i >= whole_to
+        if window is not None:
+            masked = masked | (i < whole_from)
+        top, alpha, p = _softmax(s, q_pos, block * BLOCK_KV, before, scale_log2, masked, window, S_LAYOUT, BLOCK_KV)
         sums = gl.convert_layout(_lane_sums(p), L_LAYOUT)
         acc = warpgroup_mma_wait(0, deps=[acc_token])
         barrier()
@@ -168,8 +195,8 @@ def _consume(
 
     last = num_blocks - 1
     mbarrier.wait(v_ready.index(last % STAGES), (last // STAGES) & 1)
-    if num_blocks * BLOCK_KV > context:
-        _zero_stale_values(v_ring.index(last % STAGES), last * BLOCK_KV, context, BLOCK_KV, D)
+    if (first_block + num_blocks) * BLOCK_KV > context:
+        _zero_stale_values(v_ring.index(last % STAGES), (first_block + last) * BLOCK_KV, context, BLOCK_KV, D)
         barrier()
     acc = acc * _wide(alpha, acc, O_LAYOUT)
     acc = warpgroup_mma(p_operand, v_ring.index(last % STAGES), acc)
@@ -204,10 +231,10 @@ def _fold(M, L, O, m, l, acc, L_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr):
     return top, L, O
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["window"])
 def prefill_hopper_kernel(
     q_ptr, kv_desc, out_ptr, tiles_ptr, table_ptr,
-    scale_log2, stride_q, stride_out, stride_table, rows_per_block, rows_of_kv, rows_of_head,
+    window, scale_log2, stride_q, stride_out, stride_table, rows_per_block, rows_of_kv, rows_of_head,
     GROUP: gl.constexpr, D: gl.constexpr, BLOCK_KV: gl.constexpr, SPLIT_KEYS: gl.constexpr,
     BLOCK_SIZE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -224,7 +251,8 @@ def prefill_hopper_kernel(
     context = gl.load(tile_ptr + 4)
     if num_rows > 0:
         key_stop = gl.minimum(context - num_rows + first_row + ROWS_PER_TILE, context)
-        num_blocks = (key_stop + BLOCK_KV - 1) // BLOCK_KV
+        first_block = _first_visible(context - num_rows + first_row, window) // BLOCK_KV
+        num_blocks = (key_stop + BLOCK_KV - 1) // BLOCK_KV - first_block
         kv_head = gl.program_id(1)
 
         q_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -246,23 +274,25 @@ def prefill_hopper_kernel(
                 (
                     _consume,
                     (
-                        q_ptr, out_ptr, q_shared, k_ring, v_ring, k_ready, v_ready, k_free, v_free, num_blocks,
-                        row_start, num_rows, context, first_row, kv_head, scale_log2, stride_q, stride_out,
+                        q_ptr, out_ptr, q_shared, k_ring, v_ring, k_ready, v_ready, k_free, v_free, first_block,
+                        num_blocks, row_start, num_rows, context, first_row, kv_head, window, scale_log2, stride_q,
+                        stride_out,
                         gl.constexpr(0), GROUP, gl.constexpr(ROWS_PER_TILE), D, BLOCK_KV, SPLIT_KEYS, STAGES,
                     ),
                 ),
                 (
                     _consume,
                     (
-                        q_ptr, out_ptr, q_shared, k_ring, v_ring, k_ready, v_ready, k_free, v_free, num_blocks,
-                        row_start, num_rows, context, first_row, kv_head, scale_log2, stride_q, stride_out,
+                        q_ptr, out_ptr, q_shared, k_ring, v_ring, k_ready, v_ready, k_free, v_free, first_block,
+                        num_blocks, row_start, num_rows, context, first_row, kv_head, window, scale_log2, stride_q,
+                        stride_out,
                         gl.constexpr(1), GROUP, gl.constexpr(ROWS_PER_TILE), D, BLOCK_KV, SPLIT_KEYS, STAGES,
                     ),
                 ),
                 (
                     _produce,
                     (
-                        kv_desc, table, k_ring, v_ring, k_ready, v_ready, k_free, v_free, num_blocks,
+                        kv_desc, table, k_ring, v_ring, k_ready, v_ready, k_free, v_free, first_block, num_blocks,
                         kv_head * rows_of_head, rows_per_block, rows_of_kv, BLOCK_KV, BLOCK_SIZE, STAGES,
                     ),
                 ),

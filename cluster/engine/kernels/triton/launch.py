@@ -334,7 +334,7 @@ def _run_prefill(call: _AttentionCall, plan: AttentionPlan, max_rows: int) -> No
     metadata, kv = call.metadata, call.kv_N2GSD
     num_rows, _, head_size = call.q_THD.shape
     in_whole_blocks = head_size in (64, 128) and kv.shape[3] % block_kv(head_size) == 0
-    if plan.prefill_kind == "hopper" and in_whole_blocks and call.window is None:
+    if plan.prefill_kind == "hopper" and in_whole_blocks:
         _run_prefill_hopper(call, plan, max_rows)
         return
     block_rows = max(plan.prefill_block_rows, triton.next_power_of_2(call.group))
@@ -373,7 +373,7 @@ def _run_prefill_hopper(call: _AttentionCall, plan: AttentionPlan, max_rows: int
         del constants[unused]
     attention_hopper.prefill_hopper_kernel[(num_tiles, kv.shape[2])](
         call.q_THD, kv_rows, call.out, call.lists.tiles(metadata, num_tiles, rows_per_tile, max_rows),
-        metadata.block_table, call.scale_log2, call.q_THD.stride(0), call.out.stride(0),
+        metadata.block_table, call.window, call.scale_log2, call.q_THD.stride(0), call.out.stride(0),
         metadata.block_table.stride(0), kv.stride(0) // head_size, kv.stride(1) // head_size,
         kv.stride(2) // head_size, **constants, STAGES=plan.prefill_num_stages, num_warps=4,
     )  # fmt: skip

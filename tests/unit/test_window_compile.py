@@ -1,0 +1,48 @@
+"""The attention kernels compile for an H100 with a window and without one, which then costs nothing."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from cluster.engine.kernels.triton import launch
+from cluster.engine.kernels.triton.plans import AttentionPlan
+from tests.gpu.support import NUM_MULTIPROCESSORS, Paged
+from tests.unit.triton_compile import compiled_for_hopper
+
+CONTEXTS = [700, 600, 1]
+
+
+def _compiled(directory: Path, window: int | None, *, use_tma: bool) -> dict[str, Any]:
+    """Decode and prefill of one batch: the kernels by name."""
+    cache = Paged(CONTEXTS, num_heads=8, num_kv_heads=2, head_size=64, device="cpu")
+    metadata = cache.metadata([0, 1, 2], [700, 2, 1], CONTEXTS)
+    q = torch.cat([cache.q[0], cache.q[1][:2], cache.q[2]])
+    plan = AttentionPlan(prefill_use_tma=use_tma)
+    with compiled_for_hopper(directory) as kernels:
+        launch.run_attention(q, cache.layer, metadata, cache.scale, plan, NUM_MULTIPROCESSORS, window=window)
+    return {kernel.metadata.name: kernel for kernel in kernels}
+
+
+@pytest.mark.parametrize("use_tma", [False, True])
+def test_a_window_is_compiled_in_only_where_there_is_one(use_tma: bool, tmp_path: Path) -> None:
+    full = _compiled(tmp_path, None, use_tma=use_tma)
+    windowed = _compiled(tmp_path, 40, use_tma=use_tma)
+    assert set(full) == set(windowed) == {"list_splits_kernel", "split_kernel", "fold_kernel", "prefill_kernel"}
+    for name, kernel in full.items():
+        parameters = [
+            len(re.findall(r"^\s*\.param \.", compiled.asm["ptx"], re.MULTILINE))
+            for compiled in (kernel, windowed[name])
+        ]
+        assert parameters[1] == parameters[0] + 1, name
+
+
+def test_another_window_needs_no_other_kernel(tmp_path: Path) -> None:
+    first, second = (_compiled(tmp_path, window, use_tma=False) for window in (40, 512))
+    assert {kernel.hash for kernel in first.values()} == {kernel.hash for kernel in second.values()}
