@@ -6,7 +6,8 @@ tune                           measure every GEMM plan, write the device's plan 
 sweep-attention                time attention plans, as JSON lines in --out
 fp8                            try, time and compare FP8 products, write their plan table to --out
 engine                         the whole engine on an 8B shape; --peer FILE adds ratios to a peer's figures
-engine-fp8                     the same with FP8 layers; --bf16 FILE has our bf16, which is measured here without it
+engine-fp8                     the same with FP8 layers; --ours FILE has our bf16, which is measured here without it
+engine-defaults                our engine with torch's default products and attention; --ours FILE has our own
 engine-profile                 where the engine's time goes, step by step and kernel by kernel; --only, --requests
 exactness                      every way to compute the same requests, bit for bit; --model, --quick
 compile-share, compile-engine  compile a share of the kernels of `tune` or an engine (for several processes); --model
@@ -30,6 +31,7 @@ from benchmarks.gpu import (
     record_exactness,
     record_fp8,
     sweeps,
+    torch_defaults,
 )
 
 _FP8 = ("fp8", "fp8-vet", "decode-step-fp8")
@@ -40,14 +42,24 @@ def main() -> None:
     parser.add_argument(
         "what",
         choices=[
-            *("gemm", "attention", "decode-step", "tune", "sweep-attention", "engine", "engine-fp8", "engine-profile"),
+            *(
+                "gemm",
+                "attention",
+                "decode-step",
+                "tune",
+                "sweep-attention",
+                "engine",
+                "engine-fp8",
+                "engine-defaults",
+                "engine-profile",
+            ),
             *("exactness", "compile-share", "compile-engine"),
             *_FP8,
         ],
     )
     parser.add_argument("share", nargs="*", type=int, help="compile-*: which share, of how many; fp8-vet: plans")
     parser.add_argument("--peer", type=Path, help="JSON lines of the peer's script on the same machine")
-    parser.add_argument("--bf16", type=Path, help="engine-fp8: engine_8b records of the same machine")
+    parser.add_argument("--ours", type=Path, help="engine-fp8, engine-defaults: engine_8b records of the machine")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="a directory")
     parser.add_argument("--budget", type=float, help="seconds (default 400; fp8: 60; exactness: no bound)")
     parser.add_argument("--only", choices=("prefill", "decode", "mixed"), help="engine-profile: one workload")
@@ -75,7 +87,11 @@ def main() -> None:
         case "engine-profile":
             engine_profile.profile_engine(options.only, options.requests)
         case "engine-fp8":
-            record_fp8.record_engine_fp8(options.out, options.peer, options.bf16)
+            record_fp8.record_engine_fp8(options.out, options.peer, options.ours)
+        case "engine-defaults":
+            if options.ours is None:
+                parser.error("engine-defaults needs --ours")
+            torch_defaults.record_torch_defaults(options.out, options.ours)
         case "exactness":
             models = options.model or list(record_exactness.MODELS)
             record_exactness.record_exactness(

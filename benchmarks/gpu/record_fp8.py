@@ -13,14 +13,14 @@ from benchmarks.gpu.random_model import LLAMA_8B_FP8
 from benchmarks.gpu.record_engine import BATCHES, PEER_PREFILL, appender, record_decode, record_mixed, record_prefill
 
 
-def record_engine_fp8(out: Path, peer_file: Path | None, bf16_file: Path | None) -> None:
+def record_engine_fp8(out: Path, peer_file: Path | None, ours_file: Path | None) -> None:
     """Random weights, quantised as a loader quantises bf16: a scale per output row, and one per token.
 
-    `bf16_file`: `engine_8b` records of this device. Without it our bf16 is measured here, last.
+    `ours_file`: `engine_8b` records of this device. Without it our bf16 is measured here, last.
     """
     append = appender("fp8", out)
     peer = peer_figures(peer_file, quantization="fp8")
-    bf16 = None if bf16_file is None else recorded_figures(bf16_file, torch.cuda.get_device_name())
+    bf16 = None if ours_file is None else recorded_figures(ours_file, torch.cuda.get_device_name())
     bench = make_bench(LLAMA_8B_FP8)
     ours = Figures(prefill_tok_s=record_prefill(bench, append, peer))
     for batch in BATCHES:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("triton")
+
 from benchmarks.gpu.figures import Figures, peer_figures, recorded_figures
 from benchmarks.gpu.record_exactness import CELLS, NUM_REQUESTS, chosen_cells
 from benchmarks.results import append_result
