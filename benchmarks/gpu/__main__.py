@@ -34,29 +34,15 @@ from benchmarks.gpu import (
     torch_defaults,
 )
 
-_FP8 = ("fp8", "fp8-vet", "decode-step-fp8")
+_WHAT = (
+    *("gemm", "attention", "decode-step", "decode-step-fp8", "tune", "sweep-attention", "fp8", "fp8-vet"),
+    *("engine", "engine-fp8", "engine-defaults", "engine-profile", "exactness", "compile-share", "compile-engine"),
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument(
-        "what",
-        choices=[
-            *(
-                "gemm",
-                "attention",
-                "decode-step",
-                "tune",
-                "sweep-attention",
-                "engine",
-                "engine-fp8",
-                "engine-defaults",
-                "engine-profile",
-            ),
-            *("exactness", "compile-share", "compile-engine"),
-            *_FP8,
-        ],
-    )
+    parser.add_argument("what", choices=_WHAT)
     parser.add_argument("share", nargs="*", type=int, help="compile-*: which share, of how many; fp8-vet: plans")
     parser.add_argument("--peer", type=Path, help="JSON lines of the peer's script on the same machine")
     parser.add_argument("--ours", type=Path, help="engine-fp8, engine-defaults: engine_8b records of the machine")
