@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
 from benchmarks.correctness_texts import NATURAL_TEXTS, QUESTIONS
-from benchmarks.results import Parameter, append_result
+from benchmarks.results import RESULTS_DIRECTORY, Parameter, append_result
 from cluster.engine.config import EngineConfig
 from cluster.engine.kernels import get_ops
 from cluster.engine.kernels.ops import AttentionMetadata, Ops
@@ -135,15 +135,15 @@ def compare(ours: Forward, cases: Sequence[Case]) -> Comparison:
     return Comparison(positions, disagreements, widest_margin, (squared / num_logits) ** 0.5, max_error)
 
 
-def report(metric: str, comparison: Comparison, subject: str, device: str | None, dry_run: bool) -> None:
-    """`device`: a GPU's name; None: this processor."""
+def report(metric: str, comparison: Comparison, subject: str, device: str | None, out: Path | None) -> None:
+    """`device`: a GPU's name; None: this processor. `out`: where the record goes; None: nowhere."""
     print(
         f"{metric:32} {subject:24} {comparison.agreement:7.3%} "
         f"({comparison.disagreements} of {comparison.positions} differ, widest margin "
         f"{comparison.widest_margin:.3f}; logits rms error {comparison.rms_error:.4f}, "
         f"largest {comparison.max_error:.3f})"
     )
-    if not dry_run:
+    if out is not None:
         params: dict[str, Parameter] = {
             "subject": subject,
             "reference": "transformers fp32",
@@ -153,7 +153,7 @@ def report(metric: str, comparison: Comparison, subject: str, device: str | None
             "logits_rms_error": comparison.rms_error,
             "logits_max_error": comparison.max_error,
         }
-        append_result("correctness", metric, comparison.agreement, "fraction", params, device=device)
+        append_result("correctness", metric, comparison.agreement, "fraction", params, device=device, directory=out)
 
 
 def main() -> int:
@@ -162,6 +162,7 @@ def main() -> int:
     parser.add_argument("--fp32-residual", action="store_true", help="on a GPU: do not round the residual stream")
     parser.add_argument("--model", default="demo", help="GGUF file or 'demo'")
     parser.add_argument("--prompts", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=RESULTS_DIRECTORY, help="a directory")
     parser.add_argument("--dry-run", action="store_true", help="print, do not record")
     arguments = parser.parse_args()
 
@@ -187,7 +188,7 @@ def main() -> int:
         ("top1_agreement_natural_text", compare(ours, natural), subject),
         ("top1_agreement_natural_text", compare(half, natural), "transformers bf16"),
     ):
-        report(metric, comparison, who, device, arguments.dry_run)
+        report(metric, comparison, who, device, None if arguments.dry_run else arguments.out)
     print(f"{time.monotonic() - started:.0f} s")
     is_right = agreement.agreement >= REQUIRED_AGREEMENT and agreement.rms_error <= yardstick.rms_error
     return 0 if is_right else 1
