@@ -3,7 +3,10 @@
 Teacher-forced on the reference's own greedy continuation of chat prompts, and on natural text. The
 yardstick for "within bf16 tolerance" is transformers itself in bf16, on the same inputs.
 
-    python -m benchmarks.correctness [--model PATH] [--prompts N] [--dry-run]
+    python -m benchmarks.correctness [--device cuda [--fp32-residual]] [--model PATH] [--prompts N] [--dry-run]
+
+transformers runs on the same device. On a GPU our residual stream is bf16, unless --fp32-residual asks for the
+CPU's.
 """
 
 from __future__ import annotations
@@ -16,12 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
 from benchmarks.correctness_texts import NATURAL_TEXTS, QUESTIONS
-from benchmarks.results import Parameter, append_result
+from benchmarks.results import RESULTS_DIRECTORY, Parameter, append_result
+from cluster.engine.config import EngineConfig
 from cluster.engine.kernels import get_ops
-from cluster.engine.kernels.ops import AttentionMetadata
+from cluster.engine.kernels.ops import AttentionMetadata, Ops
 from cluster.engine.kv_cache import KVCache
 from cluster.engine.models.llama import DecoderModel
 from cluster.engine.models.loader import load_model
@@ -30,7 +34,6 @@ from cluster.model_files.source import resolve_model
 from cluster.tokenizer import Tokenizer
 
 POSITIONS = 64
-BLOCK_SIZE = 32
 REQUIRED_AGREEMENT = 0.99
 
 Forward = Callable[[list[int]], torch.Tensor]  # token ids -> (len, V) fp32 logits
@@ -61,21 +64,24 @@ class Comparison:
 
 def forward_of(model: DecoderModel) -> Forward:
     """A whole sequence as one step, through a KV cache of its own."""
+    device = model.ops.device
+    block_size = EngineConfig(device=str(device)).limits.block_size
 
+    @torch.inference_mode()
     def forward(token_ids: list[int]) -> torch.Tensor:
         length = len(token_ids)
-        num_blocks = -(-length // BLOCK_SIZE)
-        cache = KVCache(model.kv_layout(BLOCK_SIZE), num_blocks, torch.device("cpu"))
+        num_blocks = -(-length // block_size)
+        cache = KVCache(model.kv_layout(block_size), num_blocks, device)
         metadata = AttentionMetadata(
-            query_start=torch.tensor([0, length], dtype=torch.int32),
-            context_len=torch.tensor([length], dtype=torch.int32),
-            block_table=torch.arange(num_blocks, dtype=torch.int32)[None],
-            slot_mapping=torch.arange(length),
-            positions=torch.arange(length),
+            query_start=torch.tensor([0, length], dtype=torch.int32, device=device),
+            context_len=torch.tensor([length], dtype=torch.int32, device=device),
+            block_table=torch.arange(num_blocks, dtype=torch.int32, device=device)[None],
+            slot_mapping=torch.arange(length, device=device),
+            positions=torch.arange(length, device=device),
             num_rows_max=length,
             context_len_max=length,
         )
-        return model.forward(torch.tensor(token_ids), metadata, cache)
+        return model.forward(torch.tensor(token_ids, device=device), metadata, cache)
 
     return forward
 
@@ -83,7 +89,7 @@ def forward_of(model: DecoderModel) -> Forward:
 def forward_of_transformers(model: PreTrainedModel) -> Forward:
     def forward(token_ids: list[int]) -> torch.Tensor:
         with torch.inference_mode():
-            logits: torch.Tensor = model(torch.tensor([token_ids])).logits[0]
+            logits: torch.Tensor = model(torch.tensor([token_ids], device=model.device)).logits[0]
         return logits.float()
 
     return forward
@@ -93,7 +99,7 @@ def greedy_case(model: PreTrainedModel, prompt_ids: list[int]) -> Case:
     """The prompt and the reference's most likely continuation; it goes on after an end token."""
     token_ids = list(prompt_ids)
     past = None
-    rest = torch.tensor([prompt_ids])
+    rest = torch.tensor([prompt_ids], device=model.device)
     rows: list[torch.Tensor] = []
     with torch.inference_mode():
         for _ in range(POSITIONS):
@@ -129,14 +135,15 @@ def compare(ours: Forward, cases: Sequence[Case]) -> Comparison:
     return Comparison(positions, disagreements, widest_margin, (squared / num_logits) ** 0.5, max_error)
 
 
-def report(metric: str, comparison: Comparison, subject: str, dry_run: bool) -> None:
+def report(metric: str, comparison: Comparison, subject: str, device: str | None, out: Path | None) -> None:
+    """`device`: a GPU's name; None: this processor. `out`: where the record goes; None: nowhere."""
     print(
         f"{metric:32} {subject:24} {comparison.agreement:7.3%} "
         f"({comparison.disagreements} of {comparison.positions} differ, widest margin "
         f"{comparison.widest_margin:.3f}; logits rms error {comparison.rms_error:.4f}, "
         f"largest {comparison.max_error:.3f})"
     )
-    if not dry_run:
+    if out is not None:
         params: dict[str, Parameter] = {
             "subject": subject,
             "reference": "transformers fp32",
@@ -146,42 +153,63 @@ def report(metric: str, comparison: Comparison, subject: str, dry_run: bool) -> 
             "logits_rms_error": comparison.rms_error,
             "logits_max_error": comparison.max_error,
         }
-        append_result("correctness", metric, comparison.agreement, "fraction", params)
+        append_result("correctness", metric, comparison.agreement, "fraction", params, device=device, directory=out)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
+    parser.add_argument("--fp32-residual", action="store_true", help="on a GPU: do not round the residual stream")
     parser.add_argument("--model", default="demo", help="GGUF file or 'demo'")
     parser.add_argument("--prompts", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=RESULTS_DIRECTORY, help="a directory")
     parser.add_argument("--dry-run", action="store_true", help="print, do not record")
     arguments = parser.parse_args()
 
     source = resolve_model(arguments.model)
     tokenizer = Tokenizer.load(source)
-    ops = get_ops("cpu")
-    ours = forward_of(load_model(source, ops, SingleRank(), torch.device("cpu")).model)
-    reference_model = _reference(source.path, torch.float32)
+    ops = _ops(arguments.device, fp32_residual=arguments.fp32_residual)
+    subject = ops.name + (", fp32 residual" if arguments.fp32_residual else "")
+    device = torch.cuda.get_device_name(ops.device) if ops.device.type == "cuda" else None
+    ours = forward_of(load_model(source, ops, SingleRank(), ops.device).model)
+    reference_model = reference_of(source.path, torch.float32, ops.device)
     reference = forward_of_transformers(reference_model)
-    half = forward_of_transformers(_reference(source.path, torch.bfloat16))
+    half = forward_of_transformers(reference_of(source.path, torch.bfloat16, ops.device))
 
     started = time.monotonic()
     prompts = [tokenizer.render_chat([{"role": "user", "content": question}]) for question in QUESTIONS]
     encoded = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts[: arguments.prompts]]
     greedy = [greedy_case(reference_model, prompt_ids) for prompt_ids in encoded]
     natural = [natural_case(reference, tokenizer.encode(text)) for text in NATURAL_TEXTS]
-    agreement = compare(ours, greedy)
-    report("top1_agreement", agreement, ops.name, arguments.dry_run)
-    yardstick = compare(half, greedy)
-    report("top1_agreement", yardstick, "transformers bf16", arguments.dry_run)
-    report("top1_agreement_natural_text", compare(ours, natural), ops.name, arguments.dry_run)
-    report("top1_agreement_natural_text", compare(half, natural), "transformers bf16", arguments.dry_run)
+    agreement, yardstick = compare(ours, greedy), compare(half, greedy)
+    for metric, comparison, who in (
+        ("top1_agreement", agreement, subject),
+        ("top1_agreement", yardstick, "transformers bf16"),
+        ("top1_agreement_natural_text", compare(ours, natural), subject),
+        ("top1_agreement_natural_text", compare(half, natural), "transformers bf16"),
+    ):
+        report(metric, comparison, who, device, None if arguments.dry_run else arguments.out)
     print(f"{time.monotonic() - started:.0f} s")
     is_right = agreement.agreement >= REQUIRED_AGREEMENT and agreement.rms_error <= yardstick.rms_error
     return 0 if is_right else 1
 
 
-def _reference(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+def _ops(device: str, *, fp32_residual: bool) -> Ops:
+    """A CPU's residual stream is fp32 in any case."""
+    ops = get_ops(device)
+    if not fp32_residual or ops.device.type == "cpu":
+        return ops
+    from cluster.engine.kernels.cuda_ops import CudaOps  # needs Triton
+
+    return CudaOps(ops.device, residual_dtype=torch.float32)
+
+
+def reference_of(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """transformers' model of a GGUF file, its weights unpacked: the kernels for packed ones come over the network."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.to(device)
     return model.eval()
 
 

@@ -1,6 +1,7 @@
 """What speculation is worth: the same requests with and without, in turns on one machine, and equal tokens.
 
     python -m benchmarks.speculation [--device cpu|cuda] [--model demo|llama-8b|llama-tiny] [--method ngram|draft]
+                                     [--budget SECONDS]
 
 Two tasks, each one stream (or `--batch`):
     copy    the text repeats what was there before: `speedup_copy`, tokens/s with ÷ without, target 1.8
@@ -19,17 +20,20 @@ which it was.
 from __future__ import annotations
 
 import argparse
+import gc
+import math
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from msgspec import structs
 
 from benchmarks.gpu.random_model import LLAMA_8B, random_decoder
-from benchmarks.results import append_result, processor_name
+from benchmarks.results import RESULTS_DIRECTORY, append_result, processor_name
 from benchmarks.speculation_texts import COPY_PROMPTS, RANDOM_PROMPTS
 from cluster.engine.config import EngineConfig, SpeculationConfig
 from cluster.engine.engine import Engine
@@ -42,6 +46,7 @@ from cluster.tokenizer import Tokenizer
 from cluster.types import Request, SamplingParams, TokenChunk
 from decode.policy import DecodePolicy
 
+MIN_ROUNDS = 2  # one to warm up, one to measure
 POOL_TOKENS = 1 << 15
 LOOP = 64  # tokens of the built-in cycle; the prompt holds it twice
 LOOP_SCALE = 64.0  # of the embedding: so much louder than what the layers add that it alone decides
@@ -106,11 +111,16 @@ class Side:
         return Run(tuple(map(tuple, tokens.values())), num_timed / seconds)
 
 
-def compare(task: Task, ops: Ops, speculation: SpeculationConfig, rounds: int, num_tokens: int) -> dict[str, float]:
-    """Medians over rounds of without, with, without, with, ...; the first of each is thrown away."""
+def compare(
+    task: Task, ops: Ops, speculation: SpeculationConfig, rounds: int, num_tokens: int, deadline_s: float = math.inf
+) -> dict[str, float]:
+    """Medians over rounds of without, with, without, with, ...; the first of each is thrown away. After
+    `deadline_s` (of time.monotonic()) no round is begun but the first two."""
     plain, speculating = Side(task, ops, SpeculationConfig()), Side(task, ops, speculation)
     speeds: dict[Side, list[float]] = {plain: [], speculating: []}
-    for _ in range(rounds + 1):
+    for number in range(rounds + 1):
+        if number >= MIN_ROUNDS and time.monotonic() > deadline_s:
+            break
         tokens = []
         for side, measured in speeds.items():
             run = side.run(num_tokens)
@@ -126,6 +136,7 @@ def compare(task: Task, ops: Ops, speculation: SpeculationConfig, rounds: int, n
         "accepted_share": load.spec_accepted_tokens / max(load.spec_draft_tokens, 1),
         "drafts_per_token": load.spec_draft_tokens / load.generation_tokens,
         "accepted_per_token": load.spec_accepted_tokens / load.generation_tokens,
+        "rounds": len(speeds[plain]) - 1,
     }
 
 
@@ -185,6 +196,7 @@ def one_layer(model: DecoderModel) -> DecoderModel:
 
 def main() -> int:
     arguments = _parse_arguments()
+    started_s = time.monotonic()
     torch.set_num_threads(1)  # as in a worker, whose kernels bring their own threads
     ops = get_ops(arguments.device)
     draft_path = arguments.draft if arguments.method == "draft" else None
@@ -195,8 +207,9 @@ def main() -> int:
     name = "given" if arguments.method == "draft" else None
     speculation = SpeculationConfig(method=arguments.method, num_tokens=arguments.num_tokens, draft_model=name)
     device = torch.cuda.get_device_name() if ops.device.type == "cuda" else processor_name()
-    for task in tasks:
-        measured = compare(task, ops, speculation, arguments.rounds, arguments.tokens)
+    for index, task in enumerate(tasks):
+        deadline_s = started_s + arguments.budget * (index + 1) / len(tasks)
+        measured = compare(task, ops, speculation, arguments.rounds, arguments.tokens, deadline_s)
         metric = {"copy": "speedup_copy", "random": "ratio_random"}[task.name]
         ratio = measured.pop("ratio")
         params = {
@@ -211,7 +224,9 @@ def main() -> int:
         }
         print(f"{metric:14} {ratio:6.3f} x  {params}", flush=True)
         if not arguments.dry_run:
-            append_result("speculation", metric, round(ratio, 4), "x", params, device=device)
+            append_result("speculation", metric, round(ratio, 4), "x", params, device=device, directory=arguments.out)
+        gc.collect()  # two pools, which may know each other, make room for the next task's
+        torch.cuda.empty_cache()
     return 0
 
 
@@ -225,6 +240,8 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=256, help="per answer")
     parser.add_argument("--num-tokens", type=int, default=SpeculationConfig().num_tokens, help="the most drafts a step")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds, after which no round is begun")
+    parser.add_argument("--out", type=Path, default=RESULTS_DIRECTORY, help="a directory")
     parser.add_argument("--dry-run", action="store_true", help="print only, write no result lines")
     arguments = parser.parse_args()
     if arguments.method == "draft" and arguments.model == "demo" and arguments.draft is None:

@@ -6,9 +6,11 @@ tune                           measure every GEMM plan, write the device's plan 
 sweep-attention                time attention plans, as JSON lines in --out
 fp8                            try, time and compare FP8 products, write their plan table to --out
 engine                         the whole engine on an 8B shape; --peer FILE adds ratios to a peer's figures
+engine-fp8                     the same with FP8 layers; --ours FILE has our bf16, which is measured here without it
+engine-defaults                our engine with torch's default products and attention; --ours FILE has our own
 engine-profile                 where the engine's time goes, step by step and kernel by kernel; --only, --requests
-exactness                      every way to compute the same requests, bit for bit
-compile-share, compile-engine  compile a share of the kernels of `tune` or `engine` (for several processes)
+exactness                      every way to compute the same requests, bit for bit; --model, --quick
+compile-share, compile-engine  compile a share of the kernels of `tune` or an engine (for several processes); --model
 
 Prefill and decode on one GPU: `python -m benchmarks.gpu.split`.
 """
@@ -16,29 +18,42 @@ Prefill and decode on one GPU: `python -m benchmarks.gpu.split`.
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
-from benchmarks.gpu import engine, engine_profile, fp8, fp8_vet, record, record_engine, sweeps
+from benchmarks.gpu import (
+    engine,
+    engine_profile,
+    fp8,
+    fp8_vet,
+    record,
+    record_engine,
+    record_exactness,
+    record_fp8,
+    sweeps,
+    torch_defaults,
+)
 
-_FP8 = ("fp8", "fp8-vet", "decode-step-fp8")
+_WHAT = (
+    *("gemm", "attention", "decode-step", "decode-step-fp8", "tune", "sweep-attention", "fp8", "fp8-vet"),
+    *("engine", "engine-fp8", "engine-defaults", "engine-profile", "exactness", "compile-share", "compile-engine"),
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument(
-        "what",
-        choices=[
-            *("gemm", "attention", "decode-step", "tune", "sweep-attention", "engine", "engine-profile", "exactness"),
-            *("compile-share", "compile-engine"),
-            *_FP8,
-        ],
-    )
+    parser.add_argument("what", choices=_WHAT)
     parser.add_argument("share", nargs="*", type=int, help="compile-*: which share, of how many; fp8-vet: plans")
     parser.add_argument("--peer", type=Path, help="JSON lines of the peer's script on the same machine")
+    parser.add_argument("--ours", type=Path, help="engine-fp8, engine-defaults: engine_8b records of the machine")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="a directory")
-    parser.add_argument("--budget", type=float, help="seconds (default 400; fp8: 60)")
+    parser.add_argument("--budget", type=float, help="seconds (default 400; fp8: 60; exactness: no bound)")
     parser.add_argument("--only", choices=("prefill", "decode", "mixed"), help="engine-profile: one workload")
     parser.add_argument("--requests", type=int, default=512, help="engine-profile: of the mixed workload")
+    parser.add_argument(
+        "--model", action="append", choices=tuple(record_exactness.MODELS), help="exactness, compile-engine: not all"
+    )
+    parser.add_argument("--quick", action="store_true", help="exactness: five of the cells")
     options = parser.parse_args()
     match options.what:
         case "gemm":
@@ -57,8 +72,17 @@ def main() -> None:
             record_engine.record_engine(options.out, options.peer)
         case "engine-profile":
             engine_profile.profile_engine(options.only, options.requests)
+        case "engine-fp8":
+            record_fp8.record_engine_fp8(options.out, options.peer, options.ours)
+        case "engine-defaults":
+            if options.ours is None:
+                parser.error("engine-defaults needs --ours")
+            torch_defaults.record_torch_defaults(options.out, options.ours)
         case "exactness":
-            record_engine.record_exactness(options.out)
+            models = options.model or list(record_exactness.MODELS)
+            record_exactness.record_exactness(
+                options.out, models, quick=options.quick, budget_s=options.budget or math.inf
+            )
         case "compile-share":
             sweeps.compile_share(*options.share)
         case "fp8":
@@ -66,7 +90,8 @@ def main() -> None:
         case "fp8-vet":
             fp8_vet.vet_share(options.share, options.out)
         case "compile-engine":
-            engine.compile_share(*options.share)
+            for name in options.model or ["llama"]:
+                engine.compile_share(record_exactness.MODELS[name][1], *options.share)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from cluster.engine.gpu.runner import GpuModelRunner, LaunchedGpuStep
 from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.kernels.ops import LinearWeight
 from cluster.engine.kv_cache import KVCache
+from cluster.engine.models.config import ModelConfig
 from cluster.engine.models.feed_forward import DenseFeedForward
 from cluster.engine.models.llama import DecoderModel
 from cluster.types import Request, SamplingParams, TokenChunk
@@ -157,14 +158,20 @@ def _linear_weights(model: DecoderModel) -> Iterator[LinearWeight]:
     yield model.weights.lm_head
 
 
-def make_bench(*, pdl: bool = True, residual_dtype: torch.dtype = torch.bfloat16, **config: object) -> EngineBench:
+def make_bench(
+    shape: ModelConfig = LLAMA_8B,
+    *,
+    pdl: bool = True,
+    residual_dtype: torch.dtype = torch.bfloat16,
+    **config: object,
+) -> EngineBench:
     ops = CudaOps(torch.device("cuda"), residual_dtype=residual_dtype, pdl=pdl)
-    return EngineBench(random_decoder(LLAMA_8B, ops), ops, **config)
+    return EngineBench(random_decoder(shape, ops), ops, **config)
 
 
-def compile_share(share: int, shares: int) -> None:
-    """Compile a share of the kernels of the 8B shape into Triton's cache, so that processes can do it together."""
-    config = msgspec.structs.replace(LLAMA_8B, num_layers=1)
+def compile_share(shape: ModelConfig, share: int, shares: int) -> None:
+    """Compile a share of the kernels of a shape into Triton's cache, so that processes can do it together."""
+    config = msgspec.structs.replace(shape, num_layers=1)
     ops = CudaOps(torch.device("cuda"))
     model = random_decoder(config, ops)
     cache = KVCache(model.kv_layout(64), 1, ops.device)

@@ -6,7 +6,11 @@ logits of every drawn row, a digest of the KV of every stored position.
 
 from __future__ import annotations
 
+import gc
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,7 +20,7 @@ import torch
 from cluster.engine.batch import DrawnRow
 from cluster.engine.config import EngineConfig
 from cluster.engine.engine import Engine
-from cluster.engine.events import EngineEvent, PromptFinished
+from cluster.engine.events import PromptFinished
 from cluster.engine.gpu.graphs import StepOutput
 from cluster.engine.gpu.runner import GpuModelRunner
 from cluster.engine.gpu.sampler import DrawnRows
@@ -80,7 +84,7 @@ class Exactness:
 
     def __init__(self, model: Any, ops: CudaOps, requests: Sequence[Request], **config: Any) -> None:
         self._model, self._ops, self._requests, self._config = model, ops, requests, config
-        self._keys: dict[int, torch.Tensor] = {}
+        self._longest_key = torch.empty(0, dtype=torch.int64, device=ops.device)
 
     def run(self, cell: Cell) -> dict[str, Answer]:
         engine = self._engine(DecodePolicy(), cell)
@@ -107,26 +111,35 @@ class Exactness:
         return answers
 
     def _engine(self, policy: Any, cell: Cell) -> Engine:
-        settings = {"device": "cuda", **self._config, **cell.config}
+        settings = {"device": str(self._ops.device), **self._config, **cell.config}
         return Engine(
             self._model, msgspec.convert(settings, EngineConfig), self._ops, policy, steps_ahead=cell.steps_ahead
         )
 
     def _finish(self, engine: Engine, answers: dict[str, Answer]) -> None:
-        with self._watching(engine, answers):
+        with self._watching(engine, answers), self._watching_kv(engine, answers):
             while engine.has_work():
-                for event in self._step(engine, answers):
+                for event in engine.step():
                     assert isinstance(event, TokenChunk)
                     _take(answers, event)
 
-    def _step(self, engine: Engine, answers: dict[str, Answer]) -> list[EngineEvent]:
-        """The KV is looked at when a sequence is about to draw its last token."""
-        for sequence in engine.scheduler.running:
-            answer = answers[sequence.request.request_id]
-            wanted = sequence.request.sampling.max_tokens - 1
-            if answer.kv is None and sequence.num_output_tokens == wanted:
-                answer.kv = self._kv_digest(engine, sequence, sequence.prompt_length + wanted - 1)
-        return engine.step()
+    @contextmanager
+    def _watching_kv(self, engine: Engine, answers: dict[str, Answer]) -> Iterator[None]:
+        """The KV is looked at when a sequence that is complete gives its blocks back; its last token has none."""
+        scheduler = engine.scheduler
+        plain = scheduler.release_blocks
+
+        def release_blocks(sequence: EngineSequence) -> None:
+            request = sequence.request
+            if sequence.table is not None and sequence.num_output_tokens == request.sampling.max_tokens:
+                answers[request.request_id].kv = self._kv_digest(engine, sequence, len(sequence.token_ids) - 1)
+            plain(sequence)
+
+        scheduler.release_blocks = release_blocks  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del scheduler.release_blocks
 
     def _hand_over(self, source: Engine, target: Engine, group: Sequence[Request], answers: dict[str, Answer]) -> None:
         """What the connector does, with a copy on the device for the transport."""
@@ -150,8 +163,9 @@ class Exactness:
                     assert reservation is not None
                     shared = reservation.num_shared_blocks
                     target.blocks.start_loading(reservation)
-                    theirs = torch.tensor(event.lease.block_ids[shared:], dtype=torch.int64, device="cuda")
-                    ours = torch.tensor(list(reservation.block_ids[shared:]), dtype=torch.int64, device="cuda")
+                    device = self._ops.device
+                    theirs = torch.tensor(event.lease.block_ids[shared:], dtype=torch.int64, device=device)
+                    ours = torch.tensor(list(reservation.block_ids[shared:]), dtype=torch.int64, device=device)
                     target.kv_cache.kv_NL2HSD[ours] = source.kv_cache.kv_NL2HSD[theirs]
                     source.release(event.lease)
                     target.add_loaded_request(continued, reservation)
@@ -163,21 +177,24 @@ class Exactness:
 
     def _kv_digest(self, engine: Engine, sequence: EngineSequence, num_tokens: int) -> int:
         assert sequence.table is not None
-        torch.cuda.synchronize()
-        blocks = torch.tensor(list(sequence.table.block_ids), device="cuda")
+        blocks = torch.tensor(list(sequence.table.block_ids), device=self._ops.device)
         kv = engine.kv_cache.kv_NL2HSD[blocks].permute(0, 4, 1, 2, 3, 5)
         rows = kv.reshape(-1, *kv.shape[2:])[:num_tokens].contiguous().view(torch.int16).flatten().long()
         return int((rows * self._key(len(rows))).sum())
 
     def _key(self, count: int) -> torch.Tensor:
-        """Odd 64-bit factors: a digest that knows the place of every value."""
-        largest = max(self._keys, default=0)
-        if largest < count:
-            generator = torch.Generator(device="cuda").manual_seed(11)
-            whole = torch.randint(-(1 << 62), 1 << 62, (count,), generator=generator, device="cuda") | 1
-            self._keys = {count: whole}
-            largest = count
-        return self._keys[largest][:count]
+        """Odd 64-bit factors: a digest that knows the place of every value. The first ones of a longer key are
+        those of a shorter one."""
+        if len(self._longest_key) < count:
+            mixed = (torch.arange(count, device=self._ops.device) + 1) * _as_int64(0x9E3779B97F4A7C15)
+            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # as splitmix64 does
+                mixed = (mixed ^ (mixed >> shift)) * _as_int64(factor)
+            self._longest_key = (mixed ^ (mixed >> 31)) | 1
+        return self._longest_key[:count]
+
+
+def _as_int64(bits: int) -> int:
+    return bits - (1 << 64) if bits >> 63 else bits
 
 
 class _LogitsWatch:
@@ -192,7 +209,7 @@ class _LogitsWatch:
         self._runner._sample = self._sample  # type: ignore[method-assign]
 
     def __exit__(self, *_: object) -> None:
-        self._runner._sample = self._plain  # type: ignore[method-assign]
+        del self._runner._sample  # the class's own again; a kept method would tie the runner and its pool to itself
         for rows, digests in self._found:
             for (request_id, position), digest in zip(rows, digests.tolist(), strict=True):
                 self._answers[request_id].logits[position] = digest
@@ -231,18 +248,29 @@ def standard_cells(batches: Iterable[int], chunks: Iterable[int]) -> Iterator[Ce
 REFERENCE = Cell("each alone", 1, {"cuda_graphs": False, "enable_prefix_caching": False}, steps_ahead=0)
 
 
-def compare(lab: Exactness, cells: Iterable[Cell]) -> tuple[int, list[str]]:
-    """(cells compared, what differs)."""
+def compare(lab: Exactness, cells: Iterable[Cell], deadline_s: float = math.inf) -> tuple[int, list[str]]:
+    """(cells compared, what differs). No cell is begun after `deadline_s` (of time.monotonic())."""
+    started_s = time.monotonic()
     expected = lab.run(REFERENCE)
     _check_revealing(expected)
+    print(f"{REFERENCE.name}: {time.monotonic() - started_s:.1f} s", flush=True)
     mismatches: list[str] = []
     count = 0
     for cell in cells:
+        if time.monotonic() > deadline_s:
+            print(f"no time left for {cell.name}", flush=True)
+            continue
         count += 1
-        for request_id, answer in lab.run(cell).items():
-            different = answer.differences(expected[request_id])
-            if different:
-                mismatches.append(f"{cell.name}: {request_id}: {', '.join(different)}")
+        started_s = time.monotonic()
+        found = [
+            f"{cell.name}: {request_id}: {', '.join(different)}"
+            for request_id, answer in lab.run(cell).items()
+            if (different := answer.differences(expected[request_id]))
+        ]
+        mismatches += found
+        verdict = f"{len(found)} requests differ" if found else "equal"
+        print(f"{cell.name}: {verdict}, {time.monotonic() - started_s:.1f} s", flush=True)
+        gc.collect()  # a pool that waits for the collector would leave no room for the next one
         torch.cuda.empty_cache()
     return count, mismatches
 
@@ -252,4 +280,4 @@ def _check_revealing(answers: dict[str, Answer]) -> None:
     assert all(answer.tokens and answer.logits for answer in answers.values())
     many = [answer for answer in answers.values() if len(answer.tokens) > 4]
     assert len({tuple(answer.tokens) for answer in many}) > len(many) // 2
-    assert sum(answer.kv is not None for answer in answers.values()) > len(answers) // 2
+    assert all(answer.kv is not None for answer in answers.values())

@@ -26,20 +26,53 @@ def random_e4m3(rows: int, columns: int, generator: torch.Generator) -> torch.Te
     return torch.where(values & 0x7F == 0x7F, 0, values)
 
 
+def order_revealing_e4m3(
+    num_rows: int, outputs: int, inputs: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 x (M, K) and w (N, K) by whose products the order of the groups is seen.
+
+    Sums of random groups have some 14 bits each and are about as large as each other: fp32 adds them exactly, in
+    any order. Here large groups, about 2^20, alternate with small ones, about 2^-4, and are cancelled two groups
+    later by the same numbers with the other sign: what fp32 drops of the small ones depends on when they come.
+    """
+    device = generator.device
+
+    def draw(count: int, columns: int, smallest: int, largest: int) -> torch.Tensor:
+        """Random signs and mantissas, exponent fields within bounds; the largest of all is NaN's neighbour."""
+        exponents = torch.randint(smallest, largest + 1, (count, columns), generator=generator, device=device)
+        mantissas = torch.randint(0, 7, (count, columns), generator=generator, device=device)
+        signs = torch.randint(0, 2, (count, columns), generator=generator, device=device)
+        return (signs * 0x80 + exponents * 8 + mantissas).to(torch.uint8)
+
+    x, w = draw(num_rows, inputs, 1, 4), draw(outputs, inputs, 1, 4)
+    group = numbers.GROUP
+    for start in range(group, inputs - 3 * group + 1, 4 * group):
+        loud, opposite = slice(start, start + group), slice(start + 2 * group, start + 3 * group)
+        x[:, loud], w[:, loud] = draw(num_rows, group, 15, 15), draw(outputs, group, 15, 15)
+        x[:, opposite], w[:, opposite] = x[:, loud], w[:, loud] ^ 0x80
+    return x, w
+
+
 class HardOperands:
     """Rows and a weight of random e4m3 numbers with random scales, and products of their first rows."""
 
-    def __init__(self, fp8: CudaFp8, outputs: int, inputs: int, num_rows: int, seed: int) -> None:
+    def __init__(
+        self, fp8: CudaFp8, outputs: int, inputs: int, num_rows: int, seed: int, *, reveals_order: bool = False
+    ) -> None:
         generator = torch.Generator(device="cuda").manual_seed(seed)
         self._fp8 = fp8
+        if reveals_order:
+            x, w = order_revealing_e4m3(num_rows, outputs, inputs, generator)
+        else:
+            x, w = random_e4m3(num_rows, inputs, generator), random_e4m3(outputs, inputs, generator)
         self.rows = torch.zeros(
             (num_rows, numbers.row_bytes(inputs, Scaling.CHANNEL)), dtype=torch.uint8, device="cuda"
         )  # fmt: skip
         values, scales = numbers.split_rows(self.rows, inputs, Scaling.CHANNEL)
-        values[:, :inputs].view(torch.uint8).copy_(random_e4m3(num_rows, inputs, generator))
+        values[:, :inputs].view(torch.uint8).copy_(x)
         scales.copy_(torch.rand(scales.shape, generator=generator, device="cuda") + 0.5)
         scale = (torch.rand(outputs, generator=generator, device="cuda") + 0.5) * 1e-5  # so that SwiGLU stays finite
-        self.weight = fp8.pack(random_e4m3(outputs, inputs, generator).view(torch.float8_e4m3fn), scale)
+        self.weight = fp8.pack(w.view(torch.float8_e4m3fn), scale)
 
     def run(
         self, plan: Fp8Plan, num_rows: int, dtype: torch.dtype, *, silu_mul: bool = False, promote: bool = True

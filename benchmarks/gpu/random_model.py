@@ -6,10 +6,19 @@ For exactness and speed of shapes whose weights are not at hand. Cut a shape to 
 
 from __future__ import annotations
 
+import msgspec
 import torch
 
-from cluster.engine.kernels.ops import Ops
-from cluster.engine.models.config import Architecture, ExpertsConfig, Llama3Scaling, ModelConfig, NoScaling
+from cluster.engine.kernels.fp8 import quantize_weight
+from cluster.engine.kernels.ops import LinearWeight, Ops
+from cluster.engine.models.config import (
+    Architecture,
+    ExpertsConfig,
+    Llama3Scaling,
+    ModelConfig,
+    NoScaling,
+    WeightFormat,
+)
 from cluster.engine.models.feed_forward import DenseFeedForward, FeedForward
 from cluster.engine.models.llama import DecoderModel, DecoderWeights, LayerWeights
 from cluster.engine.models.moe import MoeFeedForward
@@ -37,6 +46,7 @@ LLAMA_8B = ModelConfig(
     bos_token_id=128_000,
     eos_token_ids=(128_001,),
 )
+LLAMA_8B_FP8 = msgspec.structs.replace(LLAMA_8B, weight_format=WeightFormat.FP8)
 QWEN3_30B_A3B = ModelConfig(
     architecture=Architecture.QWEN3_MOE,
     hidden_size=2048,
@@ -91,7 +101,7 @@ def random_decoder(
     """`group.rank`'s part of the model that `seed` stands for: the same whole model for any number of ranks.
 
     Matrices are normal with deviation `std`, norms and biases lie around 1 and 0. One matrix is in memory beside
-    the packed ones.
+    the packed ones. With the weight format FP8 the layers are quantised as a loader does it, one scale per row.
     """
     group = group or SingleRank()
     maker = _Maker(config, ops, ShardingPlan.of(config, group.rank, group.size), seed, std)
@@ -125,8 +135,18 @@ class _Maker:
         mine = whole[part.start * unit : part.stop * unit]
         return mine if len(mine) == len(whole) else mine.clone()  # a view would keep the whole alive
 
+    def packed(self, weight_NK: torch.Tensor) -> LinearWeight:
+        """A layer's weight in the model's format; embedding, lm_head and routers are bf16 in all of them."""
+        match self.config.weight_format:
+            case WeightFormat.BF16:
+                return self.ops.pack_linear(weight_NK)
+            case WeightFormat.FP8:
+                return self.ops.pack_fp8(*quantize_weight(weight_NK))
+            case other:
+                raise AssertionError(f"no random weights are made in {other}")
+
     def layer(self, index: int) -> LayerWeights:
-        config, ops, plan = self.config, self.ops, self.plan
+        config, plan = self.config, self.plan
         hidden, size = config.hidden_size, config.head_size
         q = self.matrix(config.num_heads * size, hidden)
         k, v = (self.matrix(config.num_kv_heads * size, hidden) for _ in "kv")
@@ -142,11 +162,11 @@ class _Maker:
             bias_C = torch.cat([self.rows(bias, part, size) for bias, part in heads])
         return LayerWeights(
             input_norm_K=self.norm(hidden),
-            qkv=ops.pack_linear(torch.cat(qkv)),
+            qkv=self.packed(torch.cat(qkv)),
             qkv_bias_C=bias_C,
             q_norm_D=self.norm(size) if config.qk_norm else None,
             k_norm_D=self.norm(size) if config.qk_norm else None,
-            output=ops.pack_linear(self.rows(self.matrix(hidden, config.num_heads * size), plan.hidden)),
+            output=self.packed(self.rows(self.matrix(hidden, config.num_heads * size), plan.hidden)),
             post_attention_norm_K=self.norm(hidden),
             feed_forward=self.feed_forward(config.experts_of_layer(index)),
         )
@@ -155,13 +175,14 @@ class _Maker:
         ops, plan, hidden = self.ops, self.plan, self.config.hidden_size
         if experts is None:
             gate, up = (self.rows(self.matrix(self.config.ffn_size, hidden), plan.ffn) for _ in range(2))
-            gate_up = ops.pack_linear(torch.cat((gate, up)))
-            return DenseFeedForward(
-                gate_up, ops.pack_linear(self.rows(self.matrix(hidden, self.config.ffn_size), plan.hidden))
-            )
+            gate_up = self.packed(torch.cat((gate, up)))
+            down = self.packed(self.rows(self.matrix(hidden, self.config.ffn_size), plan.hidden))
+            return DenseFeedForward(gate_up, down)
         router = ops.pack_linear(self.matrix(experts.num_experts, hidden))
         gate_up_E = self.rows(self.matrix(experts.num_experts, 2 * experts.ffn_size, hidden), plan.experts)
         packed = ops.pack_experts(gate_up_E)
         del gate_up_E
-        down = ops.pack_experts(self.rows(self.matrix(experts.num_experts, hidden, experts.ffn_size), plan.experts))
-        return MoeFeedForward(router, packed, down, experts.top_k, experts.renormalise)
+        packed_down = ops.pack_experts(
+            self.rows(self.matrix(experts.num_experts, hidden, experts.ffn_size), plan.experts)
+        )
+        return MoeFeedForward(router, packed, packed_down, experts.top_k, experts.renormalise)

@@ -14,7 +14,7 @@ from cluster.engine.config import EngineConfig
 from cluster.engine.engine import Engine
 from cluster.engine.gpu import memory
 from cluster.engine.kernels.cuda_ops import CudaOps
-from cluster.engine.models.config import NoScaling
+from cluster.engine.models.config import NoScaling, WeightFormat
 from cluster.errors import StartupError
 from cluster.types import TokenChunk
 from decode.policy import DecodePolicy
@@ -41,6 +41,18 @@ def test_the_same_bits_in_every_way_to_compute(model: Any, ops: CudaOps) -> None
     cells = [*standard_cells((3, 17, 90), (64, 97, 512)), Cell("preempting", 90, {"kv_cache_bytes": 40 << 20})]
     count, mismatches = compare(lab, cells)
     assert count == len(cells)
+    assert mismatches == []
+
+
+def test_the_same_bits_with_fp8_layers(ops: CudaOps) -> None:
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("FP8 is for Hopper")
+    config = msgspec.structs.replace(TINY, weight_format=WeightFormat.FP8)
+    lab = Exactness(
+        random_decoder(config, ops, std=0.06), ops, make_requests(60, TINY.vocab_size, 12), max_model_len=2048, **LIMITS
+    )
+    count, mismatches = compare(lab, standard_cells((3, 60), (97,)))
+    assert count == 8
     assert mismatches == []
 
 

@@ -44,6 +44,12 @@ def hard(ops: CudaOps) -> HardOperands:
     return HardOperands(ops.fp8, 1008, 1664, 4096, seed=1)
 
 
+@pytest.fixture(scope="module")
+def revealing(ops: CudaOps) -> HardOperands:
+    """Of the same shape; the order of its groups shows."""
+    return HardOperands(ops.fp8, 1008, 1664, 4096, seed=5, reveals_order=True)
+
+
 def same_rows(found: torch.Tensor, expected: torch.Tensor, in_features: int, scaling: Scaling) -> bool:
     """Values and scales bit for bit, on whichever devices; any NaN is as good as another."""
     (values, scales), (other_values, other_scales) = (
@@ -115,14 +121,17 @@ def test_one_chain_in_the_tensor_core_differs(hard: HardOperands) -> None:
 
 @pytest.mark.parametrize("silu_mul", [False, True])
 @pytest.mark.parametrize("num_rows", [1, 3, 17, 64, 100, 200, 1000, 4096])
-def test_every_candidate_has_the_reference_bits(hard: HardOperands, num_rows: int, silu_mul: bool) -> None:
+def test_every_candidate_has_the_reference_bits(
+    hard: HardOperands, revealing: HardOperands, num_rows: int, silu_mul: bool
+) -> None:
     dtype = torch.bfloat16 if silu_mul else torch.float32
-    expected = hard.run(REFERENCE_FP8, num_rows, dtype, silu_mul=silu_mul)
     failed = {}
-    for plan in candidates(num_rows, silu_mul=silu_mul):
-        differing = num_differing(hard.run(plan, num_rows, dtype, silu_mul=silu_mul), expected)
-        if differing:
-            failed[plan] = differing
+    for name, layer in (("hard", hard), ("revealing", revealing)):
+        expected = layer.run(REFERENCE_FP8, num_rows, dtype, silu_mul=silu_mul)
+        for plan in candidates(num_rows, silu_mul=silu_mul):
+            differing = num_differing(layer.run(plan, num_rows, dtype, silu_mul=silu_mul), expected)
+            if differing:
+                failed[name, plan] = differing
     assert not failed
 
 
@@ -271,14 +280,14 @@ def test_graph_equals_eager(ops: CudaOps, hard: HardOperands) -> None:
 
 
 def test_planted_other_order_of_groups_is_found(
-    hard: HardOperands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    revealing: HardOperands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = hard.run(REFERENCE_FP8, 64, torch.float32)
+    expected = revealing.run(REFERENCE_FP8, 64, torch.float32)
     broken = fp8_linear
     for load in ("x = tl.load(x_ptrs + group * GROUP_K", "w = tl.load(w_ptrs + group * GROUP_K"):
         broken = mutated(broken, load, load.replace("group *", "(K // GROUP_K - 1 - group) *"), tmp_path)
     monkeypatch.setattr(fp8_launch, "fp8_linear", broken)
-    assert num_differing(hard.run(REFERENCE_FP8, 64, torch.float32), expected) > 1000
+    assert num_differing(revealing.run(REFERENCE_FP8, 64, torch.float32), expected) > 1000
 
 
 def test_block_weights_round_trip_through_pack(ops: CudaOps) -> None:

@@ -6,17 +6,22 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 
 from benchmarks.gpu.engine_profile import StepLog
-from benchmarks.gpu.random_model import LLAMA_8B, random_decoder
+from benchmarks.gpu.exactness import REFERENCE, Cell, Exactness, compare, make_requests
+from benchmarks.gpu.random_model import LLAMA_8B, LLAMA_8B_FP8, random_decoder
 from cluster.engine.engine import Engine
-from cluster.engine.models.config import NoScaling
+from cluster.engine.gpu.runner import GpuModelRunner
+from cluster.engine.models.config import ModelConfig, NoScaling
 from tests.unit.triton_interpret_runner_cases import InterpretedOps, answers, make_engine, requests, use_gpu_runner
 
-TINY = msgspec.structs.replace(
-    LLAMA_8B, hidden_size=128, num_layers=2, num_heads=4, num_kv_heads=2, head_size=32, ffn_size=192, vocab_size=320,
-    rope_scaling=NoScaling(), max_position=256, bos_token_id=1, eos_token_ids=(2,),
-)  # fmt: skip
+
+def tiny(shape: ModelConfig) -> ModelConfig:
+    return msgspec.structs.replace(
+        shape, hidden_size=128, num_layers=2, num_heads=4, num_kv_heads=2, head_size=32, ffn_size=192, vocab_size=320,
+        rope_scaling=NoScaling(), max_position=256, bos_token_id=1, eos_token_ids=(2,),
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +31,7 @@ def ops() -> Any:
 
 @pytest.fixture(scope="module")
 def model(ops: Any) -> Any:
-    return random_decoder(TINY, ops, std=0.06)
+    return random_decoder(tiny(LLAMA_8B), ops, std=0.06)
 
 
 def engine_of(model: Any) -> Engine:
@@ -51,3 +56,53 @@ def test_a_log_of_steps_changes_no_tokens_and_misses_no_step(model: Any, capsys:
     again = [msgspec.structs.replace(request, request_id=f"again {request.request_id}") for request in requests()]
     answers(engine, again)
     assert len(log.records) == num_records, "the log has let go of the engine"
+
+
+class InterpretedExactness(Exactness):
+    """With the GPU's runner over the CPU's kernels in each engine."""
+
+    def _engine(self, policy: Any, cell: Cell) -> Engine:
+        engine = super()._engine(policy, cell)
+        limits, speculation = engine.config.limits, engine.config.speculation
+        engine._runner = GpuModelRunner(
+            self._model,
+            self._ops,
+            engine.kv_cache,
+            device=torch.device("cpu"),
+            max_batched_tokens=limits.max_batched_tokens,
+            max_num_sequences=limits.max_num_sequences,
+            max_model_len=engine.max_model_len,
+            max_drafts=speculation.num_tokens if speculation.method != "none" else 0,
+            use_graphs=False,
+        )
+        return engine
+
+
+LIMITS: dict[str, Any] = {"max_num_sequences": 8, "max_batched_tokens": 128, "kv_cache_bytes": 1 << 20}
+
+
+def laboratory(model: Any, ops: Any) -> Exactness:
+    return InterpretedExactness(model, ops, make_requests(6, 320, 6), max_model_len=128, **LIMITS)
+
+
+@pytest.mark.parametrize("shape", [LLAMA_8B, LLAMA_8B_FP8], ids=["bf16", "fp8"])
+def test_the_cells_of_exactness_are_equal(shape: ModelConfig, ops: Any) -> None:
+    cells = [
+        Cell("batch", 6, {}),
+        Cell("chunks", 6, {"max_batched_tokens": 13}),
+        Cell("split, warm", 6, {}, is_warm=True, is_split=True),
+        Cell("prompt lookup", 6, {"speculation": {"method": "ngram", "ngram_min": 1}}),
+    ]
+    count, mismatches = compare(laboratory(random_decoder(tiny(shape), ops, std=0.06), ops), cells)
+    assert (count, mismatches) == (4, [])
+
+
+def test_other_weights_are_a_mismatch(model: Any, ops: Any) -> None:
+    """An FP8 model answers otherwise than the bf16 model that it was made of."""
+    expected = laboratory(model, ops).run(REFERENCE)
+    found = laboratory(random_decoder(tiny(LLAMA_8B_FP8), ops, std=0.06), ops).run(REFERENCE)
+    assert all({"logits", "kv"} <= set(found[key].differences(expected[key])) for key in expected)
+
+
+def test_no_cell_is_begun_after_the_deadline(model: Any, ops: Any) -> None:
+    assert compare(laboratory(model, ops), [Cell("batch", 6, {})], deadline_s=0.0) == (0, [])

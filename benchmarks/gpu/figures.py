@@ -1,0 +1,56 @@
+"""What others measured on the same machine: the peer's script, or an earlier run of ours."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.results import read_results
+
+
+@dataclass
+class Figures:
+    """Of one engine. None, or a batch that is missing: not measured."""
+
+    prefill_tok_s: float | None = None
+    decode_ms: dict[int, float] = field(default_factory=dict)  # by batch
+    mixed_tok_s: float | None = None
+
+
+def peer_figures(path: Path | None, quantization: str | None = None) -> Figures:
+    """From the JSON lines of the peer's script: its default mode with weights of that kind. No file: nothing."""
+    figures, is_wanted = Figures(), True
+    for line in path.read_text().splitlines() if path is not None and path.exists() else ():
+        if not line.startswith("{"):
+            continue
+        found = json.loads(line)
+        if found.get("what") == "setup":
+            is_wanted = found["quantization"] == quantization and found["mode"] == "default"
+        if not is_wanted:
+            continue
+        match found:
+            case {"what": "prefill", "tok_s": value}:
+                figures.prefill_tok_s = value
+            case {"what": "decode", "batch": batch, "inter_token_ms": value}:
+                figures.decode_ms[batch] = value
+            case {"what": "mixed", "total_tok_s": value}:
+                figures.mixed_tok_s = value
+    return figures
+
+
+def recorded_figures(path: Path, device: str, context: int = 256) -> Figures:
+    """The last ones of a file of `engine_8b` records. `ValueError` if it has none of this device."""
+    figures = Figures()
+    results = [each for each in read_results(path) if each.benchmark == "engine_8b" and each.device == device]
+    if not results:
+        raise ValueError(f"{path} has no engine_8b of {device!r}")
+    for result in results:
+        match result.metric, result.params:
+            case "prefill_tok_s", _:
+                figures.prefill_tok_s = result.value
+            case "decode_ms", {"batch": int(batch), "context": found} if found == context:
+                figures.decode_ms[batch] = result.value
+            case "mixed_tok_s", _:
+                figures.mixed_tok_s = result.value
+    return figures
