@@ -169,8 +169,8 @@ def test_window_prefill_chunks_and_decode_have_the_same_bits(
     for context in sorted({1, 64, 65, 512, 513, 1025, 2500} | edges - {0}):
         row = cache.attend([0], [1], [context], window=window)[0]
         assert num_differing(row, whole[context - 1 : context]) == 0, context
-    for rows in (7, 16):
-        assert num_differing(cache.attend([0], [rows], window=window)[0], whole[-rows:]) == 0, rows
+    for count in (7, 16):
+        assert num_differing(cache.attend([0], [count], window=window)[0], whole[-count:]) == 0, count
 
 
 @pytest.mark.parametrize("head_size", [64, 128])
