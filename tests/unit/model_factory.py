@@ -150,6 +150,10 @@ def save_gguf(
         writer.add_expert_count(config.num_local_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
         writer.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", config.intermediate_size))
+    if getattr(config, "sliding_window", None):
+        writer.add_sliding_window(config.sliding_window)
+        if getattr(config, "layer_types", None):
+            writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
     _add_tokenizer(writer, config.vocab_size)
     tensors = _gguf_tensors(model)
     for name, tensor in _split_experts(tensors) if split_experts else tensors:

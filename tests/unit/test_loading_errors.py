@@ -103,7 +103,7 @@ def test_an_index_that_lists_a_missing_file(directory: Path) -> None:
         ({"num_attention_heads": 0}, "must be positive"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config 'gptq' is not supported"),
-        ({"use_sliding_window": True, "sliding_window": 64}, "sliding_window 64 is not supported"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types 'linear_attention' is not supported"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope scaling 'longrope' is not supported"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 0.0}}, "rope scaling factor is 0.0"),
         ({"eos_token_id": 100_000}, "special token id 100000 is outside"),

@@ -86,6 +86,13 @@ class ExpertsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     dense_layers: tuple[int, ...] = ()  # ascending indices of the layers that have an ordinary network
 
 
+class SlidingWindow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A row of some or all layers sees its last keys only (`Ops.attention`)."""
+
+    size: int  # keys, the row's own included
+    full_layers: tuple[int, ...] = ()  # ascending indices of the layers that see all keys
+
+
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Shapes and constants of one decoder. Equal configs compute the same function of the
     weights, so its digest is part of the model identity."""
@@ -109,6 +116,13 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     eos_token_ids: tuple[int, ...]
     experts: ExpertsConfig | None = None  # None: a dense model
     weight_format: WeightFormat = WeightFormat.BF16
+    window: SlidingWindow | None = None  # None: every layer sees all keys
+
+    def window_of_layer(self, index: int) -> int | None:
+        """Keys that a row of the layer sees; None: all."""
+        if self.window is None or index in self.window.full_layers:
+            return None
+        return self.window.size
 
     def experts_of_layer(self, index: int) -> ExpertsConfig | None:
         """None: the layer has an ordinary feed-forward network."""

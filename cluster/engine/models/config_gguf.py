@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import struct
 
+import msgspec
+
 from cluster.engine.models.config import (
     Architecture,
     DivisorScaling,
@@ -15,6 +17,7 @@ from cluster.engine.models.config import (
     YarnScaling,
     check_config,
 )
+from cluster.engine.models.config_window import window_from_gguf
 from cluster.errors import ModelError
 from cluster.model_files.gguf_header import GGUFHeader, GGUFType
 from cluster.model_files.gguf_special_tokens import special_tokens
@@ -34,7 +37,6 @@ def config_from_gguf(header: GGUFHeader) -> ModelConfig:
     """Raises `ModelError` naming the file and the metadata key: missing, unsupported, senseless."""
     arch = _architecture(header)
     prefix = header.architecture
-    _refuse_unsupported(header, prefix)
     if EMBEDDING not in header.tensors:
         raise ModelError(f"{header.path}: the tensor {EMBEDDING!r} is missing")
     hidden_size = header.require(f"{prefix}.embedding_length", int)
@@ -66,7 +68,8 @@ def config_from_gguf(header: GGUFHeader) -> ModelConfig:
         eos_token_ids=special.eos_token_ids,
         experts=_experts(header, arch),
     )
-    return check_config(config, header.path)
+    config = check_config(config, header.path)
+    return msgspec.structs.replace(config, window=window_from_gguf(header, config))
 
 
 def _architecture(header: GGUFHeader) -> Architecture:
@@ -101,12 +104,6 @@ def _experts(header: GGUFHeader, architecture: Architecture) -> ExpertsConfig | 
         ffn_size=header.get(f"{prefix}.expert_feed_forward_length", int, ffn_size),
         renormalise=True,
     )
-
-
-def _refuse_unsupported(header: GGUFHeader, prefix: str) -> None:
-    window = header.get(f"{prefix}.attention.sliding_window", int, 0)
-    if 0 < window < header.require(f"{prefix}.context_length", int):
-        raise ModelError(f"{header.path}: sliding window attention of {window} tokens is not supported")
 
 
 def _rope_scaling(header: GGUFHeader, prefix: str) -> RopeScaling:

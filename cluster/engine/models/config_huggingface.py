@@ -18,6 +18,7 @@ from cluster.engine.models.config import (
     check_config,
 )
 from cluster.engine.models.config_quantization import QuantizationConfig, weight_format_of
+from cluster.engine.models.config_window import WindowFields, window_from_huggingface
 from cluster.errors import ModelError
 from cluster.model_files.huggingface import GenerationDefaults, decode_json_file
 
@@ -62,8 +63,10 @@ class _HuggingFaceConfig(msgspec.Struct):
     attention_bias: bool = False
     mlp_bias: bool = False
     hidden_act: str = "silu"
-    sliding_window: int | None = None
+    sliding_window: int | msgspec.UnsetType | None = msgspec.UNSET
     use_sliding_window: bool = False
+    max_window_layers: int | None = None
+    layer_types: tuple[str, ...] | None = None
     quantization_config: QuantizationConfig | None = None
     num_experts: int | None = None
     num_local_experts: int | None = None  # Mixtral's name of it, and of transformers 5 for all
@@ -112,7 +115,8 @@ def config_from_directory(directory: Path) -> ModelConfig:
         experts=_experts(raw, architecture, path),
         weight_format=weight_format_of(raw.quantization_config, path),
     )
-    return check_config(config, path)
+    config = check_config(config, path)
+    return msgspec.structs.replace(config, window=window_from_huggingface(_window_fields(raw), config, path))
 
 
 def _architecture(raw: _HuggingFaceConfig, path: Path) -> Architecture:
@@ -134,12 +138,18 @@ def _refuse_unsupported(raw: _HuggingFaceConfig, architecture: Architecture, pat
     rotary_factors += [rope.partial_rotary_factor for rope in (raw.rope_parameters, raw.rope_scaling) if rope]
     if any(factor != 1.0 for factor in rotary_factors):
         raise ModelError(f"{path}: partial_rotary_factor is not supported")
-    has_window = raw.use_sliding_window or architecture in (Architecture.MISTRAL, Architecture.MIXTRAL)
-    if has_window and raw.sliding_window is not None and raw.sliding_window < raw.max_position_embeddings:
-        raise ModelError(f"{path}: sliding_window {raw.sliding_window} is not supported (full attention only)")
     for field in ("shared_expert_intermediate_size", "n_shared_experts"):
         if getattr(raw, field):
             raise ModelError(f"{path}: shared experts ({field}) are not supported")
+
+
+def _window_fields(raw: _HuggingFaceConfig) -> WindowFields:
+    return WindowFields(
+        sliding_window=raw.sliding_window,
+        use_sliding_window=raw.use_sliding_window,
+        max_window_layers=raw.max_window_layers,
+        layer_types=raw.layer_types,
+    )
 
 
 def _experts(raw: _HuggingFaceConfig, architecture: Architecture, path: Path) -> ExpertsConfig | None:

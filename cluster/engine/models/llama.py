@@ -96,7 +96,8 @@ class DecoderModel:
         residual_TK = self._embed(token_ids_T)
         normed_TK = ops.rms_norm(residual_TK, weights.layers[0].input_norm_K, eps, input_of=weights.layers[0].qkv)
         for index, layer in enumerate(weights.layers):
-            attended_TK = self._attention(layer, normed_TK, kv_cache.layer(index), metadata)
+            window = self.config.window_of_layer(index)
+            attended_TK = self._attention(layer, normed_TK, kv_cache.layer(index), metadata, window)
             reader = layer.feed_forward.first_weight
             normed_TK = ops.add_rms_norm(residual_TK, attended_TK, layer.post_attention_norm_K, eps, input_of=reader)
             update_TK = layer.feed_forward.update(normed_TK, self.placement)
@@ -148,7 +149,12 @@ class DecoderModel:
         return self.ops.embedding(token_ids_T, self.weights.embedding_VK)
 
     def _attention(
-        self, layer: LayerWeights, normed_TK: torch.Tensor, kv_N2GSD: torch.Tensor, metadata: AttentionMetadata
+        self,
+        layer: LayerWeights,
+        normed_TK: torch.Tensor,
+        kv_N2GSD: torch.Tensor,
+        metadata: AttentionMetadata,
+        window: int | None,
     ) -> torch.Tensor:
         ops, config = self.ops, self.config
         qkv_TCl = ops.linear(normed_TK, layer.qkv, layer.qkv_bias_C, out_dtype=torch.float32)
@@ -162,7 +168,7 @@ class DecoderModel:
             layer.k_norm_D,
             config.rms_norm_eps,
         )
-        mixed_TCl = ops.attention(q_THlD, kv_N2GSD, metadata, config.attention_scale)
+        mixed_TCl = ops.attention(q_THlD, kv_N2GSD, metadata, config.attention_scale, window=window)
         mixed_TC = self.group.all_gather_columns(mixed_TCl, self.plan.attention_widths)
         return self.placement.into_residual(mixed_TC, layer.output)
 
