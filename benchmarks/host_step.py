@@ -37,6 +37,7 @@ from cluster.engine.events import EngineEvent
 from cluster.engine.gpu import sampler, staging
 from cluster.engine.gpu.runner import GpuModelRunner
 from cluster.engine.kv_cache import KVCache, KVLayout
+from cluster.engine.sampling.logprobs import LogprobRows
 from cluster.rpc import session
 from cluster.rpc.pb.serving.v1 import worker_pb2
 from cluster.types import Request, SamplingParams, TokenChunk
@@ -114,13 +115,16 @@ def _without_kernels() -> Iterator[None]:
     def nothing(*_: object, **__: object) -> None:
         pass
 
-    def first_ranks(logits_RV: torch.Tensor, tokens_R: torch.Tensor) -> torch.Tensor:
-        return torch.ones_like(tokens_R)
+    def same_logprobs(
+        logits_RV: torch.Tensor, logsumexp_R: torch.Tensor, tokens_R: torch.Tensor, num_top: int
+    ) -> LogprobRows:
+        top_ids_Rk = torch.arange(num_top).expand(len(tokens_R), num_top)
+        return LogprobRows(tokens_R, logsumexp_R, tokens_R, top_ids_Rk, logits_RV[:, :num_top])
 
     with (
         mock.patch.object(staging, "unpack_step", nothing),
         mock.patch.object(sampler, "draw_tokens", nothing),
-        mock.patch.object(sampler, "ranks", first_ranks),
+        mock.patch.object(sampler, "logprob_rows", same_logprobs),
     ):
         yield
 
