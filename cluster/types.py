@@ -122,7 +122,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return self.num_prompt_tokens or len(self.token_ids)
 
 
-class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Log-probability of one token under the raw logits (before temperature and penalties).
 
     `logprob` is an fp32 value; Python's float holds it exactly, so bits survive the wire.
@@ -134,7 +134,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     top: tuple[tuple[int, float], ...] = ()  # most likely first, ties by lower id
 
 
-class TokenChunk(msgspec.Struct, frozen=True, kw_only=True):
+class TokenChunk(msgspec.Struct, frozen=True, kw_only=True, gc=False):  # one per sequence and step; holds no cycle
     """New tokens of one request. The one chunk with a `finish_reason` is its terminal event."""
 
     request_id: str
@@ -151,7 +151,7 @@ class TokenChunk(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
 
 
-class RequestError(msgspec.Struct, frozen=True, kw_only=True):
+class RequestError(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A typed failure of one request, as it crosses the wire. `code` names a class of errors.py."""
 
     code: str

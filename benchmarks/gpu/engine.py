@@ -17,7 +17,7 @@ import msgspec
 import torch
 
 from benchmarks.gpu.random_model import LLAMA_8B, random_decoder
-from cluster.engine.batch import StepResult
+from cluster.engine.batch import DecodedTokens, StepResult
 from cluster.engine.config import EngineConfig
 from cluster.engine.engine import Engine
 from cluster.engine.gpu.runner import GpuModelRunner, LaunchedGpuStep
@@ -128,7 +128,7 @@ class EngineBench:
         assert isinstance(runner, GpuModelRunner)
         collect, waited = runner.collect, [0.0]
 
-        def timed(step: LaunchedGpuStep) -> StepResult:
+        def timed(step: LaunchedGpuStep) -> StepResult | DecodedTokens:
             start = time.perf_counter()
             step.is_done.wait()
             waited[0] += time.perf_counter() - start

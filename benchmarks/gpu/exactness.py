@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import msgspec
 import torch
 
-from cluster.engine.batch import DrawnRow
 from cluster.engine.config import EngineConfig
 from cluster.engine.engine import Engine
 from cluster.engine.events import PromptFinished
+from cluster.engine.gpu.draws import Draws
 from cluster.engine.gpu.graphs import StepOutput
 from cluster.engine.gpu.runner import GpuModelRunner
 from cluster.engine.gpu.sampler import DrawnRows
@@ -214,10 +214,11 @@ class _LogitsWatch:
             for (request_id, position), digest in zip(rows, digests.tolist(), strict=True):
                 self._answers[request_id].logits[position] = digest
 
-    def _sample(self, output: StepOutput, draws: list[DrawnRow]) -> DrawnRows:
+    def _sample(self, output: StepOutput, draws: Draws) -> DrawnRows:
         logits_RV = output.logits_RV[: len(draws)]
         digests = torch.stack([(row.view(torch.int32).long() * self._key(len(row))).sum() for row in logits_RV])
-        rows = [(draw.sequence.request.request_id, draw.position) for draw in draws]
+        names = [sequence.request.request_id for sequence in draws.asked.sequences]
+        rows = list(zip(names, draws.positions.tolist(), strict=True))
         self._found.append((rows, digests))
         return self._plain(output, draws)
 

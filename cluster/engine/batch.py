@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Sequence as ListLike
 
 import msgspec
 
+from cluster.engine.cohort import Cohort
 from cluster.engine.sequence import Sequence
 from cluster.types import TokenLogprob
 
 
-class DrawnRow(NamedTuple):
+class DrawnRow(msgspec.Struct, frozen=True, gc=False):  # made for every drawn row of every step
     """One row of logits and what is drawn from it: the token at `position` of `sequence`."""
 
     sequence: Sequence
@@ -51,24 +51,56 @@ class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):  # made for ever
         return range(end - 1 - len(self.drafts), end) if self.samples else range(0)
 
 
-@dataclass(frozen=True, slots=True)
 class Batch:
-    """One step's work, in a fixed order: the order never changes any bits."""
+    """One step's work, in a fixed order: the order never changes any bits.
 
-    step: int
-    scheduled: tuple[ScheduledSequence, ...]
+    `cohort` is set if the entries are one row of each of its sequences, in its order, from each of which one
+    token is drawn: the rows at its `age`. Above age 0 all of them have put out a token before.
+    """
+
+    __slots__ = ("_reads_pending_tokens", "_scheduled", "age", "cohort", "num_tokens", "step")
+
+    def __init__(self, step: int, scheduled: tuple[ScheduledSequence, ...], cohort: Cohort | None = None) -> None:
+        self.step = step
+        self.num_tokens = sum([entry.num_tokens for entry in scheduled])
+        self.cohort = cohort
+        self.age = 0
+        self._scheduled: tuple[ScheduledSequence, ...] | None = scheduled
+        self._reads_pending_tokens = False
+
+    @staticmethod
+    def of_cohort(step: int, cohort: Cohort, *, reads_pending_tokens: bool) -> Batch:
+        """Its next step; the entries are made when somebody asks for them."""
+        batch = Batch(step, (), cohort)
+        batch.num_tokens = len(cohort.sequences)
+        batch.age = cohort.age
+        batch._scheduled = None
+        batch._reads_pending_tokens = reads_pending_tokens
+        return batch
 
     @property
-    def num_tokens(self) -> int:
-        return sum(entry.num_tokens for entry in self.scheduled)
+    def scheduled(self) -> tuple[ScheduledSequence, ...]:
+        if self._scheduled is None:
+            assert self.cohort is not None
+            age, reads = self.age, self._reads_pending_tokens
+            rows = zip(self.cohort.sequences, self.cohort.starts, strict=True)
+            self._scheduled = tuple([ScheduledSequence(each, start + age, 1, True, reads) for each, start in rows])
+        return self._scheduled
+
+    @property
+    def is_continued(self) -> bool:
+        """The rows are those of the launched step before, each one position further, and their tokens are
+        what it draws."""
+        return self.age > 0 and self._reads_pending_tokens
 
     @property
     def is_decode(self) -> bool:
         """Every entry is one row from which one token is drawn, and nothing else."""
-        return all(
-            entry.num_tokens == 1 and entry.samples and not entry.sequence.wants_prompt_logprobs
-            for entry in self.scheduled
-        )
+        return self.cohort is not None or all(map(is_decoding, self.scheduled))
+
+
+def is_decoding(entry: ScheduledSequence) -> bool:
+    return entry.num_tokens == 1 and entry.samples and not entry.sequence.wants_prompt_logprobs
 
 
 class SampledToken(msgspec.Struct, frozen=True, gc=False):
@@ -79,9 +111,16 @@ class SampledToken(msgspec.Struct, frozen=True, gc=False):
     is_nan: bool = False  # the row's logits held NaN: the request fails, the engine goes on
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
+class StepResult(msgspec.Struct, frozen=True, gc=False):
     """Parallel to `Batch.scheduled`; each entry's sampled tokens are parallel to its `drawn_positions`."""
 
     sampled: tuple[tuple[SampledToken, ...], ...]
-    prompt_logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()  # of the rows computed this step
+    prompt_logprobs: tuple[tuple[TokenLogprob, ...], ...]  # of the rows computed this step
+
+
+class DecodedTokens(msgspec.Struct, frozen=True, gc=False):
+    """The answer for a cohort above age 0 whose logits were all sound: one token of each entry, and its logprob,
+    or none where it was not asked for. Both are parallel to the cohort."""
+
+    token_ids: ListLike[int]
+    logprobs: ListLike[tuple[TokenLogprob, ...]] | None  # None: nobody asked

@@ -8,8 +8,10 @@ counts as usage) and is named in `stop_token_id`, by which the router leaves it 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from itertools import repeat
 
-from cluster.engine.batch import Batch, SampledToken, ScheduledSequence, StepResult
+from cluster.engine.batch import Batch, DecodedTokens, SampledToken, ScheduledSequence, StepResult, is_decoding
 from cluster.engine.events import EngineEvent, PromptFinished, PromptProgress, PromptStarted
 from cluster.engine.scheduler import Scheduler
 from cluster.engine.sequence import Sequence, SequenceKey
@@ -63,48 +65,76 @@ class Committer:
             )
         )
 
-    def commit(self, batch: Batch, result: StepResult, now: float) -> None:
+    def commit(self, batch: Batch, result: StepResult | DecodedTokens, now: float) -> None:
         """`now` is when the result was known, on the engine's clock."""
+        if isinstance(result, DecodedTokens):
+            assert batch.cohort is not None
+            assert batch.age > 0
+            none: Iterable[tuple[TokenLogprob, ...]] = repeat(())
+            self._commit_next_tokens(batch.cohort.sequences, result.token_ids, result.logprobs or none, now)
+            return
         for index, entry in enumerate(batch.scheduled):
-            sequence = entry.sequence
+            sequence, sampled = entry.sequence, result.sampled[index]
+            if self._is_next_token(entry, sampled):
+                token = sampled[0]
+                logprobs = () if token.logprob is None else (token.logprob,)
+                self._commit_next_tokens((sequence,), (token.token_id,), (logprobs,), now)
+                continue
             sequence.num_in_flight -= 1
             sequence.num_pending_tokens -= entry.samples
             if entry.drafts:
                 sequence.num_pending_drafts = 0
-            if sequence.is_finished:  # ended while this step was on its way
-                if sequence.num_in_flight == 0:
-                    self._scheduler.release_blocks(sequence)
-                continue
-            if sequence.draws_plainly and entry.num_tokens == 1 and sequence.has_emitted and not self._hands_over:
-                self._commit_plain(entry, result.sampled[index][0], now)
-                continue
-            self._commit_entry(entry, result.sampled[index], result.prompt_logprobs[index], now)
+            if sequence.is_finished:
+                self._release_finished(sequence)
+            else:
+                self._commit_entry(entry, sampled, result.prompt_logprobs[index], now)
 
-    def _commit_plain(self, entry: ScheduledSequence, drawn: SampledToken, now: float) -> None:
-        """`_commit_entry` of one drawn token behind the first one, and of nothing else: most of all entries."""
-        sequence, token_id = entry.sequence, drawn.token_id
-        if drawn.is_nan:
-            self._end_broken(sequence)
-            return
-        table, token_ids = sequence.table, sequence.token_ids
-        assert table is not None
-        token_ids.append(token_id)
-        sequence.num_computed_tokens = entry.start + 1
-        if sequence.num_computed_tokens % self._scheduler.blocks.block_size == 0:
-            self._scheduler.blocks.register_computed(table, sequence.chain, sequence.num_computed_tokens)
-        self.num_generated_tokens += 1
-        if token_id in sequence.stop_token_ids or len(token_ids) >= sequence.max_total_tokens:
-            self._end_regularly(sequence, self._make_chunk(sequence, (drawn,)), now)
-            return
-        request = sequence.request
-        self._events.append(
-            TokenChunk(
-                request_id=request.request_id,
-                attempt=request.attempt,
-                index=len(token_ids) - sequence.prompt_length - 1,
-                token_ids=(token_id,),
+    def _is_next_token(self, entry: ScheduledSequence, sampled: tuple[SampledToken, ...]) -> bool:
+        """One sound token behind the first one, from a row that owes nothing else: most of all entries."""
+        return is_decoding(entry) and entry.sequence.has_emitted and not self._hands_over and not sampled[0].is_nan
+
+    def _commit_next_tokens(
+        self,
+        sequences: Iterable[Sequence],
+        token_ids: Iterable[int],
+        logprobs: Iterable[tuple[TokenLogprob, ...]],
+        now: float,
+    ) -> None:
+        """`_commit_entry` of many for which `_is_next_token`."""
+        events, blocks = self._events, self._scheduler.blocks
+        block_size = blocks.block_size
+        for sequence, token_id, token_logprobs in zip(sequences, token_ids, logprobs, strict=False):
+            sequence.num_in_flight -= 1
+            sequence.num_pending_tokens -= 1
+            if sequence.is_finished:
+                self._release_finished(sequence)
+                continue
+            known = sequence.token_ids
+            sequence.num_computed_tokens = num_stored = len(known)
+            known.append(token_id)
+            if num_stored % block_size == 0:
+                assert sequence.table is not None
+                blocks.register_computed(sequence.table, sequence.chain, num_stored)
+            self.num_generated_tokens += 1
+            if num_stored + 1 >= sequence.max_total_tokens or token_id in sequence.stop_token_ids:
+                tokens = (SampledToken(token_id, *token_logprobs or (None,)),)
+                self._end_regularly(sequence, self._make_chunk(sequence, tokens), now)
+                continue
+            request = sequence.request
+            events.append(
+                TokenChunk(
+                    request_id=request.request_id,
+                    attempt=request.attempt,
+                    index=num_stored - sequence.prompt_length,
+                    token_ids=(token_id,),
+                    logprobs=token_logprobs,
+                )
             )
-        )
+
+    def _release_finished(self, sequence: Sequence) -> None:
+        """It ended while this step was on its way."""
+        if sequence.num_in_flight == 0:
+            self._scheduler.release_blocks(sequence)
 
     def _commit_entry(
         self,

@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from cluster.engine.batch import Batch, DrawnRow, ScheduledSequence, StepResult
+from cluster.engine.batch import Batch, DecodedTokens, DrawnRow, ScheduledSequence, StepResult
 from cluster.engine.forward_input import ForwardBuffers, ForwardInput, prompt_logprob_range
 from cluster.engine.kernels.ops import AttentionMetadata, Ops
 from cluster.engine.kv_cache import KVCache, KVLayout
@@ -85,7 +85,7 @@ class Runner(Protocol[Launched]):
         """`collect` would not wait."""
         ...
 
-    def collect(self, step: Launched) -> StepResult:
+    def collect(self, step: Launched) -> StepResult | DecodedTokens:
         """Wait for a launched step and bring its results to the host."""
         ...
 

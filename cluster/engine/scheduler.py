@@ -14,8 +14,9 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Protocol
 
-from cluster.engine.batch import Batch, ScheduledSequence
+from cluster.engine.batch import Batch, ScheduledSequence, is_decoding
 from cluster.engine.block_manager import BlockManager
+from cluster.engine.cohort import Cohort
 from cluster.engine.sequence import Sequence
 from cluster.engine.speculation.speculator import Speculator
 
@@ -62,6 +63,7 @@ class Scheduler:
         self._policy = policy
         self._just_admitted: list[Sequence] = []
         self._num_by_history = 0  # running sequences that draw by their history
+        self._cohort: Cohort | None = None  # all that runs, if the last step was a row of each and no more has changed
         self._num_steps = 0
 
     # ---- the engine's side
@@ -77,13 +79,35 @@ class Scheduler:
 
     def schedule(self) -> Batch | None:
         """The next step, or None if nothing can run now."""
+        if self._cohort is not None and self._can_continue(self._cohort):
+            self._num_steps += 1
+            reads_pending_tokens = self._cohort.advance()
+            return Batch.of_cohort(self._num_steps, self._cohort, reads_pending_tokens=reads_pending_tokens)
         scheduled = self._policy.schedule(self)
+        self._cohort = self._find_cohort(scheduled)
         if not scheduled:
             return None
-        assert len(scheduled) <= self.max_num_sequences
-        assert sum(entry.num_tokens for entry in scheduled) <= self.max_batched_tokens
         self._num_steps += 1
-        return Batch(self._num_steps, tuple(scheduled))
+        batch = Batch(self._num_steps, tuple(scheduled), self._cohort)
+        assert len(scheduled) <= self.max_num_sequences
+        assert batch.num_tokens <= self.max_batched_tokens
+        return batch
+
+    def _can_continue(self, cohort: Cohort) -> bool:
+        """The policy would take one more row of each sequence; there is room for them then. If it lacks, the
+        blocks that were given before it showed are those that the policy gives first."""
+        if cohort.age == cohort.max_age or (self.waiting and len(self.running) < self.max_num_sequences):
+            return False
+        return all(self.grow(cohort.sequences[place]) for place in cohort.opening(cohort.age + 1))
+
+    def _find_cohort(self, scheduled: list[ScheduledSequence]) -> Cohort | None:
+        """None also where what comes next hangs on the tokens that are drawn."""
+        if self._policy.hands_over or self.speculator is not None or self._num_by_history:
+            return None
+        if not scheduled or len(scheduled) != len(self.running) or not all(map(is_decoding, scheduled)):
+            return None
+        starts = [entry.start for entry in scheduled]
+        return Cohort(tuple([entry.sequence for entry in scheduled]), starts, self.blocks.block_size)
 
     @property
     def is_held_up(self) -> bool:
@@ -119,6 +143,7 @@ class Scheduler:
         if sequence.table is None:
             self.waiting.remove(sequence)
         else:
+            self._cohort = None
             self.running.remove(sequence)
             self._num_by_history -= sequence.draws_by_history
         if sequence.num_in_flight == 0:
@@ -205,6 +230,7 @@ class Scheduler:
         victim = self.running[-1]
         if victim.num_in_flight:
             return False
+        self._cohort = None
         self.running.pop()
         self._num_by_history -= victim.draws_by_history
         self.release_blocks(victim)
@@ -238,6 +264,7 @@ class Scheduler:
         self.blocks.shrink(sequence.table, sequence.num_tokens)
 
     def _enter(self, sequence: Sequence) -> None:
+        self._cohort = None
         self.running.append(sequence)
         self._num_by_history += sequence.draws_by_history
 

@@ -33,7 +33,7 @@ class EngineTimings:
         sequence.admitted_at = sequence.first_token_at = now
 
     def on_step(self, batch: Batch) -> None:
-        self._step_tokens.observe(sum(entry.num_tokens for entry in batch.scheduled))
+        self._step_tokens.observe(batch.num_tokens)
 
     def on_tokens(self, sequence: Sequence, num_tokens: int, now: float) -> None:
         """The newest `num_tokens` of the sequence have become known."""

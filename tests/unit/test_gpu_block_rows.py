@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from cluster.engine.batch import ScheduledSequence
 from cluster.engine.block_manager import BlockManager
 from cluster.engine.gpu.block_rows import BlockRows
 from cluster.engine.sequence import Sequence, make_sequence
@@ -20,11 +19,11 @@ def sequence_with(blocks: BlockManager, num_tokens: int) -> Sequence:
 
 def test_a_table_that_shrank_and_grew_to_its_old_length_is_copied_anew() -> None:
     """Drafts across a block boundary that are rejected, twice: the second time another block comes."""
-    blocks, rows = BlockManager(8, SIZE), BlockRows(4, 16)
+    blocks, rows = BlockManager(8, SIZE), BlockRows(4, 16, SIZE)
     sequence = sequence_with(blocks, 2 * SIZE - 2)
     assert sequence.table is not None
     for num_tokens in (2 * SIZE - 1, 2 * SIZE):
         assert blocks.grow(sequence.table, 2 * SIZE + 3)
-        [row] = rows.gather((ScheduledSequence(sequence, num_tokens - 1, 5, samples=True),)).tolist()
+        [row] = rows.gather(rows.update([sequence]), len(sequence.table.block_ids)).tolist()
         assert row == list(sequence.table.block_ids)
         blocks.shrink(sequence.table, num_tokens)

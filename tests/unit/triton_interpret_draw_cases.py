@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from cluster.engine.gpu.sampler import has_filters, lowest_values, top_ids
+from cluster.engine.gpu.cuts import Cuts, has_filters
+from cluster.engine.gpu.sampler import top_ids
 from cluster.engine.kernels.triton.draw import draw_tokens, ranks
 from cluster.engine.sampling import filters
 from cluster.engine.sampling.draw import admission_cases, reference_draw
@@ -17,7 +18,8 @@ def draw(logits_V: torch.Tensor, sampling: SamplingParams, position: int) -> int
     top_R = logits_V.max()[None]
     lowest_D = torch.tensor([-math.inf])
     if has_filters(sampling, len(logits_V)):
-        lowest_D = lowest_values((logits_V[None] - top_R).mul_(filters.inverse_temperature(sampling)), [sampling])
+        scaled_FV = (logits_V[None] - top_R).mul_(filters.inverse_temperature(sampling))
+        lowest_D = Cuts([sampling], len(logits_V), logits_V.device).lowest_values(scaled_FV)
     numbers_D2 = torch.stack([torch.tensor([filters.inverse_temperature(sampling)]), lowest_D], dim=1)
     tokens_R = torch.zeros(1, dtype=torch.int64)
     place, seed, at = torch.zeros(1, dtype=torch.int32), torch.tensor([sampling.seed]), torch.tensor([position])

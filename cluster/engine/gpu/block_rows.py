@@ -2,64 +2,70 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from collections.abc import Sequence as ListLike
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
-from cluster.engine.batch import ScheduledSequence
 from cluster.engine.block_holders import BlockTable
 from cluster.engine.sequence import Sequence
+
+
+@dataclass(slots=True)
+class _Row:
+    """One sequence's, which it keeps alive, and what it mirrors: so many blocks of that table, after so many
+    shrinks."""
+
+    index: int
+    owner: Sequence
+    table: BlockTable | None = None
+    num_blocks: int = 0
+    num_shrinks: int = 0
 
 
 class BlockRows:
     """One row per sequence. A row is taken back when its sequence has lost its blocks."""
 
-    def __init__(self, num_rows: int, max_blocks: int) -> None:
+    def __init__(self, num_rows: int, max_blocks: int, block_size: int) -> None:
+        self.block_size = block_size
         self._blocks = np.zeros((num_rows, max_blocks), np.int32)
-        # What the row mirrors: how many blocks of it, and after how many shrinks.
-        self._known: list[tuple[BlockTable, int, int] | None] = [None] * num_rows
-        self._owners: list[Sequence | None] = [None] * num_rows
-        self._row_of: dict[int, int] = {}  # by identity of the sequence, which the row keeps alive
+        self._row_of: dict[int, _Row] = {}  # by identity of the sequence
         self._free = list(range(num_rows))
 
-    def gather(self, scheduled: tuple[ScheduledSequence, ...]) -> npt.NDArray[np.int32]:
-        """(B, M): the tables of these sequences, M the longest of them; what lies past a sequence's own blocks
-        is never read."""
-        longest = 1
-        rows = np.empty(len(scheduled), np.int64)
-        for index, entry in enumerate(scheduled):
-            sequence = entry.sequence
-            table = sequence.table
-            assert table is not None
+    def update(self, sequences: Iterable[Sequence]) -> list[int]:
+        """Copy what is new in their tables; the numbers of their rows, valid while they have blocks."""
+        indices = []
+        for sequence in sequences:
             row = self._row_of.get(id(sequence))
             if row is None:
                 row = self._take_row(sequence)
+            table = sequence.table
+            assert table is not None
             count = len(table.block_ids)
-            known = self._known[row]
-            if known is None or known[0] is not table or known[1:] != (count, table.num_shrinks):
-                self._blocks[row, :count] = np.frombuffer(table.block_ids, np.int32)
-                self._known[row] = (table, count, table.num_shrinks)
-            rows[index] = row
-            longest = max(longest, count)
-        return self._blocks[rows, :longest]
+            if row.num_blocks != count or row.table is not table or row.num_shrinks != table.num_shrinks:
+                self._blocks[row.index, :count] = np.frombuffer(table.block_ids, np.int32)
+                row.table, row.num_blocks, row.num_shrinks = table, count, table.num_shrinks
+            indices.append(row.index)
+        return indices
 
-    def _take_row(self, sequence: Sequence) -> int:
+    def gather(self, rows_B: ListLike[int] | npt.NDArray[np.int64], num_columns: int) -> npt.NDArray[np.int32]:
+        """(B, M): the first blocks of these rows; what lies past a sequence's own blocks is never read."""
+        return self._blocks[rows_B, :num_columns]
+
+    def _take_row(self, sequence: Sequence) -> _Row:
         if not self._free:
             self._take_back()
-        row = self._free.pop()
-        self._row_of[id(sequence)] = row
-        self._owners[row] = sequence
-        self._known[row] = None
+        row = self._row_of[id(sequence)] = _Row(self._free.pop(), sequence)
         return row
 
     def _take_back(self) -> None:
-        for row, owner in enumerate(self._owners):
-            if owner is not None and (owner.is_finished or owner.table is None):
-                del self._row_of[id(owner)]
-                self._owners[row] = self._known[row] = None
-                self._free.append(row)
+        for row in list(self._row_of.values()):
+            if row.owner.is_finished or row.owner.table is None:
+                del self._row_of[id(row.owner)]
+                self._free.append(row.index)
         if not self._free:  # more sequences have blocks than usually run at once: loaded ones that wait
-            count = len(self._owners)
+            count = len(self._blocks)
             self._blocks = np.concatenate((self._blocks, np.zeros_like(self._blocks)))
-            self._known += [None] * count
-            self._owners += [None] * count
             self._free = list(range(count, 2 * count))

@@ -20,8 +20,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from cluster.engine.batch import Batch, DrawnRow, SampledToken, ScheduledSequence, StepResult
+from cluster.engine.batch import Batch, DecodedTokens, SampledToken, ScheduledSequence, StepResult
 from cluster.engine.forward_input import prompt_logprob_range
+from cluster.engine.gpu.draws import DrawRows, Draws
 from cluster.engine.gpu.graphs import GraphStore, StepOutput
 from cluster.engine.gpu.host_copy import Moment, to_device
 from cluster.engine.gpu.sampler import DrawnRows, GpuSampler, HostLogprobs, RowStats
@@ -64,11 +65,10 @@ class _PromptRows:
 
 @dataclass(frozen=True, slots=True)
 class LaunchedGpuStep:
-    """A step on its way. `row_drawn` finds a sequence's first row among the drawn ones, by identity."""
+    """A step on its way."""
 
     batch: Batch
     drawn: DrawnRows | None
-    row_drawn: dict[int, int]
     prompts: list[_PromptRows]
     is_done: Moment
 
@@ -108,7 +108,7 @@ class GpuModelRunner:
         self._max_drafts = max_drafts
         max_drawn = min(max_num_sequences * (1 + max_drafts), max_batched_tokens)
         self._tokens_R = torch.zeros(max_drawn, dtype=torch.int64, device=device)
-        self._row_drawn: dict[int, int] = {}
+        self._draw_rows = DrawRows()
         self._sampler = GpuSampler(ops)
         self._graphs = GraphStore() if use_graphs else None
 
@@ -125,38 +125,26 @@ class GpuModelRunner:
             return self._launch(batch)
 
     def _launch(self, batch: Batch) -> LaunchedGpuStep:
-        staged, longest, num_keys = self._staging.stage(batch, self._row_drawn, self._tokens_R)
+        staged, longest, num_keys = self._staging.stage(batch, self._draw_rows.row_of, self._tokens_R)
         prompts: list[_PromptRows] = []
-        draws = self._draws(batch, staged)
+        draws = self._draw_rows.of(batch)
         if not staged.is_decode and staged.logits_of_entry[-1].stop > len(draws):
             output = self._forward_with_prompts(staged, batch, longest, num_keys, prompts)
         else:
             output = self._forward(staged.shape, longest, num_keys)
-        drawn = self._sample(output, draws) if draws else None
+        drawn = self._sample(output, draws) if len(draws) else None
         is_done = Moment(self._device)
         is_done.record()
-        return LaunchedGpuStep(batch, drawn, self._row_drawn, prompts, is_done)
-
-    def _draws(self, batch: Batch, staged: StagedStep) -> list[DrawnRow]:
-        """One per drawn row, in the order of the rows; remembers where each sequence's row is."""
-        scheduled = batch.scheduled
-        if staged.is_decode:
-            self._row_drawn = {id(entry.sequence): row for row, entry in enumerate(scheduled)}
-            return [DrawnRow(entry.sequence, entry.start + 1) for entry in scheduled]
-        draws: list[DrawnRow] = []
-        self._row_drawn = {}
-        for entry in scheduled:
-            if entry.samples:
-                self._row_drawn[id(entry.sequence)] = len(draws)
-                draws.extend(DrawnRow(entry.sequence, position) for position in entry.drawn_positions)
-        return draws
+        return LaunchedGpuStep(batch, drawn, prompts, is_done)
 
     def is_done(self, step: LaunchedGpuStep) -> bool:
         return step.is_done.is_past()
 
-    def collect(self, step: LaunchedGpuStep) -> StepResult:
+    def collect(self, step: LaunchedGpuStep) -> StepResult | DecodedTokens:
         """Wait for a launched step and bring its results to the host."""
         step.is_done.wait()
+        if step.batch.age > 0 and step.drawn is not None and not step.drawn.is_broken_R.host.any():
+            return _decoded_tokens(step.drawn)
         sampled = _sampled_tokens(step)
         prompt_logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
         if step.prompts:
@@ -300,7 +288,7 @@ class GpuModelRunner:
             parts.append(self._sampler.prompt_logprobs(output.logits_RV[:count], stats, told, asked))
         return parts
 
-    def _sample(self, output: StepOutput, draws: list[DrawnRow]) -> DrawnRows:
+    def _sample(self, output: StepOutput, draws: Draws) -> DrawnRows:
         """The first rows of the output are those of `draws`; padding follows."""
         count = len(draws)
         return self._sampler.sample(
@@ -310,6 +298,16 @@ class GpuModelRunner:
 
 def _entries(staged: StagedStep, batch: Batch) -> list[tuple[range, ScheduledSequence]]:
     return list(zip(staged.logits_of_entry, batch.scheduled, strict=True))
+
+
+def _decoded_tokens(drawn: DrawnRows) -> DecodedTokens:
+    token_ids = drawn.token_ids_R.host.tolist()
+    if drawn.logprobs is None:
+        return DecodedTokens(token_ids, None)
+    logprobs: list[tuple[TokenLogprob, ...]] = [()] * len(token_ids)
+    for row, logprob in zip(drawn.logprob_places, drawn.logprobs.arrived().to_host(drawn.num_top), strict=True):
+        logprobs[row] = (logprob,)
+    return DecodedTokens(token_ids, logprobs)
 
 
 def _sampled_tokens(step: LaunchedGpuStep) -> tuple[tuple[SampledToken, ...], ...]:

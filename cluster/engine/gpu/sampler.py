@@ -3,28 +3,23 @@
 The tokens are those of `sampling/sampler.py`, bit for bit: the argmax for greedy rows, the same noise and
 the same cuts for the others. Nothing here reads a value back, so the host is free for the next step.
 
-Shape legend: R rows with logits, D rows that are drawn, F rows with filters, V vocabulary.
+Shape legend: R rows with logits, D rows that are drawn with noise, F rows with filters, V vocabulary.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from cluster.engine.batch import DrawnRow
+from cluster.engine.gpu.draws import Draws
 from cluster.engine.gpu.host_copy import HostCopy, to_device
 from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.kernels.triton.draw import draw_tokens, ranks
-from cluster.engine.sampling import elementary, filters
 from cluster.engine.sampling.logprobs import LogprobRows
 from cluster.engine.sampling.processors import LogitsProcessor
-from cluster.types import SamplingParams
-
-_FILTERED_AT_ONCE = 32  # rows that are sorted together: bounds the memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,29 +76,21 @@ class GpuSampler:
         self._ops = ops
         self._processor = LogitsProcessor()
 
-    def sample(
-        self, logits_RV: torch.Tensor, stats: RowStats, drawn: Sequence[DrawnRow], tokens_R: torch.Tensor
-    ) -> DrawnRows:
+    def sample(self, logits_RV: torch.Tensor, stats: RowStats, draws: Draws, tokens_R: torch.Tensor) -> DrawnRows:
         """Draw one token for each row into `tokens_R` (int64, on the device); row r has the logits for
-        `drawn[r]`. The raw logits are not changed."""
+        the r-th of `draws`. The raw logits are not changed."""
         is_broken_R = ~torch.isfinite(stats.logsumexp_R)
-        if all(draw.sequence.draws_plainly for draw in drawn):
+        asked = draws.asked
+        if asked.is_plain:
             tokens_R.copy_(stats.argmax_R)
             return DrawnRows(HostCopy(tokens_R), HostCopy(is_broken_R), None, {}, [])
-        chosen_from_RV, chosen_stats = self._processed(logits_RV, stats, drawn)
+        chosen_from_RV, chosen_stats = self._processed(logits_RV, stats, draws)
         if chosen_stats is not stats:
             is_broken_R |= ~torch.isfinite(chosen_stats.maximum_R)
         tokens_R.copy_(chosen_stats.argmax_R)
-        noisy = [row for row, draw in enumerate(drawn) if not draw.sequence.request.sampling.is_greedy]
-        if noisy:
-            self._draw(chosen_from_RV, chosen_stats.maximum_R, drawn, noisy, tokens_R)
-        places: dict[int, int] = {}
-        num_top: list[int] = []
-        for row, draw in enumerate(drawn):
-            asked = draw.sequence.request.sampling.logprobs
-            if asked is not None:
-                places[row] = len(num_top)
-                num_top.append(asked)
+        if asked.noise.rows:
+            self._draw(chosen_from_RV, chosen_stats.maximum_R, draws, tokens_R)
+        places, num_top = asked.logprob_places, asked.num_top
         logprobs = None
         if places:
             logprobs = HostLogprobs.of(self._logprobs(logits_RV, stats, tokens_R, places, max(num_top)))
@@ -116,47 +103,29 @@ class GpuSampler:
         tokens_R = to_device(np.asarray(token_ids, np.int64), logits_RV.device)
         return HostLogprobs.of(logprob_rows(logits_RV, stats.logsumexp_R, tokens_R, num_top))
 
-    def _processed(
-        self, logits_RV: torch.Tensor, stats: RowStats, drawn: Sequence[DrawnRow]
-    ) -> tuple[torch.Tensor, RowStats]:
+    def _processed(self, logits_RV: torch.Tensor, stats: RowStats, draws: Draws) -> tuple[torch.Tensor, RowStats]:
         """Logits after bias, penalties and minimum length, and their statistics; the raw ones if no row asks."""
-        rows = [row for row, draw in enumerate(drawn) if self._processor.is_needed(draw.sequence, _num_output(draw))]
+        sequences, positions = draws.asked.sequences, draws.positions
+        num_output = {row: int(positions[row]) - sequences[row].prompt_length for row in draws.asked.processed_rows}
+        rows = [row for row, count in num_output.items() if self._processor.is_needed(sequences[row], count)]
         if not rows:
             return logits_RV, stats
         logits_RV = logits_RV.clone()
         for row in rows:
-            self._processor.apply(logits_RV[row], drawn[row].sequence, _num_output(drawn[row]))
+            self._processor.apply(logits_RV[row], sequences[row], num_output[row])
         return logits_RV, RowStats(*self._ops.vocab_stats(logits_RV))
 
-    def _draw(
-        self,
-        logits_RV: torch.Tensor,
-        top_R: torch.Tensor,
-        drawn: Sequence[DrawnRow],
-        rows: list[int],
-        tokens_R: torch.Tensor,
-    ) -> None:
-        device = logits_RV.device
-        params = [drawn[row].sequence.request.sampling for row in rows]
-        numbers_D2 = np.full((len(rows), 2), -math.inf, np.float32)
-        numbers_D2[:, 0] = [filters.inverse_temperature(sampling) for sampling in params]
-        numbers = to_device(numbers_D2, device)
-        filtered = [place for place, sampling in enumerate(params) if has_filters(sampling, logits_RV.shape[1])]
-        for start in range(0, len(filtered), _FILTERED_AT_ONCE):
-            places = filtered[start : start + _FILTERED_AT_ONCE]
-            rows_F = to_device(np.asarray([rows[place] for place in places], np.int64), device)
-            places_F = to_device(np.asarray(places, np.int64), device)
-            scaled_FV = (logits_RV[rows_F] - top_R[rows_F, None]).mul_(numbers[places_F, :1])
-            numbers[places_F, 1] = lowest_values(scaled_FV, [params[place] for place in places])
-        draw_tokens(
-            logits_RV,
-            top_R,
-            to_device(np.asarray(rows, np.int32), device),
-            numbers,
-            to_device(np.asarray([sampling.seed for sampling in params], np.int64), device),
-            to_device(np.asarray([drawn[row].position for row in rows], np.int32), device),
-            tokens_R,
-        )
+    def _draw(self, logits_RV: torch.Tensor, top_R: torch.Tensor, draws: Draws, tokens_R: torch.Tensor) -> None:
+        device, noise = logits_RV.device, draws.asked.noise
+        rows_D, seeds_D, numbers_D2 = noise.tensors(device)
+        cuts = noise.cuts(logits_RV.shape[1], device)
+        if cuts:
+            numbers_D2 = numbers_D2.clone()
+        for part in cuts:
+            scaled_FV = (logits_RV[part.rows_F] - top_R[part.rows_F, None]).mul_(numbers_D2[part.places_F, :1])
+            numbers_D2[part.places_F, 1] = part.cuts.lowest_values(scaled_FV)
+        positions_D = to_device(draws.positions[noise.rows], device)
+        draw_tokens(logits_RV, top_R, rows_D, numbers_D2, seeds_D, positions_D, tokens_R)
 
     def _logprobs(
         self,
@@ -171,11 +140,6 @@ class GpuSampler:
             rows = to_device(np.asarray(list(places), np.int64), logits_RV.device)
             logits_RV, logsumexp_R, tokens_R = logits_RV[rows], logsumexp_R[rows], tokens_R[rows]
         return logprob_rows(logits_RV, logsumexp_R, tokens_R, num_top)
-
-
-def _num_output(draw: DrawnRow) -> int:
-    """Tokens put out before the one to be drawn."""
-    return draw.position - draw.sequence.prompt_length
 
 
 def logprob_rows(
@@ -197,31 +161,3 @@ def top_ids(logits_RV: torch.Tensor, count: int) -> torch.Tensor:
     ascending_RV = torch.where(bits_RV < 0, bits_RV ^ 0x7FFFFFFF, bits_RV)
     ids_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)
     return ((ascending_RV << 32) | (0xFFFFFFFF - ids_V)).topk(count, dim=1).indices
-
-
-def has_filters(sampling: SamplingParams, vocab_size: int) -> bool:
-    return sampling.min_p > 0.0 or 0 < sampling.top_k < vocab_size or sampling.top_p < 1.0
-
-
-def lowest_values(scaled_FV: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """(F,) fp32: min-p, top-k and top-p as `sampling/filters.py` cuts, each row with its own parameters."""
-    device, vocab_size = scaled_FV.device, scaled_FV.shape[1]
-    min_p = [math.log(sampling.min_p) if sampling.min_p > 0.0 else -math.inf for sampling in params]
-    lowest_F = to_device(np.asarray(min_p, np.float32), device)
-    sorted_FV = scaled_FV.sort(dim=1, descending=True).values
-    top_k = [sampling.top_k if 0 < sampling.top_k < vocab_size else vocab_size for sampling in params]
-    last_F = to_device(np.asarray(top_k, np.int64) - 1, device)
-    kth_F = sorted_FV.gather(1, last_F[:, None]).squeeze(1)
-    is_cut_F = last_F + 1 < vocab_size
-    lowest_F = torch.where(is_cut_F, torch.maximum(lowest_F, kth_F), lowest_F)
-    if all(sampling.top_p == 1.0 for sampling in params):
-        return lowest_F
-    mass_FV = elementary.exp_of_nonpositive(sorted_FV).mul_(filters.MASS_SCALE).to(torch.int64)
-    mass_FV.masked_fill_(sorted_FV < lowest_F[:, None], 0)
-    through_FV = mass_FV.cumsum(1)
-    total_F = through_FV[:, -1]
-    top_p_F = to_device(np.asarray([sampling.top_p for sampling in params], np.float64), device)
-    wanted_F = torch.ceil(top_p_F * total_F.double()).to(torch.int64).clamp_(min=1).minimum(total_F)
-    place_F = torch.searchsorted(through_FV, wanted_F[:, None])
-    value_F = sorted_FV.gather(1, place_F.clamp_(max=vocab_size - 1)).squeeze(1)
-    return torch.where(top_p_F < 1.0, torch.maximum(lowest_F, value_F), lowest_F)

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from cluster.engine.batch import Batch, ScheduledSequence, StepResult
+from cluster.engine.batch import Batch, DecodedTokens, ScheduledSequence, StepResult
 from cluster.engine.sequence import Sequence
 from cluster.engine.speculation.draft_kv import DraftKV
 
@@ -33,7 +33,7 @@ class DraftRunner(Protocol):
         """Queue a step behind the earlier ones."""
         ...
 
-    def collect(self, step: Any) -> StepResult:
+    def collect(self, step: Any) -> StepResult | DecodedTokens:
         """Wait for a launched step."""
         ...
 
@@ -88,7 +88,9 @@ class DraftModelProposer:
             entries = [self._entry(granted[index][0], place) for index in members]
             launched.append((members, self._runner.launch(self._batch(entries))))
         for members, step in launched:  # the first waits for the device, then all are there
-            for index, (token,) in zip(members, self._runner.collect(step).sampled, strict=True):
+            result = self._runner.collect(step)
+            assert isinstance(result, StepResult), "a pass is no cohort's step"
+            for index, (token,) in zip(members, result.sampled, strict=True):
                 drafts[index].append(token.token_id)
         for (sequence, _), guesses in zip(granted, drafts, strict=True):
             self._kv.on_computed(sequence, len(sequence.token_ids), tuple(guesses[:-1]))
