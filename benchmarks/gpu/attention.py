@@ -42,6 +42,7 @@ def paged_inputs(
         slot_mapping=torch.full((sum(rows),), -1, dtype=torch.int64, device="cuda"),
         positions=positions,
         num_rows_max=max(rows),
+        num_rows_min=min(rows),
         context_len_max=context_len_max or max(contexts),
     )
     return q, kv, metadata
@@ -57,9 +58,10 @@ def decode_fraction(
     """(milliseconds, KV bytes read per second over copy bandwidth)."""
     q, kv, metadata = inputs
     scale = q.shape[2] ** -0.5
+    lists = launch.WorkLists()  # as in a step, where all layers share them
 
     def call(layer: int) -> Callable[[], torch.Tensor]:
-        return lambda: launch.run_attention(q, kv[:, layer], metadata, scale, plan, NUM_MULTIPROCESSORS)
+        return lambda: launch.run_attention(q, kv[:, layer], metadata, scale, plan, NUM_MULTIPROCESSORS, lists=lists)
 
     milliseconds = graph_ms([call(layer) for layer in range(kv.shape[1])], min_ms=3.0, replays=3)
     num_bytes = batch * context * 2 * kv.shape[3] * kv.shape[5] * 2
@@ -96,5 +98,9 @@ def sdpa_ms(
 def prefill_ms(plan: AttentionPlan, inputs: tuple[torch.Tensor, torch.Tensor, AttentionMetadata]) -> float:
     q, kv, metadata = inputs
     scale = q.shape[2] ** -0.5
-    call = lambda: launch.run_attention(q, kv[:, 0], metadata, scale, plan, NUM_MULTIPROCESSORS)  # noqa: E731
+    lists = launch.WorkLists()
+
+    def call() -> torch.Tensor:
+        return launch.run_attention(q, kv[:, 0], metadata, scale, plan, NUM_MULTIPROCESSORS, lists=lists)
+
     return graph_ms([call], min_ms=5.0, replays=3)

@@ -62,10 +62,16 @@ class TorchDefaultOps(CudaOps):
         return out_TF
 
     def attention(
-        self, q_THD: torch.Tensor, kv_N2GSD: torch.Tensor, metadata: AttentionMetadata, scale: float
+        self,
+        q_THD: torch.Tensor,
+        kv_N2GSD: torch.Tensor,
+        metadata: AttentionMetadata,
+        scale: float,
+        *,
+        window: int | None = None,
     ) -> torch.Tensor:
-        if self.fresh_lengths is None:
-            return super().attention(q_THD, kv_N2GSD, metadata, scale)
+        if self.fresh_lengths is None or window is not None:
+            return super().attention(q_THD, kv_N2GSD, metadata, scale, window=window)
         with sdpa_kernel(SDPBackend.__members__[self.backend_name]):
             return fresh_attention(q_THD, kv_N2GSD, metadata.block_table, self.fresh_lengths, scale)
 
