@@ -65,7 +65,8 @@ def test_a_device_without_a_table_runs_on_defaults() -> None:
 
 
 def test_block_scales_take_narrower_tiles() -> None:
-    assert fitting(HOPPER, 0, silu_mul=True) == HOPPER
+    assert fitting(HOPPER, 0, silu_mul=False) == HOPPER
+    assert fitting(HOPPER, 0, silu_mul=True) == msgspec.structs.replace(HOPPER, block_n=128)
     assert fitting(HOPPER, 128, silu_mul=False) == msgspec.structs.replace(HOPPER, block_n=128)
     for scale_rows, silu_mul in ((128, True), (64, False)):
         assert fitting(HOPPER, scale_rows, silu_mul=silu_mul).kind == "tma"

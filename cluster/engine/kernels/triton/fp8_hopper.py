@@ -163,6 +163,7 @@ def fp8_hopper_kernel(
     among the programs. Boxes: 64 x 128 of x, 128 x 128 of W. Block scales (SCALE_ROWS 128) only where a tile
     has 128 rows of W: with more, the registers do not suffice."""
     gl.static_assert(SCALE_ROWS == 0 or (SCALE_ROWS == 128 and BLOCK_N == 128 and not SILU_MUL))
+    gl.static_assert(BLOCK_N == 128 or not SILU_MUL)
     HALVES: gl.constexpr = 2 if SILU_MUL else BLOCK_N // 128
     x_ring = gl.allocate_shared_memory(x_desc.dtype, [2 * STAGES, 64, GROUP_K], x_desc.layout)
     w_ring = gl.allocate_shared_memory(w_desc.dtype, [HALVES * STAGES, 128, GROUP_K], w_desc.layout)

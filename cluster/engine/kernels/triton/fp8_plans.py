@@ -57,13 +57,13 @@ REFERENCE_FP8 = Fp8Plan(num_stages=1)
 
 
 def fitting(plan: Fp8Plan, scale_rows: int, *, silu_mul: bool) -> Fp8Plan:
-    """`plan`, or its like where block scales (`scale_rows` rows of W to a scale, 0: none) leave the warp-group
-    kernel too few registers."""
-    if plan.kind != "hopper" or scale_rows == 0:
+    """`plan`, or its like where SwiGLU, which counts gate and up columns each, or block scales (`scale_rows` rows
+    of W to a scale, 0: none) leave the warp-group kernel too few registers."""
+    if plan.kind != "hopper":
         return plan
-    if scale_rows == 128 and not silu_mul:
-        return msgspec.structs.replace(plan, block_n=128)
-    return Fp8Plan(kind="tma", block_m=128, block_n=64, num_warps=8, num_stages=4)
+    if scale_rows not in (0, 128) or (scale_rows and silu_mul):
+        return Fp8Plan(kind="tma", block_m=128, block_n=64, num_warps=8, num_stages=4)
+    return msgspec.structs.replace(plan, block_n=128) if scale_rows or silu_mul else plan
 
 
 UNMEASURED_FP8: tuple[tuple[int, Fp8Plan], ...] = (
