@@ -20,7 +20,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.engine import EngineBench, Workload, make_bench, mixed_workload, random_prompt
-from cluster.engine.batch import Batch, StepResult
+from cluster.engine.batch import Batch, DecodedTokens, StepResult
 from cluster.engine.engine import Engine
 from cluster.engine.gpu.runner import GpuModelRunner, LaunchedGpuStep
 
@@ -28,6 +28,7 @@ DECODE_BANDS = (1, 8, 32, 64, 128, 192, 224, 256)
 ROW_BANDS = (128, 256, 320, 512, 1024, 2048, 4096, 8192, 16384)
 MIXED_WINDOW = range(120, 132)  # all places are taken by then, and prompts follow those that end
 MOST_KERNELS = 12
+_Result = StepResult | DecodedTokens
 HOST_PARTS = ("schedule", "launch", "wait", "collect", "commit")
 
 
@@ -35,8 +36,11 @@ HOST_PARTS = ("schedule", "launch", "wait", "collect", "commit")
 class StepRecord:
     """One step. Seconds of the host, and the two moments of the device between which it computes."""
 
-    batch: Batch
+    step: int
+    num_rows: int
+    num_sequences: int
     num_keys: int
+    is_decode: bool
     schedule_s: float
     launch_s: float = 0.0
     wait_s: float = 0.0
@@ -48,9 +52,9 @@ class StepRecord:
 
     @property
     def band(self) -> str:
-        if self.batch.is_decode:
-            return f"decode, to {_bound(len(self.batch.scheduled), DECODE_BANDS)} sequences"
-        return f"mixed, to {_bound(self.batch.num_tokens, ROW_BANDS)} rows"
+        if self.is_decode:
+            return f"decode, to {_bound(self.num_sequences, DECODE_BANDS)} sequences"
+        return f"mixed, to {_bound(self.num_rows, ROW_BANDS)} rows"
 
     @property
     def device_ms(self) -> float:
@@ -63,6 +67,15 @@ class StepRecord:
 
 def _bound(size: int, bounds: Sequence[int]) -> int:
     return next((bound for bound in bounds if size <= bound), size)
+
+
+def _size(batch: Batch) -> tuple[int, int]:
+    """Sequences, and the sum of their contexts. A cohort is not asked for its entries, which it makes for nobody
+    else."""
+    if batch.cohort is not None:
+        count = len(batch.cohort.sequences)
+        return count, sum(batch.cohort.starts) + count * (batch.age + 1)
+    return len(batch.scheduled), sum(entry.start + entry.num_tokens for entry in batch.scheduled)
 
 
 class StepLog:
@@ -104,8 +117,8 @@ class StepLog:
         start = time.perf_counter()
         batch = plain()
         if batch is not None:
-            num_keys = sum(entry.start + entry.num_tokens for entry in batch.scheduled)
-            record = StepRecord(batch, num_keys, time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            record = StepRecord(batch.step, batch.num_tokens, *_size(batch), batch.is_decode, seconds)
             self.records.append(record)
             self._of_step[batch.step] = record
         return batch
@@ -129,7 +142,7 @@ class StepLog:
         event.record()
         return event
 
-    def _collect(self, plain: Callable[[LaunchedGpuStep], StepResult], step: LaunchedGpuStep) -> StepResult:
+    def _collect(self, plain: Callable[[LaunchedGpuStep], _Result], step: LaunchedGpuStep) -> _Result:
         record, start = self._of_step[step.batch.step], time.perf_counter()
         step.is_done.wait()
         record.done_at = time.perf_counter()
@@ -181,7 +194,7 @@ class StepLog:
                 f"{name:28} {len(members):6} {total_s:7.2f} {total_s / wall_s:6.1%} "
                 f"{1e3 * total_s / len(members):8.2f} {mean(record.device_ms for record in records):7.2f} "
                 f"{mean(idle_ms[index] for index in members):6.2f} "
-                f"{mean(record.batch.num_tokens for record in records):6.0f} "
+                f"{mean(record.num_rows for record in records):6.0f} "
                 f"{mean(record.num_keys for record in records):7.0f} |          {hosts}"
             )
         print(f"{'before the first, after the last':28} {wall_s - sum(periods_s):21.3f} s of {wall_s:.3f} s")
@@ -205,7 +218,7 @@ class StepLog:
         for index in chosen:
             record = self.records[index]
             print(
-                f"  step {index:4}: {record.batch.num_tokens:5} rows of {len(record.batch.scheduled):3} sequences, "
+                f"  step {index:4}: {record.num_rows:5} rows of {record.num_sequences:3} sequences, "
                 f"{record.num_keys:7} keys, {1e3 * self.periods_s[index]:7.2f} ms, device {record.device_ms:7.2f} ms, "
                 f"idle before {self.idle_ms[index]:6.3f} ms"
             )

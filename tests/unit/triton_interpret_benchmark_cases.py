@@ -43,7 +43,7 @@ def test_a_log_of_steps_changes_no_tokens_and_misses_no_step(model: Any, capsys:
     engine = engine_of(model)
     with StepLog(engine) as log:
         assert answers(engine, requests()) == expected
-    numbers = [record.batch.step for record in log.records]
+    numbers = [record.step for record in log.records]
     assert numbers == list(range(1, len(numbers) + 1))
     assert all(period > 0 for period in log.periods_s)
     assert sum(log.periods_s) <= log.ended_at - log.started_at
