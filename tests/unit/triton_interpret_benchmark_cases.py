@@ -8,9 +8,9 @@ import msgspec
 import pytest
 import torch
 
-from benchmarks.gpu.engine_profile import StepLog
 from benchmarks.gpu.exactness import REFERENCE, Cell, Exactness, compare, make_requests
 from benchmarks.gpu.random_model import LLAMA_8B, LLAMA_8B_FP8, random_decoder
+from benchmarks.gpu.step_log import StepLog
 from cluster.engine.engine import Engine
 from cluster.engine.gpu.runner import GpuModelRunner
 from cluster.engine.models.config import ModelConfig, NoScaling
