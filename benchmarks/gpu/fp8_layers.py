@@ -8,6 +8,7 @@ from benchmarks.gpu.shapes import Layer
 from cluster.engine.kernels import fp8 as numbers
 from cluster.engine.kernels.cuda_fp8 import CudaFp8, CudaFp8Weight
 from cluster.engine.kernels.fp8 import Scaling, quantize_weight
+from cluster.engine.kernels.probes_fp8 import order_revealing_e4m3
 from cluster.engine.kernels.triton.fp8_plans import Fp8Plan
 
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -24,33 +25,6 @@ def random_e4m3(rows: int, columns: int, generator: torch.Generator) -> torch.Te
     """uint8: all finite e4m3 numbers equally often, so sums cancel over 16 powers of two."""
     values = torch.randint(0, 256, (rows, columns), generator=generator, device="cuda", dtype=torch.uint8)
     return torch.where(values & 0x7F == 0x7F, 0, values)
-
-
-def order_revealing_e4m3(
-    num_rows: int, outputs: int, inputs: int, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 x (M, K) and w (N, K) by whose products the order of the groups is seen.
-
-    Sums of random groups have some 14 bits each and are about as large as each other: fp32 adds them exactly, in
-    any order. Here large groups, about 2^20, alternate with small ones, about 2^-4, and are cancelled two groups
-    later by the same numbers with the other sign: what fp32 drops of the small ones depends on when they come.
-    """
-    device = generator.device
-
-    def draw(count: int, columns: int, smallest: int, largest: int) -> torch.Tensor:
-        """Random signs and mantissas, exponent fields within bounds; the largest of all is NaN's neighbour."""
-        exponents = torch.randint(smallest, largest + 1, (count, columns), generator=generator, device=device)
-        mantissas = torch.randint(0, 7, (count, columns), generator=generator, device=device)
-        signs = torch.randint(0, 2, (count, columns), generator=generator, device=device)
-        return (signs * 0x80 + exponents * 8 + mantissas).to(torch.uint8)
-
-    x, w = draw(num_rows, inputs, 1, 4), draw(outputs, inputs, 1, 4)
-    group = numbers.GROUP
-    for start in range(group, inputs - 3 * group + 1, 4 * group):
-        loud, opposite = slice(start, start + group), slice(start + 2 * group, start + 3 * group)
-        x[:, loud], w[:, loud] = draw(num_rows, group, 15, 15), draw(outputs, group, 15, 15)
-        x[:, opposite], w[:, opposite] = x[:, loud], w[:, loud] ^ 0x80
-    return x, w
 
 
 class HardOperands:

@@ -108,7 +108,7 @@ def fresh_attention(
 
 def fresh_lengths(batch: Batch) -> tuple[int, ...] | None:
     """Rows of each prompt, if nothing in the step reads keys of an earlier one."""
-    if any(entry.start for entry in batch.scheduled):
+    if batch.age > 0 or any(entry.start for entry in batch.scheduled):
         return None
     return tuple(entry.num_tokens for entry in batch.scheduled)
 

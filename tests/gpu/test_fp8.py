@@ -263,12 +263,15 @@ def test_library_products_of_the_table_equal_ours(ops: CudaOps) -> None:
     found = {}
     for entry in entries:
         rows = min(entry.max_rows, 2048)
-        layer = HardOperands(ops.fp8, entry.out_features, entry.in_features, rows, seed=4)
-        differing = num_differing(
-            layer.run(entry.plan, rows, torch.bfloat16), layer.run(REFERENCE_FP8, rows, torch.bfloat16)
-        )
-        if differing:
-            found[entry] = differing
+        for reveals_order in (False, True):
+            layer = HardOperands(
+                ops.fp8, entry.out_features, entry.in_features, rows, seed=4, reveals_order=reveals_order
+            )
+            differing = num_differing(
+                layer.run(entry.plan, rows, torch.bfloat16), layer.run(REFERENCE_FP8, rows, torch.bfloat16)
+            )
+            if differing:
+                found[entry, reveals_order] = differing
     assert not found
 
 

@@ -29,7 +29,8 @@ def test_fresh_prompts_attend_to_their_own_keys(contexts: list[int], num_padding
 
 
 def batch(*entries: tuple[int, int]) -> Any:
-    return SimpleNamespace(scheduled=[SimpleNamespace(start=start, num_tokens=count) for start, count in entries])
+    scheduled = [SimpleNamespace(start=start, num_tokens=count) for start, count in entries]
+    return SimpleNamespace(age=0, scheduled=scheduled)
 
 
 def test_a_step_that_reads_earlier_keys_is_not_fresh() -> None:

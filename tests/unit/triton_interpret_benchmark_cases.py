@@ -8,9 +8,9 @@ import msgspec
 import pytest
 import torch
 
-from benchmarks.gpu.engine_profile import StepLog
 from benchmarks.gpu.exactness import REFERENCE, Cell, Exactness, compare, make_requests
 from benchmarks.gpu.random_model import LLAMA_8B, LLAMA_8B_FP8, random_decoder
+from benchmarks.gpu.step_log import StepLog
 from cluster.engine.engine import Engine
 from cluster.engine.gpu.runner import GpuModelRunner
 from cluster.engine.models.config import ModelConfig, NoScaling
@@ -43,7 +43,7 @@ def test_a_log_of_steps_changes_no_tokens_and_misses_no_step(model: Any, capsys:
     engine = engine_of(model)
     with StepLog(engine) as log:
         assert answers(engine, requests()) == expected
-    numbers = [record.batch.step for record in log.records]
+    numbers = [record.step for record in log.records]
     assert numbers == list(range(1, len(numbers) + 1))
     assert all(period > 0 for period in log.periods_s)
     assert sum(log.periods_s) <= log.ended_at - log.started_at

@@ -15,7 +15,7 @@ from cluster.engine.kernels.probes import (
     silu_probe,
     softmax_probe,
 )
-from cluster.engine.kernels.probes_fp8 import fp8_layers_probe, fp8_linear_probe
+from cluster.engine.kernels.probes_fp8 import fp8_groups_probe, fp8_layers_probe, fp8_linear_probe
 from cluster.engine.kernels.probes_moe import combine_probe, experts_probe, route_probe
 
 LINEAR_PROBES = (
@@ -73,6 +73,7 @@ FP8_PROBES = (
     fp8_linear_probe(3, 32, 1100, Magnitudes.DENORMAL),
     fp8_linear_probe(17, 320, 384, Magnitudes.WIDE, block_rows=64),
     fp8_linear_probe(70, 128, 1000, Magnitudes.CANCELLING, block_rows=128),
+    fp8_groups_probe(17, 96, 1664),
     fp8_layers_probe(5, 96, 160),
     fp8_layers_probe(2, 576, 1536, block_rows=32),
 )

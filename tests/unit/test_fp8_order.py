@@ -1,4 +1,4 @@
-"""Operands of the GPU's FP8 tests: another order of the groups must show in them."""
+"""Operands of the FP8 probes and the GPU's tests: another order of the groups must show in them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-pytest.importorskip("triton")
-
-from benchmarks.gpu.fp8_layers import order_revealing_e4m3
 from cluster.engine.kernels.fp8 import GROUP
+from cluster.engine.kernels.probes_fp8 import order_revealing_e4m3
 
 ROWS, OUTPUTS, INPUTS = 64, 1008, 1664  # as in tests/gpu/test_fp8.py
 
@@ -34,9 +32,10 @@ def added(sums: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("num_bits", [13, 40])
-def test_another_order_of_the_groups_changes_many_values(num_bits: int) -> None:
+@pytest.mark.parametrize(("rows", "outputs"), [(ROWS, OUTPUTS), (17, 96)])
+def test_another_order_of_the_groups_changes_many_values(rows: int, outputs: int, num_bits: int) -> None:
     generator = torch.Generator().manual_seed(5)
-    x, w = order_revealing_e4m3(ROWS, OUTPUTS, INPUTS, generator)
+    x, w = order_revealing_e4m3(rows, outputs, INPUTS, generator)
     assert bool(x.view(torch.float8_e4m3fn).float().isfinite().all())
     assert bool(w.view(torch.float8_e4m3fn).float().isfinite().all())
     sums = group_sums(x, w, num_bits)
@@ -44,7 +43,7 @@ def test_another_order_of_the_groups_changes_many_values(num_bits: int) -> None:
     assert int((added(sums[::-1]) != expected).sum()) > expected.numel() // 2
     for first in range(1, len(sums) - 1):  # a sum of two has no order, so the first two groups may change places
         swapped = [*sums[:first], sums[first + 1], sums[first], *sums[first + 2 :]]
-        assert int((added(swapped) != expected).sum()) > 1000, first
+        assert int((added(swapped) != expected).sum()) > expected.numel() // 50, first
 
 
 def test_random_numbers_would_not_show_it() -> None:
