@@ -6,6 +6,7 @@ tune                           measure every GEMM plan, write the device's plan 
 sweep-attention                time attention plans, as JSON lines in --out
 fp8                            try, time and compare FP8 products, write their plan table to --out
 engine                         the whole engine on an 8B shape; --peer FILE adds ratios to a peer's figures
+engine-profile                 where the engine's time goes, step by step and kernel by kernel; --only, --requests
 exactness                      every way to compute the same requests, bit for bit
 compile-share, compile-engine  compile a share of the kernels of `tune` or `engine` (for several processes)
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks.gpu import engine, fp8, fp8_vet, record, record_engine, sweeps
+from benchmarks.gpu import engine, engine_profile, fp8, fp8_vet, record, record_engine, sweeps
 
 _FP8 = ("fp8", "fp8-vet", "decode-step-fp8")
 
@@ -27,7 +28,7 @@ def main() -> None:
     parser.add_argument(
         "what",
         choices=[
-            *("gemm", "attention", "decode-step", "tune", "sweep-attention", "engine", "exactness"),
+            *("gemm", "attention", "decode-step", "tune", "sweep-attention", "engine", "engine-profile", "exactness"),
             *("compile-share", "compile-engine"),
             *_FP8,
         ],
@@ -36,6 +37,8 @@ def main() -> None:
     parser.add_argument("--peer", type=Path, help="JSON lines of the peer's script on the same machine")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="a directory")
     parser.add_argument("--budget", type=float, help="seconds (default 400; fp8: 60)")
+    parser.add_argument("--only", choices=("prefill", "decode", "mixed"), help="engine-profile: one workload")
+    parser.add_argument("--requests", type=int, default=512, help="engine-profile: of the mixed workload")
     options = parser.parse_args()
     match options.what:
         case "gemm":
@@ -52,6 +55,8 @@ def main() -> None:
             sweeps.sweep_attention(options.out, options.budget or 400)
         case "engine":
             record_engine.record_engine(options.out, options.peer)
+        case "engine-profile":
+            engine_profile.profile_engine(options.only, options.requests)
         case "exactness":
             record_engine.record_exactness(options.out)
         case "compile-share":

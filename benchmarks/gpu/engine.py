@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgspec
 import torch
@@ -43,9 +44,24 @@ class Mixed:
         return (self.num_prompt_tokens + self.num_output_tokens) / self.seconds
 
 
+class Workload(NamedTuple):
+    """Prompts, and how many tokens each is answered with."""
+
+    prompts: list[tuple[int, ...]]
+    num_tokens: list[int]
+
+
 def random_prompt(length: int, seed: int) -> tuple[int, ...]:
     source = random.Random(seed)
     return tuple(source.randrange(_FIRST_TOKEN, _LAST_TOKEN) for _ in range(length))
+
+
+def mixed_workload(count: int) -> Workload:
+    """The peer's: 64-2048 prompt tokens and 64-512 output tokens each."""
+    source = random.Random(MIXED_SEED)
+    shape = [(source.randrange(64, 2049), source.randrange(64, 513)) for _ in range(count)]
+    prompts = [random_prompt(length, 20000 + i) for i, (length, _) in enumerate(shape)]
+    return Workload(prompts, [out for _, out in shape])
 
 
 class EngineBench:
@@ -61,12 +77,7 @@ class EngineBench:
 
     def run(self, prompts: Sequence[Sequence[int]], num_tokens: Sequence[int], **sampling: object) -> float:
         """Seconds until all are complete."""
-        requests = []
-        for prompt, count in zip(prompts, num_tokens, strict=True):
-            self._number += 1
-            params = SamplingParams(max_tokens=count, seed=0, temperature=0.0, ignore_eos=True)
-            params = msgspec.structs.replace(params, **sampling)
-            requests.append(Request(request_id=f"b{self._number}", token_ids=tuple(prompt), sampling=params))
+        requests = self._requests(prompts, num_tokens, **sampling)
         torch.cuda.synchronize()
         start = time.perf_counter()
         for request in requests:
@@ -79,6 +90,24 @@ class EngineBench:
         seconds = time.perf_counter() - start
         assert received == sum(num_tokens)
         return seconds
+
+    def add(self, workload: Workload) -> list[str]:
+        """Give the engine greedy requests and leave the steps to the caller; their ids."""
+        requests = self._requests(workload.prompts, workload.num_tokens)
+        for request in requests:
+            self.engine.add_request(request)
+        return [request.request_id for request in requests]
+
+    def _requests(
+        self, prompts: Sequence[Sequence[int]], num_tokens: Sequence[int], **sampling: object
+    ) -> list[Request]:
+        requests = []
+        for prompt, count in zip(prompts, num_tokens, strict=True):
+            self._number += 1
+            params = SamplingParams(max_tokens=count, seed=0, temperature=0.0, ignore_eos=True)
+            params = msgspec.structs.replace(params, **sampling)
+            requests.append(Request(request_id=f"b{self._number}", token_ids=tuple(prompt), sampling=params))
+        return requests
 
     def prefill_tokens_per_s(self, count: int = 16, length: int = 2048, rounds: int = 3) -> float:
         prompts = [random_prompt(length, 1000 + i) for i in range(count)]
@@ -115,11 +144,9 @@ class EngineBench:
         return 1.0 - (waited[0] - waited_of_one) / (full - one)
 
     def mixed(self, count: int, rounds: int = 2) -> Mixed:
-        source = random.Random(MIXED_SEED)
-        shape = [(source.randrange(64, 2049), source.randrange(64, 513)) for _ in range(count)]
-        prompts = [random_prompt(length, 20000 + i) for i, (length, _) in enumerate(shape)]
-        seconds = min(self.run(prompts, [out for _, out in shape]) for _ in range(rounds))
-        return Mixed(seconds, sum(length for length, _ in shape), sum(out for _, out in shape))
+        workload = mixed_workload(count)
+        seconds = min(self.run(*workload) for _ in range(rounds))
+        return Mixed(seconds, sum(map(len, workload.prompts)), sum(workload.num_tokens))
 
 
 def _linear_weights(model: DecoderModel) -> Iterator[LinearWeight]:

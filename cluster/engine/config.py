@@ -24,7 +24,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     block_size: int | None = None  # tokens per KV block, a multiple of 16; null: 32 on a CPU, 64 on a GPU
     kv_cache_bytes: int | None = None  # size of the KV pool; None: chosen from the memory that is free (pool_size.py)
-    max_num_sequences: int | None = None  # running at once; null: 64 on a CPU, 256 on a GPU
+    max_num_sequences: int | None = None  # running at once; null: 64 on a CPU, 512 on a GPU
     max_batched_tokens: int | None = None  # per step, chunks of prompts and decoding; null: 512 on a CPU, 8192 on a GPU
     max_model_len: int | None = None  # None: the model's own
     enable_prefix_caching: bool = True  # keep the KV of finished prompts for later ones that begin alike
@@ -54,4 +54,4 @@ class EngineLimits(NamedTuple):
 
 CPU_LIMITS = EngineLimits(block_size=32, max_num_sequences=64, max_batched_tokens=512)
 # Attention on a GPU reads keys 64 at a time, from one block if it holds as many.
-GPU_LIMITS = EngineLimits(block_size=64, max_num_sequences=256, max_batched_tokens=8192)
+GPU_LIMITS = EngineLimits(block_size=64, max_num_sequences=512, max_batched_tokens=8192)

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 PIPE_VARIABLE, LOG_VARIABLE = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
 PERCENT_VARIABLE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
 CONTROL = "nvidia-cuda-mps-control"
+# Numbers in it count all GPUs for a worker, but would count the daemon's own choice of them if it had one.
+HIDDEN_FROM_DAEMON = "CUDA_VISIBLE_DEVICES"
 _TIMEOUT_S = 20.0
 _WITHOUT = (
     "the workers on it take turns instead of running side by side, and decode steps take more than twice as long "
@@ -64,7 +66,7 @@ def _control(arguments: list[str], environment: dict[str, str], command: str = "
         done = subprocess.run(
             [CONTROL, *arguments],
             input=command,
-            env={**os.environ, **environment},
+            env={name: value for name, value in os.environ.items() if name != HIDDEN_FROM_DAEMON} | environment,
             capture_output=True,
             text=True,
             timeout=_TIMEOUT_S,

@@ -68,9 +68,9 @@ def test_visible_gpus_are_counted() -> None:
     assert count_gpus({"CUDA_VISIBLE_DEVICES": ""}) == 0
 
 
-def fake_control(tmp_path: Path, exit_code: int) -> None:
+def fake_control(tmp_path: Path, exit_code: int, shown: str = mps.PIPE_VARIABLE) -> None:
     tool = tmp_path / mps.CONTROL
-    note = f'echo "$1|$(cat)|$CUDA_MPS_PIPE_DIRECTORY" >> {tmp_path}/calls'
+    note = f'echo "$1|$(cat)|${shown}" >> {tmp_path}/calls'
     tool.write_text(f"#!/bin/sh\n{note}\necho trouble >&2\nexit {exit_code}\n")
     tool.chmod(0o755)
 
@@ -85,6 +85,19 @@ def test_the_daemon_lives_as_long_as_the_launch(tmp_path: Path, monkeypatch: pyt
         assert (tmp_path / "mps").stat().st_mode & 0o777 == 0o700
     assert mps.PIPE_VARIABLE not in os.environ
     assert (tmp_path / "calls").read_text().splitlines() == [f"-d||{tmp_path}/mps", f"|quit|{tmp_path}/mps"]
+
+
+def test_the_daemon_sees_every_gpu_so_that_workers_choose_by_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would renumber what it is shown: a worker told "1" found no device (seen on a machine with two GPUs)."""
+    fake_control(tmp_path, 0, shown="CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    monkeypatch.delenv(mps.PIPE_VARIABLE, raising=False)
+    with mps.mps_daemon(True, tmp_path):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+    assert (tmp_path / "calls").read_text().splitlines() == ["-d||", "|quit|"]
 
 
 def test_without_mps_the_warning_names_the_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ CONTEXTS = [700, 600, 1]
 
 
 def _compiled(directory: Path, window: int | None, *, use_tma: bool) -> dict[str, Any]:
-    """Decode and prefill of one batch: the split, fold and tiled kernels by name."""
+    """Decode and prefill of one batch: every kernel by its name."""
     cache = Paged(CONTEXTS, num_heads=8, num_kv_heads=2, head_size=64, device="cpu")
     metadata = cache.metadata([0, 1, 2], [700, 2, 1], CONTEXTS)
     q = torch.cat([cache.q[0], cache.q[1][:2], cache.q[2]])
@@ -34,7 +34,7 @@ def _compiled(directory: Path, window: int | None, *, use_tma: bool) -> dict[str
 def test_a_window_is_compiled_in_only_where_there_is_one(use_tma: bool, tmp_path: Path) -> None:
     full = _compiled(tmp_path, None, use_tma=use_tma)
     windowed = _compiled(tmp_path, 40, use_tma=use_tma)
-    assert set(full) == set(windowed) == {"split_kernel", "fold_kernel", "prefill_kernel"}
+    assert set(full) == set(windowed) == {"list_splits_kernel", "split_kernel", "fold_kernel", "prefill_kernel"}
     for name, kernel in full.items():
         parameters = [
             len(re.findall(r"^\s*\.param \.", compiled.asm["ptx"], re.MULTILINE))

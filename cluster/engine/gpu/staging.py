@@ -22,7 +22,7 @@ from cluster.engine.batch import Batch, ScheduledSequence
 from cluster.engine.forward_input import prompt_logprob_range
 from cluster.engine.gpu.block_rows import BlockRows
 from cluster.engine.gpu.host_copy import Moment, pinned_zeros
-from cluster.engine.gpu.shapes import StepShape, padded_sizes, round_up, rows_class
+from cluster.engine.gpu.shapes import MANY_ROWS, StepShape, padded_sizes, round_up, rows_class
 from cluster.engine.kernels.ops import AttentionMetadata
 from cluster.engine.kernels.triton.plans import SPLIT_KEYS
 from cluster.engine.kernels.triton.step import unpack_step
@@ -90,6 +90,7 @@ class StepStaging:
             slot_mapping=self.slot_mapping_T[: shape.num_rows],
             positions=self.positions_T[: shape.num_rows],
             num_rows_max=shape.num_rows_max,
+            num_rows_min=shape.num_rows_min,
             context_len_max=context_len_max,
             num_keys_max=num_keys_max,
         )
@@ -105,12 +106,14 @@ class StepStaging:
         logits_of_entry = () if is_decode else tuple(_logits_rows(scheduled))
         num_logits = logits_of_entry[-1].stop if logits_of_entry else len(scheduled)
         num_rows, contexts_B = int(rows_B.sum()), starts_B + rows_B
+        rows_max = rows_class(int(rows_B.max()))
         shape = StepShape(
             num_rows=round_up(num_rows, self.row_sizes),
             num_sequences=round_up(len(scheduled), self.sequence_sizes),
             num_logits=round_up(num_logits, self.row_sizes),
-            num_rows_max=rows_class(int(rows_B.max())),
+            num_rows_max=rows_max,
             has_many_splits=int(contexts_B.max()) > SPLIT_KEYS,
+            num_rows_min=2 if rows_max == MANY_ROWS and int(rows_B.min()) > 1 else 1,
         )
         if shape.num_rows_max == 1:  # every sequence has one row: one padding serves both
             shape = _decode_shape(shape)

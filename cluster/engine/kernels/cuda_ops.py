@@ -81,6 +81,7 @@ class CudaOps:
         self.plans = load_plan_index(torch.cuda.get_device_name(device))
         self.pdl = pdl
         self.library = LibraryAdmission()
+        self._lists = launch.WorkLists()
         self.moe_plans = load_moe_plan_index(torch.cuda.get_device_name(device))
         self.fp8 = CudaFp8(device)
         self._num_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -203,7 +204,7 @@ class CudaOps:
     ) -> torch.Tensor:
         return launch.run_attention(
             q_THD, kv_N2GSD, metadata, scale, self.plans.attention, self._num_multiprocessors, window=window,
-            pdl=self._pdl(q_THD),
+            pdl=self._pdl(q_THD), lists=self._lists,
         )  # fmt: skip
 
     def log_softmax_stats(self, logits_TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

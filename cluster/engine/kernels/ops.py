@@ -79,6 +79,7 @@ class AttentionMetadata:
     positions: torch.Tensor  # (T,) int64 absolute positions
     num_rows_max: int  # longest query of the batch
     context_len_max: int
+    num_rows_min: int = 1  # no query is shorter, one of padding (0 rows) aside
     num_keys_max: int | None = None  # bound of the sum of context_len, which sizes scratch; None: only the above
 
 

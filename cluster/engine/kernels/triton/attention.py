@@ -162,39 +162,66 @@ def count_splits(
 
 
 @triton.jit(do_not_specialize=["num_sequences", "max_rows", "window"])
-def split_kernel(
-    q_ptr, kv_ptr, out_ptr, partial_ptr, partial_m_ptr, partial_l_ptr, query_start_ptr, context_len_ptr, table_ptr,
-    num_sequences, max_rows, window, scale_log2, stride_q, stride_out, stride_table, stride_block, stride_kv,
-    stride_head,
-    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_KV: tl.constexpr, SPLIT_KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_B: tl.constexpr, PDL: tl.constexpr,
+def list_splits_kernel(
+    records_ptr, firsts_ptr, query_start_ptr, context_len_ptr, num_sequences, max_rows, window,
+    SPLIT_KEYS: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """Few rows, many keys: one (sequence, split, KV head) at a time, partial results to scratch.
+    """The work of `split_kernel`, one record per program: sequence, split, the sequence's first row of the step,
+    its rows, its context. Once per step instead of in every program of every layer.
 
-    The list of work is implied by the lengths on the device, so the grid is fixed and the kernel can
-    be captured. Partials of item i lie at i: (max_rows · GROUP, D) values, m, and (.., 8) l. A sequence
-    of one split is folded here and goes to the result: `fold_kernel` leaves it alone. Splits that no row
-    sees are not on the list.
+    `firsts[b]` is the place of sequence b's first record, `firsts[B]` the number of records. Splits that no row
+    sees are not listed.
     """
-    begin(PDL)
     splits = count_splits(query_start_ptr, context_len_ptr, num_sequences, max_rows, window, SPLIT_KEYS, BLOCK_B)
     ends = tl.cumsum(splits, axis=0)
-    num_items = tl.sum(splits, axis=0) * NUM_KV_HEADS
     sequences = tl.arange(0, BLOCK_B)
-    tile_row = tl.arange(0, BLOCK_ROWS)
-    offs_d = tl.arange(0, BLOCK_D)
-    for item in tl.range(tl.program_id(0), num_items, tl.num_programs(0)):
-        kv_head = item % NUM_KV_HEADS
-        index = item // NUM_KV_HEADS
+    index = tl.program_id(0)
+    if index == 0:
+        tl.store(firsts_ptr + sequences, ends - splits, mask=sequences < num_sequences)
+        tl.store(firsts_ptr + num_sequences, tl.sum(splits, axis=0))
+    if index < tl.sum(splits, axis=0):
         sequence = find_item(ends, index)
         place = index - tl.sum(tl.where(sequences < sequence, splits, 0), axis=0)
         row_start = tl.load(query_start_ptr + sequence)
         num_rows = tl.load(query_start_ptr + sequence + 1) - row_start
         context = tl.load(context_len_ptr + sequence)
+        record_ptr = records_ptr + index * 8
+        tl.store(record_ptr, sequence)
+        tl.store(record_ptr + 1, first_visible(context - num_rows, window) // SPLIT_KEYS + place)
+        tl.store(record_ptr + 2, row_start)
+        tl.store(record_ptr + 3, num_rows)
+        tl.store(record_ptr + 4, context)
+
+
+@triton.jit(do_not_specialize=["num_sequences", "max_rows", "window"])
+def split_kernel(
+    q_ptr, kv_ptr, out_ptr, partial_ptr, partial_m_ptr, partial_l_ptr, records_ptr, firsts_ptr, table_ptr,
+    num_sequences, max_rows, window, scale_log2, stride_q, stride_out, stride_table, stride_block, stride_kv,
+    stride_head,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_KV: tl.constexpr, SPLIT_KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Few rows, many keys: one (sequence, split, KV head) at a time, partial results to scratch.
+
+    The list of work is on the device, so the grid is fixed and the kernel can be captured. Partials of item i
+    lie at i: (max_rows · GROUP, D) values, m, and (.., 8) l. A sequence of one split is folded here and goes to
+    the result: `fold_kernel` leaves it alone.
+    """
+    begin(PDL)
+    num_items = tl.load(firsts_ptr + num_sequences) * NUM_KV_HEADS
+    tile_row = tl.arange(0, BLOCK_ROWS)
+    offs_d = tl.arange(0, BLOCK_D)
+    for item in tl.range(tl.program_id(0), num_items, tl.num_programs(0)):
+        kv_head = item % NUM_KV_HEADS
+        record_ptr = records_ptr + item // NUM_KV_HEADS * 8
+        sequence = tl.load(record_ptr)
+        split = tl.load(record_ptr + 1)
+        row_start = tl.load(record_ptr + 2)
+        num_rows = tl.load(record_ptr + 3)
+        context = tl.load(record_ptr + 4)
         first_seen = first_visible(context - num_rows, window)
         first_split = first_seen // SPLIT_KEYS
-        split = first_split + place
 
         row = tile_row // GROUP
         head = kv_head * GROUP + tile_row % GROUP
@@ -246,12 +273,12 @@ def split_kernel(
             tl.store(partial_l_ptr + scratch_row[:, None] * 8 + lanes[None, :], l, mask=valid[:, None])
 
 
-@triton.jit(do_not_specialize=["num_sequences", "max_rows", "window"])
+@triton.jit(do_not_specialize=["max_rows", "window"])
 def fold_kernel(
-    out_ptr, partial_ptr, partial_m_ptr, partial_l_ptr, query_start_ptr, context_len_ptr, num_sequences,
+    out_ptr, partial_ptr, partial_m_ptr, partial_l_ptr, firsts_ptr, query_start_ptr, context_len_ptr,
     max_rows, window, stride_out,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    SPLIT_KEYS: tl.constexpr, BLOCK_B: tl.constexpr, PDL: tl.constexpr,
+    SPLIT_KEYS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Left fold over the splits of one (row, query head), ascending, where there are several."""
     begin(PDL)
@@ -263,8 +290,7 @@ def fold_kernel(
     context = tl.load(context_len_ptr + sequence)
     num_splits = tl.cdiv(context, SPLIT_KEYS) - first_visible(context - num_rows, window) // SPLIT_KEYS
     if (num_rows <= max_rows) & (row < num_rows) & (num_splits > 1):
-        splits = count_splits(query_start_ptr, context_len_ptr, num_sequences, max_rows, window, SPLIT_KEYS, BLOCK_B)
-        before = tl.sum(tl.where(tl.arange(0, BLOCK_B) < sequence, splits, 0), axis=0)
+        before = tl.load(firsts_ptr + sequence)
         offs_d = tl.arange(0, BLOCK_D)
         tile_row = row * GROUP + head % GROUP
         M = tl.full((1,), float("-inf"), tl.float32)
@@ -389,3 +415,33 @@ def prefill_kernel(
         y = tl.math.div_rn(O, tl.broadcast_to(total(L)[:, None], O.shape)) + 0.0
         out_ptrs = out_ptr + (row_start + row).to(tl.int64)[:, None] * stride_out + head[:, None] * D + offs_d[None, :]
         tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=valid[:, None] & (offs_d < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["num_sequences", "max_rows"])
+def list_tiles_kernel(
+    tiles_ptr, query_start_ptr, context_len_ptr, num_sequences, max_rows,
+    ROWS_PER_TILE: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """One record per program: sequence, first row in it, the sequence's first row of the step, its rows, its context.
+
+    Once per step instead of in every program of every layer. Sequences with more than max_rows rows have tiles,
+    listed as `prefill_kernel` takes them; the records past the last tile have no rows.
+    """
+    sequences = tl.arange(0, BLOCK_B)
+    keep_sequence = sequences < num_sequences
+    first = tl.load(query_start_ptr + sequences, mask=keep_sequence, other=0)
+    last = tl.load(query_start_ptr + sequences + 1, mask=keep_sequence, other=0)
+    tiles = tl.where(last - first > max_rows, tl.cdiv(last - first, ROWS_PER_TILE), 0)
+    index = tl.sum(tiles, axis=0) - 1 - tl.program_id(0)
+    tile_ptr = tiles_ptr + tl.program_id(0) * 8
+    if index >= 0:
+        sequence = find_item(tl.cumsum(tiles, axis=0), index)
+        tile = index - tl.sum(tl.where(sequences < sequence, tiles, 0), axis=0)
+        row_start = tl.load(query_start_ptr + sequence)
+        tl.store(tile_ptr, sequence)
+        tl.store(tile_ptr + 1, tile * ROWS_PER_TILE)
+        tl.store(tile_ptr + 2, row_start)
+        tl.store(tile_ptr + 3, tl.load(query_start_ptr + sequence + 1) - row_start)
+        tl.store(tile_ptr + 4, tl.load(context_len_ptr + sequence))
+    else:
+        tl.store(tile_ptr + 3, 0)

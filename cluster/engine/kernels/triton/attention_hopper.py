@@ -16,10 +16,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+
+from cluster.engine.kernels.triton.gluon_names import async_load, barrier
 
 
 @gluon.jit
@@ -75,10 +76,10 @@ def _produce(
         place = block * rows_per_block + place_head + start % BLOCK_SIZE
         mbarrier.wait(k_free.index(stage), free_phase)
         mbarrier.expect(k_ready.index(stage), kv_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(kv_desc, [place, 0], k_ready.index(stage), k_ring.index(stage))
+        async_load(kv_desc, [place, 0], k_ready.index(stage), k_ring.index(stage))
         mbarrier.wait(v_free.index(stage), free_phase)
         mbarrier.expect(v_ready.index(stage), kv_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(kv_desc, [place + rows_of_kv, 0], v_ready.index(stage), v_ring.index(stage))
+        async_load(kv_desc, [place + rows_of_kv, 0], v_ready.index(stage), v_ring.index(stage))
 
 
 @gluon.jit
@@ -134,7 +135,7 @@ def _consume(
     q_offsets = gl.expand_dims((row_start + row).to(gl.int64) * stride_q + head * D, 1) + gl.expand_dims(offs_d, 0)
     q_buffer.store(gl.load(q_ptr + q_offsets, mask=gl.expand_dims(valid, 1), other=0.0))
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
 
     s_row = WHICH * 64 + gl.arange(0, 64, gl.SliceLayout(1, S_LAYOUT))
     q_pos = context - num_rows + gl.minimum(first_row + s_row // GROUP, num_rows - 1)
@@ -155,7 +156,7 @@ def _consume(
 
     mbarrier.wait(k_ready.index(0), 0)
     s = warpgroup_mma(q_buffer, k_ring.index(0).permute([1, 0]), zeros_s, use_acc=False)
-    gl.thread_barrier()
+    barrier()
     mbarrier.arrive(k_free.index(0), count=1)
     masked = whole_to <= 0
     if window is not None:
@@ -173,7 +174,7 @@ def _consume(
         mbarrier.wait(v_ready.index(previous), ((i - 1) // STAGES) & 1)
         acc_token = warpgroup_mma(p_operand, v_ring.index(previous), acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s_token])
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(k_free.index(stage), count=1)
         block = first_block + i
         new_split = block % BLOCKS_PER_SPLIT == 0
@@ -184,7 +185,7 @@ def _consume(
         top, alpha, p = _softmax(s, q_pos, block * BLOCK_KV, before, scale_log2, masked, window, S_LAYOUT, BLOCK_KV)
         sums = gl.convert_layout(_lane_sums(p), L_LAYOUT)
         acc = warpgroup_mma_wait(0, deps=[acc_token])
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(v_free.index(previous), count=1)
         if new_split:  # alpha is 0 here, which clears l and acc for the split that begins
             M, L, O = _fold(M, L, O, m, l, acc, L_LAYOUT, O_LAYOUT)
@@ -196,19 +197,26 @@ def _consume(
     mbarrier.wait(v_ready.index(last % STAGES), (last // STAGES) & 1)
     if (first_block + num_blocks) * BLOCK_KV > context:
         _zero_stale_values(v_ring.index(last % STAGES), (first_block + last) * BLOCK_KV, context, BLOCK_KV, D)
-        gl.thread_barrier()
+        barrier()
     acc = acc * _wide(alpha, acc, O_LAYOUT)
     acc = warpgroup_mma(p_operand, v_ring.index(last % STAGES), acc)
     M, L, O = _fold(M, L, O, m, l, acc, L_LAYOUT, O_LAYOUT)
 
     y = gl.div_rn(O, gl.expand_dims(_total(L, O_LAYOUT), 1) + gl.zeros_like(O)) + 0.0
-    o_row = WHICH * 64 + gl.arange(0, 64, gl.SliceLayout(1, O_LAYOUT))
-    row = first_row + o_row // GROUP
-    head = kv_head * GROUP + o_row % GROUP
-    valid = (row < num_rows) & (o_row < ROWS_PER_TILE * GROUP)
-    offs_d = gl.arange(0, D, gl.SliceLayout(0, O_LAYOUT))
-    offsets = gl.expand_dims((row_start + row).to(gl.int64) * stride_out + head * D, 1) + gl.expand_dims(offs_d, 0)
-    gl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=gl.expand_dims(valid, 1))
+    if out_ptr.dtype.element_ty == q_ptr.dtype.element_ty:
+        # Back through q's buffer, whose last reader has ended, so that rows leave in pieces of 16 bytes.
+        q_buffer.store(y.to(q_ptr.dtype.element_ty))
+        barrier()
+        offsets = gl.expand_dims((row_start + row).to(gl.int64) * stride_out + head * D, 1) + gl.expand_dims(offs_d, 0)
+        gl.store(out_ptr + offsets, q_buffer.load(Q_LAYOUT), mask=gl.expand_dims(valid, 1))
+    else:
+        o_row = WHICH * 64 + gl.arange(0, 64, gl.SliceLayout(1, O_LAYOUT))
+        row = first_row + o_row // GROUP
+        head = kv_head * GROUP + o_row % GROUP
+        valid = (row < num_rows) & (o_row < ROWS_PER_TILE * GROUP)
+        offs_d = gl.arange(0, D, gl.SliceLayout(0, O_LAYOUT))
+        offsets = gl.expand_dims((row_start + row).to(gl.int64) * stride_out + head * D, 1) + gl.expand_dims(offs_d, 0)
+        gl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=gl.expand_dims(valid, 1))
 
 
 @gluon.jit
@@ -223,31 +231,25 @@ def _fold(M, L, O, m, l, acc, L_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr):
     return top, L, O
 
 
-@gluon.jit(do_not_specialize=["num_sequences", "max_rows", "window"])
+@gluon.jit(do_not_specialize=["window"])
 def prefill_hopper_kernel(
-    q_ptr, kv_desc, out_ptr, query_start_ptr, context_len_ptr, table_ptr,
-    num_sequences, max_rows, window, scale_log2, stride_q, stride_out, stride_table, rows_per_block, rows_of_kv,
-    rows_of_head,
+    q_ptr, kv_desc, out_ptr, tiles_ptr, table_ptr,
+    window, scale_log2, stride_q, stride_out, stride_table, rows_per_block, rows_of_kv, rows_of_head,
     GROUP: gl.constexpr, D: gl.constexpr, BLOCK_KV: gl.constexpr, SPLIT_KEYS: gl.constexpr,
-    BLOCK_SIZE: gl.constexpr, BLOCK_B: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, KV heads) as in `attention.prefill_kernel`, tiles of 128 rows. `rows_*` count rows of D."""
+    """Grid (tiles, KV heads): one tile of 128 rows from the list of `attention.list_tiles_kernel`.
+
+    `rows_*` count rows of D.
+    """
     ROWS_PER_TILE: gl.constexpr = 128 // GROUP
-    B_LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    sequences = gl.arange(0, BLOCK_B, B_LAYOUT)
-    exists = sequences < num_sequences
-    first = gl.load(query_start_ptr + sequences, mask=exists, other=0)
-    last = gl.load(query_start_ptr + sequences + 1, mask=exists, other=0)
-    tiles = gl.where(last - first > max_rows, (last - first + ROWS_PER_TILE - 1) // ROWS_PER_TILE, 0)
-    index = gl.sum(tiles, axis=0) - 1 - gl.program_id(0)
-    if index >= 0:
-        ends = gl.associative_scan(tiles, 0, _add)
-        sequence = gl.sum((ends <= index).to(gl.int32), axis=0)
-        tile = index - gl.sum(gl.where(sequences < sequence, tiles, 0), axis=0)
-        row_start = gl.load(query_start_ptr + sequence)
-        num_rows = gl.load(query_start_ptr + sequence + 1) - row_start
-        context = gl.load(context_len_ptr + sequence)
-        first_row = tile * ROWS_PER_TILE
+    tile_ptr = tiles_ptr + gl.program_id(0) * 8
+    sequence = gl.load(tile_ptr)
+    first_row = gl.load(tile_ptr + 1)
+    row_start = gl.load(tile_ptr + 2)
+    num_rows = gl.load(tile_ptr + 3)
+    context = gl.load(tile_ptr + 4)
+    if num_rows > 0:
         key_stop = gl.minimum(context - num_rows + first_row + ROWS_PER_TILE, context)
         first_block = _first_visible(context - num_rows + first_row, window) // BLOCK_KV
         num_blocks = (key_stop + BLOCK_KV - 1) // BLOCK_KV - first_block
@@ -298,8 +300,3 @@ def prefill_hopper_kernel(
             [4, 1],
             [240, 24],
         )  # fmt: skip
-
-
-@gluon.jit
-def _add(a, b):
-    return a + b
