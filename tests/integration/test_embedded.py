@@ -60,6 +60,27 @@ def test_an_fp8_model_has_the_same_bits_alone_and_among_others(tmp_path: Path) -
         assert llm.generate(prompts, sampling) != together
 
 
+def test_a_model_with_windows_has_the_same_bits_alone_and_among_others(tmp_path: Path) -> None:
+    """Prompts of several windows, chunks and blocks, one with a cached prefix; one layer has a window, one has none."""
+    window = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}
+    path = save_safetensors(random_model("qwen2", **window), tmp_path)
+    tiny_tokenizer(320).save(str(path / "tokenizer.json"))
+    prompts = [[(7 * i + length) % 300 + 3 for i in range(length)] for length in (1, 17, 40, 90)]
+    prompts.append(prompts[-1][:64] + [5] * 30)
+    sampling = SamplingParams(max_tokens=40, seed=5, temperature=0.9, ignore_eos=True, logprobs=2)
+    results = []
+    for max_batched_tokens in (32, 200):
+        engine = EngineConfig(
+            block_size=16, num_threads=1, max_batched_tokens=max_batched_tokens, max_num_sequences=4,
+            kv_cache_bytes=4 << 20,
+        )  # fmt: skip
+        with LLM(str(path), engine=engine) as llm:
+            results.append(llm.generate(prompts, sampling))
+            results.append([llm.generate([prompt], sampling)[0] for prompt in prompts])
+    bits = [[(each.token_ids, each.logprobs) for each in completions] for completions in results]
+    assert all(each == bits[0] for each in bits)
+
+
 def test_text_errors_and_close(demo: Path) -> None:
     with LLM(str(demo), engine=ENGINE) as llm:
         greedy = SamplingParams(max_tokens=6, seed=0, temperature=0.0)

@@ -19,21 +19,19 @@ from tests.unit.triton_compile import compiled_for_hopper
 CONTEXTS = [700, 600, 1]
 
 
-def _compiled(directory: Path, window: int | None, *, use_tma: bool) -> dict[str, Any]:
-    """Decode and prefill of one batch: the kernels by name."""
+def _compiled(directory: Path, window: int | None) -> dict[str, Any]:
+    """Decode and prefill of one batch: every kernel by its name."""
     cache = Paged(CONTEXTS, num_heads=8, num_kv_heads=2, head_size=64, device="cpu")
     metadata = cache.metadata([0, 1, 2], [700, 2, 1], CONTEXTS)
     q = torch.cat([cache.q[0], cache.q[1][:2], cache.q[2]])
-    plan = AttentionPlan(prefill_use_tma=use_tma)
+    plan = AttentionPlan(prefill_use_tma=True)
     with compiled_for_hopper(directory) as kernels:
         launch.run_attention(q, cache.layer, metadata, cache.scale, plan, NUM_MULTIPROCESSORS, window=window)
     return {kernel.metadata.name: kernel for kernel in kernels}
 
 
-@pytest.mark.parametrize("use_tma", [False, True])
-def test_a_window_is_compiled_in_only_where_there_is_one(use_tma: bool, tmp_path: Path) -> None:
-    full = _compiled(tmp_path, None, use_tma=use_tma)
-    windowed = _compiled(tmp_path, 40, use_tma=use_tma)
+def test_a_window_is_compiled_in_only_where_there_is_one(tmp_path: Path) -> None:
+    full, windowed = _compiled(tmp_path, None), _compiled(tmp_path, 40)
     assert set(full) == set(windowed) == {"list_splits_kernel", "split_kernel", "fold_kernel", "prefill_kernel"}
     for name, kernel in full.items():
         parameters = [
@@ -44,5 +42,5 @@ def test_a_window_is_compiled_in_only_where_there_is_one(use_tma: bool, tmp_path
 
 
 def test_another_window_needs_no_other_kernel(tmp_path: Path) -> None:
-    first, second = (_compiled(tmp_path, window, use_tma=False) for window in (40, 512))
+    first, second = (_compiled(tmp_path, window) for window in (40, 512))
     assert {kernel.hash for kernel in first.values()} == {kernel.hash for kernel in second.values()}
