@@ -1,7 +1,8 @@
 """What a step costs the host: Python between two launches, without a GPU.
 
 The GPU's runner over a device that answers at once: scheduling, staging, sampling, commit and events are
-what they are, the kernels are stubs. Parts are exclusive of each other; microseconds per sequence and step.
+what they are, the kernels are stubs. Parts are exclusive of each other; microseconds of the thread's own
+processor time per sequence and step, so that other processes disturb less.
 
     python -m benchmarks.host_step [--batch 256] [--rounds N] [--only greedy] [--dry-run]
 
@@ -9,6 +10,7 @@ what they are, the kernels are stubs. Parts are exclusive of each other; microse
     sampled   the same with temperature
     logprobs  the same with temperature and the logprobs of the five most likely tokens
     mixed     200 sequences decode beside chunks of prompts that keep coming, 512 rows a step
+    turnover  in every step a sequence ends, and the prompt of another takes its place
 
 `frame` is what the event loop of a worker then does with a step's events, up to the bytes for the router;
 it takes the interpreter from the engine's thread. `launch` is without the model's own launches, of which
@@ -58,6 +60,7 @@ class Scenario:
     sampling: dict[str, Any]
     max_batched_tokens: int = 8192
     has_prompts: bool = False
+    has_turnover: bool = False
 
 
 def scenarios(batch: int) -> list[Scenario]:
@@ -67,6 +70,7 @@ def scenarios(batch: int) -> list[Scenario]:
         Scenario("sampled", batch, noisy),
         Scenario("logprobs", batch, {**noisy, "logprobs": 5}),
         Scenario("mixed", min(MIXED_DECODING, batch), {"temperature": 0.0}, MIXED_ROWS, has_prompts=True),
+        Scenario("turnover", batch, {"temperature": 0.0}, has_turnover=True),
     ]
 
 
@@ -160,11 +164,11 @@ class Parts:
     @contextmanager
     def time(self, name: str) -> Iterator[None]:
         self._inner.append(0.0)
-        start = time.perf_counter()
+        start = time.thread_time()
         try:
             yield
         finally:
-            elapsed = time.perf_counter() - start
+            elapsed = time.thread_time() - start
             self.seconds[name] += elapsed - self._inner.pop()
             self._inner[-1] += elapsed
 
@@ -208,11 +212,11 @@ class HostBench:
     def microseconds(self) -> dict[str, float]:
         """Of one run: by part, per decoding sequence and step."""
         scenario, engine = self._scenario, self._engine
-        for _ in range(scenario.num_decoding):
-            self._add(PROMPT_TOKENS, OUTPUT_TOKENS, **scenario.sampling)
+        for index in range(scenario.num_decoding):
+            self._add(PROMPT_TOKENS, OUTPUT_TOKENS + index * scenario.has_turnover, **scenario.sampling)
         while any(sequence.num_output_tokens == 0 for sequence in engine._sequences.values()):
             self._step()
-        for _ in range(SKIPPED_STEPS):
+        for _ in range(OUTPUT_TOKENS if scenario.has_turnover else SKIPPED_STEPS):
             self._step()
         self._parts.seconds.clear()
         gc.collect()
@@ -220,8 +224,10 @@ class HostBench:
         for _ in range(num_steps):
             if scenario.has_prompts and not any(each.num_unscheduled_tokens > 1 for each in engine.scheduler.running):
                 self._add(MIXED_PROMPT, 1, temperature=0.0)
+            while scenario.has_turnover and len(engine._sequences) < scenario.num_decoding:
+                self._add(PROMPT_TOKENS, OUTPUT_TOKENS, **scenario.sampling)
             self._step()
-        assert sum(len(each.token_ids) > PROMPT_TOKENS for each in engine._sequences.values()) >= scenario.num_decoding
+        assert len(engine._sequences) >= scenario.num_decoding - scenario.has_turnover
         found = {
             name: 1e6 * seconds / num_steps / scenario.num_decoding for name, seconds in self._parts.seconds.items()
         }

@@ -100,7 +100,8 @@ class Batch:
 
 
 def is_decoding(entry: ScheduledSequence) -> bool:
-    return entry.num_tokens == 1 and entry.samples and not entry.sequence.wants_prompt_logprobs
+    """Its one row is that of its newest token, which lies behind all whose prompt logprobs may be owed."""
+    return entry.num_tokens == 1 and entry.samples
 
 
 class SampledToken(msgspec.Struct, frozen=True, gc=False):

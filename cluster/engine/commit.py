@@ -20,6 +20,8 @@ from cluster.engine.timings import EngineTimings
 from cluster.errors import NumericalError, TandemError
 from cluster.types import FinishReason, RequestError, TokenChunk, TokenLogprob
 
+_NextToken = tuple[Sequence, int, tuple[TokenLogprob, ...]]  # with its logprob, if asked for
+
 
 class Committer:
     """Applies step results to the sequences and collects the events of the engine's next report."""
@@ -71,15 +73,17 @@ class Committer:
             assert batch.cohort is not None
             assert batch.age > 0
             none: Iterable[tuple[TokenLogprob, ...]] = repeat(())
-            self._commit_next_tokens(batch.cohort.sequences, result.token_ids, result.logprobs or none, now)
+            self._commit_next(zip(batch.cohort.sequences, result.token_ids, result.logprobs or none, strict=False), now)
             return
+        next_tokens: list[_NextToken] = []  # of entries in a row: events stay in the order of the entries
         for index, entry in enumerate(batch.scheduled):
             sequence, sampled = entry.sequence, result.sampled[index]
-            if self._is_next_token(entry, sampled):
+            if self._draws_next(entry, sampled):
                 token = sampled[0]
-                logprobs = () if token.logprob is None else (token.logprob,)
-                self._commit_next_tokens((sequence,), (token.token_id,), (logprobs,), now)
+                next_tokens.append((sequence, token.token_id, () if token.logprob is None else (token.logprob,)))
                 continue
+            self._commit_next(next_tokens, now)
+            next_tokens.clear()
             sequence.num_in_flight -= 1
             sequence.num_pending_tokens -= entry.samples
             if entry.drafts:
@@ -88,22 +92,17 @@ class Committer:
                 self._release_finished(sequence)
             else:
                 self._commit_entry(entry, sampled, result.prompt_logprobs[index], now)
+        self._commit_next(next_tokens, now)
 
-    def _is_next_token(self, entry: ScheduledSequence, sampled: tuple[SampledToken, ...]) -> bool:
+    def _draws_next(self, entry: ScheduledSequence, sampled: tuple[SampledToken, ...]) -> bool:
         """One sound token behind the first one, from a row that owes nothing else: most of all entries."""
         return is_decoding(entry) and entry.sequence.has_emitted and not self._hands_over and not sampled[0].is_nan
 
-    def _commit_next_tokens(
-        self,
-        sequences: Iterable[Sequence],
-        token_ids: Iterable[int],
-        logprobs: Iterable[tuple[TokenLogprob, ...]],
-        now: float,
-    ) -> None:
-        """`_commit_entry` of many for which `_is_next_token`."""
+    def _commit_next(self, next_tokens: Iterable[_NextToken], now: float) -> None:
+        """`_commit_entry` of many that `_draws_next`."""
         events, blocks = self._events, self._scheduler.blocks
         block_size = blocks.block_size
-        for sequence, token_id, token_logprobs in zip(sequences, token_ids, logprobs, strict=False):
+        for sequence, token_id, logprobs in next_tokens:
             sequence.num_in_flight -= 1
             sequence.num_pending_tokens -= 1
             if sequence.is_finished:
@@ -117,7 +116,7 @@ class Committer:
                 blocks.register_computed(sequence.table, sequence.chain, num_stored)
             self.num_generated_tokens += 1
             if num_stored + 1 >= sequence.max_total_tokens or token_id in sequence.stop_token_ids:
-                tokens = (SampledToken(token_id, *token_logprobs or (None,)),)
+                tokens = (SampledToken(token_id, logprobs[0] if logprobs else None),)
                 self._end_regularly(sequence, self._make_chunk(sequence, tokens), now)
                 continue
             request = sequence.request
@@ -127,7 +126,7 @@ class Committer:
                     attempt=request.attempt,
                     index=num_stored - sequence.prompt_length,
                     token_ids=(token_id,),
-                    logprobs=token_logprobs,
+                    logprobs=logprobs,
                 )
             )
 
