@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.gpu.engine import EngineBench, make_bench
 from benchmarks.gpu.exactness import Cell, Exactness, compare, make_requests, standard_cells
-from benchmarks.gpu.random_model import LLAMA_8B, QWEN3_30B_A3B, random_decoder
+from benchmarks.gpu.random_model import DEEPSEEK_V2_LITE, LLAMA_8B, QWEN3_30B_A3B, random_decoder
 from benchmarks.gpu.timing import copy_bandwidth_tb_s
 from benchmarks.results import append_result
 from cluster.engine.kernels.cuda_ops import CudaOps
@@ -91,11 +91,13 @@ def _record_more_shapes(bench: EngineBench, append: _Append) -> None:
 
 
 def record_exactness(out: Path, num_requests: int = 48, num_tokens: int = 8) -> None:
-    """`exactness_gpu`: an 8B-shaped Llama and a Qwen3-30B-A3B cut to six layers, each alone against every cell."""
+    """`exactness_gpu`: an 8B-shaped Llama, a Qwen3-30B-A3B and a DeepSeek-V2-Lite cut to a few layers, each request
+    alone against every cell."""
     append = _appender("exactness_gpu", out)
     models = {
         "llama 8B": LLAMA_8B,
         "qwen3 30B A3B, 6 layers": msgspec.structs.replace(QWEN3_30B_A3B, num_layers=6),
+        "deepseek V2 Lite, 4 layers": msgspec.structs.replace(DEEPSEEK_V2_LITE, num_layers=4),
     }
     for name, config in models.items():
         ops = CudaOps(torch.device("cuda"))

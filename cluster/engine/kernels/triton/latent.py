@@ -58,9 +58,12 @@ def load_queries(
     q_rope = load_part(q_rope_ptr, row * stride_rope + head * R, valid, 0, BLOCK_R, R)
     if VALUE == 0:
         q = load_part(q_ptr, place, valid, 0, BLOCK_L, L)
-        return q, q, q_rope
-    HALF: tl.constexpr = BLOCK_L // 2
-    return load_part(q_ptr, place, valid, 0, HALF, L), load_part(q_ptr, place, valid, HALF, HALF, L), q_rope
+        q_second = q
+    else:
+        HALF: tl.constexpr = BLOCK_L // 2
+        q = load_part(q_ptr, place, valid, 0, HALF, L)
+        q_second = load_part(q_ptr, place, valid, HALF, HALF, L)
+    return q, q_second, q_rope
 
 
 @triton.jit
