@@ -1,9 +1,9 @@
 """A 64-bit digest of KV content that does not depend on how the content is laid out.
 
-For one row (layer l, K or V, KV head h, absolute position p) of `head_size` elements, read as
-little-endian 64-bit words w_j:
+For one row (layer l, plane v of P, KV head h, absolute position p) of `head_size` elements, read as
+little-endian 64-bit words w_j, where P is 2 (v: 0 for K, 1 for V) or 1 (a latent row):
 
-    row    = mix(sum_j fold(w_j) * KEY_j  +  A * p  +  B * (2 l + v)  +  C * h)        v: 0 for K, 1 for V
+    row    = mix(sum_j fold(w_j) * KEY_j  +  A * p  +  B * (P l + v)  +  C * h)
     digest = sum of the rows                                                      all modulo 2**64
 
 with fold(w) = w ^ (w >> 32), so that high bits reach low ones before the product, and splitmix64's
@@ -107,8 +107,8 @@ class _HostDigester:
     def __init__(self, words_NL2HSW: torch.Tensor, key_W: _UInt64, first_layer: int, first_kv_head: int) -> None:
         self._words_NL2HSW: _UInt64 = words_NL2HSW.numpy().view(np.uint64)
         self._key_W = key_W
-        _, layers, _, heads, _, _ = words_NL2HSW.shape
-        layer_key_L1 = _multiples(_B, 2 * first_layer, 2 * layers).reshape(layers, 2, 1)
+        _, layers, planes, heads, _, _ = words_NL2HSW.shape
+        layer_key_L1 = _multiples(_B, planes * first_layer, planes * layers).reshape(layers, planes, 1)
         self._place_L2H1 = (layer_key_L1 + _multiples(_C, first_kv_head, heads))[..., np.newaxis]
 
     def begin(self, spans: Sequence[Span]) -> Digests:

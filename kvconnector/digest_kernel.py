@@ -25,7 +25,7 @@ def digest_kernel(
     NUM_TOKENS: tl.constexpr, NUM_WORDS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_WORDS: tl.constexpr,
     A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr,
 ):  # fmt: skip
-    """One program per (span, layer and K or V, head). A span: block, absolute position of its token 0, start, end."""
+    """One program per (span, layer and plane, head). A span: block, absolute position of its token 0, start, end."""
     span = tl.program_id(0)
     place = tl.program_id(1)
     head = tl.program_id(2)
@@ -59,10 +59,10 @@ def start_digests(
 ) -> torch.Tensor:
     """(N, H) int64 on the device, queued on the current stream. All operands are int64; `constants` are the
     names of the formula (A, B, C, M1, M2)."""
-    _, layers, two, heads, tokens, words = words_NL2HSW.shape
+    _, layers, planes, heads, tokens, words = words_NL2HSW.shape
     totals = torch.zeros((len(spans_N4), heads), dtype=torch.int64, device=words_NL2HSW.device)
-    digest_kernel[(len(spans_N4), layers * two, heads)](
-        words_NL2HSW, key_W, spans_N4, totals, words_NL2HSW.stride(0), 2 * first_layer, first_kv_head,
+    digest_kernel[(len(spans_N4), layers * planes, heads)](
+        words_NL2HSW, key_W, spans_N4, totals, words_NL2HSW.stride(0), planes * first_layer, first_kv_head,
         NUM_HEADS=heads, NUM_TOKENS=tokens, NUM_WORDS=words, BLOCK_TOKENS=triton.next_power_of_2(tokens),
         BLOCK_WORDS=triton.next_power_of_2(words), num_warps=4, **constants,
     )  # fmt: skip

@@ -36,9 +36,10 @@ class Shard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return range(self.first_kv_head, self.first_kv_head + self.layout.num_kv_heads)
 
     def offset(self, layer: int, which: int, kv_head: int, token: int) -> int:
-        """Byte offset in a block of one row; `which` is 0 for K and 1 for V, the rest is global."""
+        """Byte offset in a block of one row; `which` is its plane (0 for K, 1 for V), the rest is global."""
         layout = self.layout
-        head_index = ((layer - self.first_layer) * 2 + which) * layout.num_kv_heads + kv_head - self.first_kv_head
+        plane_index = (layer - self.first_layer) * layout.num_planes + which
+        head_index = plane_index * layout.num_kv_heads + kv_head - self.first_kv_head
         return head_index * layout.head_bytes + token * layout.head_size * layout.element_bytes
 
 
@@ -53,14 +54,14 @@ def plan(
     A shard comes with the block ids of the sequence in its pool. Where several sources hold the same
     layer and head (replicas), the first one is read. Blocks of equal size are copied whole, so the
     tail of the last one holds what the source has there. Raises `ValueError` if no source has a part
-    that the destination needs, or if dtype or head size differ.
+    that the destination needs, or if dtype, head size or number of planes differ.
     """
     shard, block_ids = destination
     missing = {(layer, head) for layer in shard.layers for head in shard.kv_heads}
     plans: list[list[Piece]] = []
     for source, source_block_ids in sources:
-        if (source.layout.head_size, source.layout.dtype) != (shard.layout.head_size, shard.layout.dtype):
-            raise ValueError("source and destination differ in head size or dtype")
+        if _row_kind(source.layout) != _row_kind(shard.layout):
+            raise ValueError("source and destination differ in head size, dtype or number of planes")
         wanted = frozenset(
             (layer, head) for layer in source.layers for head in source.kv_heads if (layer, head) in missing
         )
@@ -70,6 +71,10 @@ def plan(
         layer, head = min(missing)
         raise ValueError(f"no source holds layer {layer}, KV head {head}")
     return plans
+
+
+def _row_kind(layout: KVLayout) -> tuple[int, str, int]:
+    return layout.head_size, layout.dtype, layout.num_planes
 
 
 def _pieces(
@@ -114,7 +119,7 @@ def _template(
             num_bytes,
         )
         for layer in source.layers
-        for which in (0, 1)
+        for which in range(source.layout.num_planes)
         for head in source.kv_heads
         if (layer, head) in cells
     )

@@ -12,7 +12,7 @@ import msgspec
 import torch
 
 from benchmarks.gpu.exactness import Cell, Exactness, compare, make_requests, standard_cells
-from benchmarks.gpu.random_model import LLAMA_8B, LLAMA_8B_FP8, QWEN3_30B_A3B, random_decoder
+from benchmarks.gpu.random_model import DEEPSEEK_V2_LITE, LLAMA_8B, LLAMA_8B_FP8, QWEN3_30B_A3B, random_decoder
 from benchmarks.gpu.record_engine import appender
 from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.models.config import ModelConfig
@@ -20,6 +20,7 @@ from cluster.engine.models.config import ModelConfig
 MODELS: dict[str, tuple[str, ModelConfig]] = {
     "llama": ("llama 8B", LLAMA_8B),
     "qwen3-moe": ("qwen3 30B A3B, 6 layers", msgspec.structs.replace(QWEN3_30B_A3B, num_layers=6)),
+    "deepseek": ("deepseek V2 Lite, 4 layers", msgspec.structs.replace(DEEPSEEK_V2_LITE, num_layers=4)),
     "llama-fp8": ("llama 8B FP8, 8 layers", msgspec.structs.replace(LLAMA_8B_FP8, num_layers=8)),
 }
 NUM_REQUESTS, NUM_TOKENS = 48, 8

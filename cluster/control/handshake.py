@@ -147,6 +147,8 @@ def shard_from_pb(message: pb.KVShard) -> tuple[Shard, PeerDescription]:
     for field in ("num_layers", "num_kv_heads", "head_size", "block_size"):
         if not 0 < getattr(layout, field) < 1 << 16:
             raise ValueError(f"layout.{field} is {getattr(layout, field)}")
+    if layout.num_planes > 2:
+        raise ValueError(f"layout.num_planes is {layout.num_planes}")
     if layout.dtype not in _DTYPES:
         raise ValueError(f"layout.dtype is {layout.dtype[:64]!r}")
     _at_most("agent_metadata", len(peer.agent_metadata), MAX_METADATA_BYTES)
@@ -158,6 +160,7 @@ def shard_from_pb(message: pb.KVShard) -> tuple[Shard, PeerDescription]:
             head_size=layout.head_size,
             block_size=layout.block_size,
             dtype=layout.dtype,
+            num_planes=layout.num_planes or 2,
         ),
         first_layer=message.first_layer,
         first_kv_head=message.first_kv_head,

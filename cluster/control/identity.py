@@ -5,10 +5,9 @@ from __future__ import annotations
 import msgspec
 
 from cluster.engine.kv_cache import KVLayout
+from cluster.engine.models.config import ModelConfig
 from cluster.engine.models.loader import LoadedModel
 from kvconnector.core.handshake import KVIdentity
-
-KV_AXES = "NL2HSD"  # see cluster/engine/kv_cache.py
 
 
 def kv_identity(loaded: LoadedModel, layout: KVLayout, numeric_fingerprint: str, transport: str) -> KVIdentity:
@@ -21,12 +20,18 @@ def kv_identity(loaded: LoadedModel, layout: KVLayout, numeric_fingerprint: str,
         quantisation=identity.quantisation,
         adapters=identity.adapters,
         kv_dtype=layout.dtype,
-        attention_kind="mha" if config.num_heads == config.num_kv_heads else "gqa",
+        attention_kind=_attention_kind(config),
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,
-        head_size=config.head_size,
+        head_size=layout.head_size,
         rope=rope,
-        kv_layout=KV_AXES,
+        kv_layout=f"NL{layout.num_planes}HSD",  # see cluster/engine/kv_cache.py
         numeric_fingerprint=numeric_fingerprint,
         transports=(transport,),
     )
+
+
+def _attention_kind(config: ModelConfig) -> str:
+    if config.latent is not None:
+        return "mla"
+    return "mha" if config.num_heads == config.num_kv_heads else "gqa"

@@ -108,7 +108,11 @@ def load_worker(
         quantization=config.model_quantization,
         progress=lambda done, total: show("loading weights", done, total),
     )
-    numeric_fingerprint = fingerprint(ops, with_fp8=loaded.config.weight_format is not WeightFormat.BF16)
+    numeric_fingerprint = fingerprint(
+        ops,
+        with_fp8=loaded.config.weight_format is not WeightFormat.BF16,
+        with_latent=loaded.config.latent is not None,
+    )
     draft_model = load_draft_model(config.engine, source, loaded, ops, show)
     show("allocating the KV pool", 0, 0)
     engine = Engine(loaded.model, config.engine, ops, parts.make_policy(), draft_model=draft_model)

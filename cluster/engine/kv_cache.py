@@ -1,6 +1,8 @@
 """The KV tensor of one engine and the description of its layout.
 
-Shape legend: N blocks, L layers, 2 (K then V), H KV heads, S tokens in a block, D head size.
+Shape legend: N blocks, L layers, 2 (K then V), H KV heads, S tokens in a block, D head size. Models with latent
+attention store one row per token, which serves as key and as value: there the axis called 2 has the length 1
+and D is the width of that row.
 
     kv_NL2HSD: one allocation, block-major: everything of one block (all layers) is contiguous, so
     that a hand-over moves few large pieces (design: layout decides the speed of the data plane).
@@ -20,6 +22,7 @@ class KVLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     head_size: int
     block_size: int
     dtype: str = "bfloat16"
+    num_planes: int = 2  # K and V; 1: one latent row that is both
 
     @property
     def element_bytes(self) -> int:
@@ -27,12 +30,12 @@ class KVLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def head_bytes(self) -> int:
-        """Bytes of one (block, layer, K or V, head): `block_size` tokens, contiguous."""
+        """Bytes of one (block, layer, plane, head): `block_size` tokens, contiguous."""
         return self.block_size * self.head_size * self.element_bytes
 
     @property
     def block_bytes(self) -> int:
-        return self.num_layers * 2 * self.num_kv_heads * self.head_bytes
+        return self.num_layers * self.num_planes * self.num_kv_heads * self.head_bytes
 
 
 class KVCache:
@@ -42,7 +45,8 @@ class KVCache:
         """Raises torch.OutOfMemoryError if it does not fit; zeroed."""
         self.layout = layout
         self.num_blocks = num_blocks
-        shape = (num_blocks, layout.num_layers, 2, layout.num_kv_heads, layout.block_size, layout.head_size)
+        planes, heads = layout.num_planes, layout.num_kv_heads
+        shape = (num_blocks, layout.num_layers, planes, heads, layout.block_size, layout.head_size)
         self.kv_NL2HSD = torch.zeros(shape, dtype=getattr(torch, layout.dtype), device=device)
 
     def layer(self, layer_index: int) -> torch.Tensor:

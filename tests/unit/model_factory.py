@@ -14,6 +14,10 @@ import torch
 from gguf import GGMLQuantizationType
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -62,6 +66,38 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         },
     ),
 }
+_LATENT = {
+    "num_key_value_heads": 6,
+    "num_hidden_layers": 3,
+    "q_lora_rank": None,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 20,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "n_group": 4,
+    "topk_group": 2,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10_000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.9,
+    },
+}
+LATENT_FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM, {**_LATENT, "topk_method": "greedy"}),
+    "deepseek_v3": (
+        DeepseekV3Config,
+        DeepseekV3ForCausalLM,
+        {**_LATENT, "q_lora_rank": 40, "routed_scaling_factor": 2.5, "norm_topk_prob": True},
+    ),
+}
 DENSE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 TOKENS = torch.tensor([1, 17, 300, 5, 5, 42, 118, 9, 260, 33, 7, 7, 250, 64, 199, 3, 81, 12, 310, 150])
 _GGUF_NAMES = {
@@ -86,7 +122,7 @@ _GGUF_ARCHITECTURES = {"mixtral": "llama", "qwen3_moe": "qwen3moe"}  # the other
 
 def random_model(family: str, seed: int = 0, **overrides: object) -> PreTrainedModel:
     """An fp32 model whose weights are bf16 numbers, with norms and biases that are not trivial."""
-    config_class, model_class, own = FAMILIES[family]
+    config_class, model_class, own = (FAMILIES | LATENT_FAMILIES)[family]
     torch.manual_seed(seed)
     model = model_class(config_class(**{**SIZES, **own, **overrides}))
     with torch.no_grad():
@@ -97,6 +133,9 @@ def random_model(family: str, seed: int = 0, **overrides: object) -> PreTrainedM
             else:
                 parameter.mul_(4.0)  # transformers' 0.02 would make attention almost uniform
             parameter.copy_(parameter.bfloat16())
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_((0.1 * torch.randn_like(buffer)).bfloat16())
     return model.eval()
 
 

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
-from cluster.engine.kernels.ops import AttentionMetadata, ExpertChoice, ExpertWeight, LinearWeight, Ops
+from cluster.engine.kernels.ops import (
+    AttentionMetadata,
+    ExpertChoice,
+    ExpertWeight,
+    GroupedRouting,
+    HeadWeight,
+    LinearWeight,
+    Ops,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +31,7 @@ class ComposedOps:
     embedding_family: Ops
     softmax_family: Ops
     moe_family: Ops
+    latent_family: Ops
 
     def pack_linear(self, weight_NK: torch.Tensor) -> LinearWeight:
         return self.linear_family.pack_linear(weight_NK)
@@ -96,6 +105,37 @@ class ComposedOps:
     ) -> torch.Tensor:
         return self.attention_family.attention(q_THD, kv_N2GSD, metadata, scale, window=window)
 
+    def pack_heads(self, weight_HNK: torch.Tensor) -> HeadWeight:
+        return self.latent_family.pack_heads(weight_HNK)
+
+    def head_linear(self, x_THK: torch.Tensor, weight: HeadWeight) -> torch.Tensor:
+        return self.latent_family.head_linear(x_THK, weight)
+
+    def latent_rope_and_cache(
+        self,
+        q_TC: torch.Tensor,
+        row_TD: torch.Tensor,
+        kv_N11SD: torch.Tensor,
+        metadata: AttentionMetadata,
+        cos_sin_PR: torch.Tensor,
+        num_heads: int,
+        norm_L: torch.Tensor,
+        norm_eps: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.latent_family.latent_rope_and_cache(
+            q_TC, row_TD, kv_N11SD, metadata, cos_sin_PR, num_heads, norm_L, norm_eps
+        )
+
+    def latent_attention(
+        self,
+        q_THL: torch.Tensor,
+        q_rope_THR: torch.Tensor,
+        kv_N11SD: torch.Tensor,
+        metadata: AttentionMetadata,
+        scale: float,
+    ) -> torch.Tensor:
+        return self.latent_family.latent_attention(q_THL, q_rope_THR, kv_N11SD, metadata, scale)
+
     def log_softmax_stats(self, logits_TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.softmax_family.log_softmax_stats(logits_TV)
 
@@ -110,6 +150,11 @@ class ComposedOps:
 
     def moe_route(self, logits_TE: torch.Tensor, top_k: int, *, renormalise: bool) -> ExpertChoice:
         return self.moe_family.moe_route(logits_TE, top_k, renormalise=renormalise)
+
+    def moe_route_grouped(
+        self, logits_TE: torch.Tensor, bias_E: torch.Tensor | None, routing: GroupedRouting
+    ) -> ExpertChoice:
+        return self.moe_family.moe_route_grouped(logits_TE, bias_E, routing)
 
     def moe_experts(
         self,
@@ -130,4 +175,4 @@ class DelegatingOps(ComposedOps):
     """All families from one implementation; a subclass overrides some operations."""
 
     def __init__(self, ops: Ops) -> None:
-        super().__init__(ops.name, ops.device, ops.residual_dtype, *[ops] * 7)
+        super().__init__(ops.name, ops.device, ops.residual_dtype, *[ops] * 8)

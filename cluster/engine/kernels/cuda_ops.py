@@ -12,8 +12,16 @@ import torch
 
 from cluster.engine.kernels.cuda_fp8 import CudaFp8, CudaFp8Weight
 from cluster.engine.kernels.library_admission import LibraryAdmission, library_linear
-from cluster.engine.kernels.ops import AttentionMetadata, ExpertChoice, ExpertWeight, LinearWeight
-from cluster.engine.kernels.triton import launch, moe_launch
+from cluster.engine.kernels.ops import (
+    AttentionMetadata,
+    ExpertChoice,
+    ExpertWeight,
+    GroupedRouting,
+    HeadWeight,
+    LinearWeight,
+)
+from cluster.engine.kernels.triton import latent_launch, launch, moe_launch
+from cluster.engine.kernels.triton.latent_launch import LatentPlan
 from cluster.engine.kernels.triton.moe_plans import MoePlan, MoeShape, load_moe_plan_index
 from cluster.engine.kernels.triton.plans import LinearPlan
 from cluster.engine.kernels.triton.table import load_plan_index, unmeasured_plan
@@ -64,6 +72,25 @@ class CudaExpertWeight:
         return self.weight_ENK.nbytes
 
 
+@dataclass(frozen=True, slots=True)
+class CudaHeadWeight:
+    """Dense row-major (H, N, K) weights, 16-byte aligned."""
+
+    weight_HNK: torch.Tensor
+
+    @property
+    def num_heads(self) -> int:
+        return self.weight_HNK.shape[0]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight_HNK.shape[1]
+
+    @property
+    def in_features(self) -> int:
+        return self.weight_HNK.shape[2]
+
+
 _MAX_OVERLAPPED_ROWS = 512
 
 
@@ -83,6 +110,7 @@ class CudaOps:
         self.library = LibraryAdmission()
         self._lists = launch.WorkLists()
         self.moe_plans = load_moe_plan_index(torch.cuda.get_device_name(device))
+        self.latent_plan = LatentPlan()
         self.fp8 = CudaFp8(device)
         self._num_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         torch.backends.cuda.preferred_blas_library("cublaslt")
@@ -207,6 +235,42 @@ class CudaOps:
             pdl=self._pdl(q_THD), lists=self._lists,
         )  # fmt: skip
 
+    def pack_heads(self, weight_HNK: torch.Tensor) -> CudaHeadWeight:
+        return CudaHeadWeight(launch.aligned(weight_HNK.to(self.device)))
+
+    def head_linear(self, x_THK: torch.Tensor, weight: HeadWeight) -> torch.Tensor:
+        assert isinstance(weight, CudaHeadWeight)
+        plan = unmeasured_plan(len(x_THK))
+        return latent_launch.run_head_linear(x_THK, weight.weight_HNK, plan, pdl=self._pdl(x_THK))
+
+    def latent_rope_and_cache(
+        self,
+        q_TC: torch.Tensor,
+        row_TD: torch.Tensor,
+        kv_N11SD: torch.Tensor,
+        metadata: AttentionMetadata,
+        cos_sin_PR: torch.Tensor,
+        num_heads: int,
+        norm_L: torch.Tensor,
+        norm_eps: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return latent_launch.run_latent_rope_and_cache(
+            q_TC, row_TD, kv_N11SD, metadata, cos_sin_PR, num_heads, norm_L, norm_eps, pdl=self._pdl(q_TC)
+        )
+
+    def latent_attention(
+        self,
+        q_THL: torch.Tensor,
+        q_rope_THR: torch.Tensor,
+        kv_N11SD: torch.Tensor,
+        metadata: AttentionMetadata,
+        scale: float,
+    ) -> torch.Tensor:
+        return latent_launch.run_latent_attention(
+            q_THL, q_rope_THR, kv_N11SD, metadata, scale, self.latent_plan, self._num_multiprocessors,
+            pdl=self._pdl(q_THL),
+        )  # fmt: skip
+
     def log_softmax_stats(self, logits_TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         maximum, logsumexp, _ = self.vocab_stats(logits_TV)
         return maximum, logsumexp
@@ -228,6 +292,11 @@ class CudaOps:
 
     def moe_route(self, logits_TE: torch.Tensor, top_k: int, *, renormalise: bool) -> ExpertChoice:
         return ExpertChoice(*moe_launch.run_route(logits_TE, top_k, renormalise=renormalise, pdl=self._pdl(logits_TE)))
+
+    def moe_route_grouped(
+        self, logits_TE: torch.Tensor, bias_E: torch.Tensor | None, routing: GroupedRouting
+    ) -> ExpertChoice:
+        return ExpertChoice(*moe_launch.run_route_grouped(logits_TE, bias_E, routing, pdl=self._pdl(logits_TE)))
 
     def moe_experts(
         self,

@@ -8,19 +8,20 @@ from __future__ import annotations
 import hashlib
 
 from cluster.engine.kernels.ops import Ops
-from cluster.engine.kernels.probe_lists import ALL_PROBES, FP8_PROBES
+from cluster.engine.kernels.probe_lists import ALL_PROBES, FP8_PROBES, LATENT_PROBES
 from cluster.engine.kernels.registry import bits, one_torch_thread
 
 
-def fingerprint(ops: Ops, *, with_fp8: bool = False) -> str:
+def fingerprint(ops: Ops, *, with_fp8: bool = False, with_latent: bool = False) -> str:
     """`<name of the instruction class>/<hash>` of every operation's bits on seeded inputs.
 
     The same for any process and thread count, and whether a kernel or its reference serves. `with_fp8` is for
-    a worker whose model has FP8 layers: only such a one needs a device that multiplies FP8.
+    a worker whose model has FP8 layers: only such a one needs a device that multiplies FP8. `with_latent` is for
+    one whose model has latent attention: others need not compile its kernels.
     """
     digest = hashlib.sha256()
     with one_torch_thread():
-        for probe in (*ALL_PROBES, *(FP8_PROBES if with_fp8 else ())):
+        for probe in (*ALL_PROBES, *(FP8_PROBES if with_fp8 else ()), *(LATENT_PROBES if with_latent else ())):
             digest.update(probe.name.encode())
             for output in probe.run(ops):
                 digest.update(bits(output.cpu()).numpy().tobytes())

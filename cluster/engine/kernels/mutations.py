@@ -12,7 +12,7 @@ import logging
 import torch
 
 from cluster.engine.kernels.composed import DelegatingOps
-from cluster.engine.kernels.ops import AttentionMetadata, LinearWeight, Ops
+from cluster.engine.kernels.ops import AttentionMetadata, HeadWeight, LinearWeight, Ops
 from cluster.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -110,6 +110,56 @@ class WiderSingleRowWindow(DelegatingOps):
         return super().attention(q_THD, kv_N2GSD, metadata, scale, window=window)
 
 
+class UnsplitSingleRowLatentAttention(DelegatingOps):
+    """Latent attention of a sequence with one row sums all keys at once, in float64: better, and different."""
+
+    def latent_attention(
+        self,
+        q_THL: torch.Tensor,
+        q_rope_THR: torch.Tensor,
+        kv_N11SD: torch.Tensor,
+        metadata: AttentionMetadata,
+        scale: float,
+    ) -> torch.Tensor:
+        out_THL = super().latent_attention(q_THL, q_rope_THR, kv_N11SD, metadata, scale)
+        starts = metadata.query_start.tolist()
+        for sequence, context_len in enumerate(metadata.context_len.tolist()):
+            if starts[sequence + 1] - starts[sequence] != 1:
+                continue
+            row, num_blocks = starts[sequence], -(-context_len // kv_N11SD.shape[3])
+            blocks = metadata.block_table[sequence, :num_blocks].long()
+            rows_CD = kv_N11SD[blocks, 0, 0].flatten(0, 1)[:context_len].double()
+            q_HD = torch.cat([q_THL[row], q_rope_THR[row]], dim=1).double()
+            weights_HC = torch.softmax(q_HD @ rows_CD.t() * scale, dim=-1)
+            out_THL[row] = (weights_HC @ rows_CD[:, : q_THL.shape[2]]).to(out_THL.dtype)
+        return out_THL
+
+
+class SplitSingleRowHeadLinear(DelegatingOps):
+    """`head_linear` of a single row adds two chains, each over a half of K."""
+
+    def pack_heads(self, weight_HNK: torch.Tensor) -> HeadWeight:
+        half = weight_HNK.shape[2] // 2
+        halves = weight_HNK[:, :, :half].contiguous(), weight_HNK[:, :, half:].contiguous()
+        return _TwoHalves(super().pack_heads(weight_HNK), *map(super().pack_heads, halves))
+
+    def head_linear(self, x_THK: torch.Tensor, weight: HeadWeight) -> torch.Tensor:
+        assert isinstance(weight, _TwoHalves)
+        if x_THK.shape[0] != 1:
+            return super().head_linear(x_THK, weight.whole)
+        first, second = torch.split(x_THK, [weight.first.in_features, weight.second.in_features], dim=2)
+        low = super().head_linear(first.contiguous(), weight.first)
+        return low + super().head_linear(second.contiguous(), weight.second)
+
+
+class _TwoHalves:
+    """Heads' weights packed as they are, and each half of K."""
+
+    def __init__(self, whole: HeadWeight, first: HeadWeight, second: HeadWeight) -> None:
+        self.whole, self.first, self.second = whole, first, second
+        self.num_heads, self.out_features, self.in_features = whole.num_heads, whole.out_features, whole.in_features
+
+
 class RankOrderSingleRowCombine(DelegatingOps):
     """A single row's experts are added by falling weight instead of by index."""
 
@@ -125,6 +175,8 @@ MUTANTS = {
     "attention": UnsplitSingleRowAttention,
     "window": WiderSingleRowWindow,
     "moe": RankOrderSingleRowCombine,
+    "latent": UnsplitSingleRowLatentAttention,
+    "head_linear": SplitSingleRowHeadLinear,
 }
 
 

@@ -6,7 +6,8 @@ passed bit-exact admission against the reference (`registry.py`).
 
 Shape legend: T tokens of all sequences of the step, laid end to end; K input features; N output
 features; H query heads; G KV heads; D head size; B sequences; V vocabulary; E experts; J experts
-chosen for a row; F feed-forward size of an expert.
+chosen for a row; F feed-forward size of an expert. Latent attention: L size of a cached latent row, R of
+its rotated part, U of a query head's part without rotation.
 
 Rows never influence each other: row t of every result depends on row t's inputs only, with the same
 bits for any T, any neighbours and any column shard of the weights.
@@ -15,7 +16,7 @@ bits for any T, any neighbours and any column shard of the weights.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
@@ -52,6 +53,31 @@ class ExpertWeight(Protocol):
 
     @property
     def num_bytes(self) -> int: ...
+
+
+class HeadWeight(Protocol):
+    """One (N, K) weight per attention head, packed for its device by `pack_heads`."""
+
+    @property
+    def num_heads(self) -> int: ...
+
+    @property
+    def out_features(self) -> int: ...
+
+    @property
+    def in_features(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedRouting:
+    """How `moe_route_grouped` chooses: `top_k` experts of the best `top_groups` of `num_groups` equal groups."""
+
+    top_k: int
+    num_groups: int
+    top_groups: int
+    scoring: Literal["softmax", "sigmoid"]
+    renormalise: bool
+    scale: float  # on the weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +227,44 @@ class Ops(Protocol):
         sliding_window`). None: keys 0 .. p."""
         ...
 
+    def pack_heads(self, weight_HNK: torch.Tensor) -> HeadWeight:
+        """Take the (N, K) bf16 weights of H heads into the device's layout."""
+        ...
+
+    def head_linear(self, x_THK: torch.Tensor, weight: HeadWeight) -> torch.Tensor:
+        """(T, H, N) bf16: each head's bf16 row through the head's weight, with the bits of
+        `linear(x[:, h], weight[h])`."""
+        ...
+
+    def latent_rope_and_cache(
+        self,
+        q_TC: torch.Tensor,
+        row_TD: torch.Tensor,
+        kv_N11SD: torch.Tensor,
+        metadata: AttentionMetadata,
+        cos_sin_PR: torch.Tensor,
+        num_heads: int,
+        norm_L: torch.Tensor,
+        norm_eps: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a row (T, L + R) float32: `rms_norm` of the first L, the last R rotated, both rounded to bf16 and
+        stored at `slot_mapping`. Of the queries (T, H * (U + R)) float32: (T, H, U) as they are and (T, H, R)
+        rotated, bf16. Rotation as in `rope_and_cache`."""
+        ...
+
+    def latent_attention(
+        self,
+        q_THL: torch.Tensor,
+        q_rope_THR: torch.Tensor,
+        kv_N11SD: torch.Tensor,
+        metadata: AttentionMetadata,
+        scale: float,
+    ) -> torch.Tensor:
+        """(T, H, L) bf16: causal attention of all heads over the one cached row of L + R numbers per token, in
+        the canonical split order of `attention`. A key is the row, its score one chain over L and then R; a
+        value is the row's first L."""
+        ...
+
     def log_softmax_stats(self, logits_TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """fp32 logits -> (max (T,), logsumexp (T,)) fp32, fixed order per row. NaN propagates, so
         `isnan(logsumexp)` detects a broken row."""
@@ -223,6 +287,18 @@ class Ops(Protocol):
 
         `renormalise` divides the chosen probabilities by their sum, which is taken exactly, in steps of
         2^-40, so that it has no order. A row with NaN gets NaN weights.
+        """
+        ...
+
+    def moe_route_grouped(
+        self, logits_TE: torch.Tensor, bias_E: torch.Tensor | None, routing: GroupedRouting
+    ) -> ExpertChoice:
+        """fp32 logits -> experts as DeepSeek chooses them. Scores are `softmax`, or 1 / (1 + exp(-logit)).
+
+        What ranks experts is score + bias (fp32), what ranks groups is their largest of these (softmax) or the
+        sum of their two largest (sigmoid); ties go to the lower index. Weights are the scores of the chosen,
+        divided by their exact sum as in `moe_route` (but at least 2^-40) if `renormalise`, then times `scale`.
+        A row with NaN among its scores chooses the first experts, with NaN weights.
         """
         ...
 

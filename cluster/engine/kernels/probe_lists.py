@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from cluster.engine.kernels.ops import GroupedRouting
 from cluster.engine.kernels.probes import (
     CacheShape,
     Magnitudes,
@@ -16,6 +17,7 @@ from cluster.engine.kernels.probes import (
     softmax_probe,
 )
 from cluster.engine.kernels.probes_fp8 import fp8_groups_probe, fp8_layers_probe, fp8_linear_probe
+from cluster.engine.kernels.probes_latent import LatentShape, grouped_route_probe, head_linear_probe, latent_probe
 from cluster.engine.kernels.probes_moe import combine_probe, experts_probe, route_probe
 
 LINEAR_PROBES = (
@@ -55,7 +57,11 @@ NORM_PROBES = (
 )
 EMBEDDING_PROBES = (embedding_probe(7, 72),)
 SOFTMAX_PROBES = (softmax_probe(3, 1000), softmax_probe(1, 515))
+_SIGMOID = GroupedRouting(top_k=4, num_groups=8, top_groups=3, scoring="sigmoid", renormalise=True, scale=2.5)
+_SOFTMAX = GroupedRouting(top_k=3, num_groups=4, top_groups=2, scoring="softmax", renormalise=False, scale=16.0)
 MOE_PROBES = (
+    grouped_route_probe(20, 64, _SIGMOID),
+    grouped_route_probe(9, 40, _SOFTMAX),
     route_probe(3, 8, 2, renormalise=True),
     route_probe(40, 60, 4, renormalise=False),
     route_probe(2, 128, 8, renormalise=True),
@@ -65,6 +71,13 @@ MOE_PROBES = (
     combine_probe(1, 8, 64, Magnitudes.NORMAL),
     combine_probe(5, 8, 100, Magnitudes.WIDE),
     combine_probe(3, 2, 64, Magnitudes.DENORMAL),
+)
+LATENT_PROBES = (
+    latent_probe(LatentShape(128, 64, 6, 16, ((0, 20), (511, 513), (0, 1)))),
+    latent_probe(LatentShape(512, 64, 8, 64, ((1023, 1026), (300, 301)), Magnitudes.CANCELLING)),
+    latent_probe(LatentShape(64, 32, 3, 32, ((40, 60),), Magnitudes.WIDE)),
+    head_linear_probe(1, 4, 128, 64, Magnitudes.NORMAL),
+    head_linear_probe(19, 3, 40, 512, Magnitudes.CANCELLING),
 )
 FP8_PROBES = (
     fp8_linear_probe(1, 96, 64, Magnitudes.NORMAL),

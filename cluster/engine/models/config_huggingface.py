@@ -17,6 +17,7 @@ from cluster.engine.models.config import (
     YarnScaling,
     check_config,
 )
+from cluster.engine.models.config_deepseek import DEEPSEEK, DeepseekFields, yarn_factors
 from cluster.engine.models.config_quantization import QuantizationConfig, weight_format_of
 from cluster.engine.models.config_window import WindowFields, window_from_huggingface
 from cluster.errors import ModelError
@@ -93,6 +94,15 @@ def config_from_directory(directory: Path) -> ModelConfig:
     if min(raw.num_attention_heads, num_kv_heads) <= 0:
         raise ModelError(f"{path}: num_attention_heads and num_key_value_heads must be positive")
     rope = raw.rope_parameters or raw.rope_scaling or _Rope()
+    experts, head_size, latent = _experts(raw, architecture, path), raw.head_dim, None
+    num_prediction_layers = 0
+    if architecture in DEEPSEEK:
+        deepseek = DeepseekFields.of_file(path, architecture)
+        rope, score_factor = _deepseek_rope(rope, path)
+        latent = deepseek.latent(score_factor)
+        num_kv_heads, head_size = 1, latent.nope_size + latent.rope_size
+        experts = deepseek.experts(architecture, raw.num_hidden_layers, path)
+        num_prediction_layers = deepseek.num_nextn_predict_layers
     scaling = _rope_scaling(rope, raw.max_position_embeddings, path)
     config = ModelConfig(
         architecture=architecture,
@@ -100,7 +110,7 @@ def config_from_directory(directory: Path) -> ModelConfig:
         num_layers=raw.num_hidden_layers,
         num_heads=raw.num_attention_heads,
         num_kv_heads=num_kv_heads,
-        head_size=raw.head_dim or raw.hidden_size // raw.num_attention_heads,
+        head_size=head_size or raw.hidden_size // raw.num_attention_heads,
         ffn_size=raw.intermediate_size,
         vocab_size=raw.vocab_size,
         rope_theta=raw.rope_theta or rope.rope_theta or 10_000.0,
@@ -112,7 +122,9 @@ def config_from_directory(directory: Path) -> ModelConfig:
         max_position=_max_position(raw, scaling),
         bos_token_id=raw.bos_token_id,
         eos_token_ids=GenerationDefaults.of_directory(directory).eos_token_ids,
-        experts=_experts(raw, architecture, path),
+        experts=experts,
+        latent=latent,
+        num_prediction_layers=num_prediction_layers,
         weight_format=weight_format_of(raw.quantization_config, path),
     )
     config = check_config(config, path)
@@ -139,7 +151,7 @@ def _refuse_unsupported(raw: _HuggingFaceConfig, architecture: Architecture, pat
     if any(factor != 1.0 for factor in rotary_factors):
         raise ModelError(f"{path}: partial_rotary_factor is not supported")
     for field in ("shared_expert_intermediate_size", "n_shared_experts"):
-        if getattr(raw, field):
+        if getattr(raw, field) and architecture not in DEEPSEEK:
             raise ModelError(f"{path}: shared experts ({field}) are not supported")
 
 
@@ -175,6 +187,15 @@ def _experts(raw: _HuggingFaceConfig, architecture: Architecture, path: Path) ->
     )
 
 
+def _deepseek_rope(rope: _Rope, path: Path) -> tuple[_Rope, float]:
+    """The rope with YaRN's mscale made a factor on cos and sin, and the factor on the softmax scale."""
+    if (rope.rope_type or rope.type) != "yarn":
+        return rope, 1.0
+    on_rope, on_scores = yarn_factors(_factor(rope, path), rope.mscale, rope.mscale_all_dim, path)
+    given = on_rope if rope.attention_factor is None else rope.attention_factor
+    return msgspec.structs.replace(rope, attention_factor=given, mscale=None, mscale_all_dim=None), on_scores
+
+
 def _rope_scaling(rope: _Rope, max_position: int, path: Path) -> RopeScaling:
     match rope.rope_type or rope.type or "default":
         case "default":
@@ -201,7 +222,7 @@ def _rope_scaling(rope: _Rope, max_position: int, path: Path) -> RopeScaling:
         case other:
             raise ModelError(
                 f"{path}: rope scaling {other!r} is not supported "
-                "(supported: default, linear, llama3, yarn without mscale)"
+                "(supported: default, linear, llama3, yarn; with mscale for DeepSeek only)"
             )
 
 

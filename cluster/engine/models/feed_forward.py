@@ -54,9 +54,13 @@ class DenseFeedForward:
         return self.gate_up
 
     def update(self, normed_TK: torch.Tensor, placement: Placement) -> torch.Tensor:
+        return self.through(normed_TK, placement, placement.plan.ffn_widths)
+
+    def through(self, normed_TK: torch.Tensor, placement: Placement, widths: tuple[int, ...]) -> torch.Tensor:
+        """`update` of a network whose ranks hold `widths` of its F columns."""
         if placement.group.size == 1:
             active_TF = placement.ops.linear_silu_mul(normed_TK, self.gate_up, input_of=self.down)
         else:  # an FP8 layer quantises whole rows, so after the gather
             active_TFl = placement.ops.linear_silu_mul(normed_TK, self.gate_up)
-            active_TF = placement.group.all_gather_columns(active_TFl, placement.plan.ffn_widths)
+            active_TF = placement.group.all_gather_columns(active_TFl, widths)
         return placement.into_residual(active_TF, self.down)

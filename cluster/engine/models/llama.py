@@ -1,5 +1,5 @@
-"""One decoder: Llama (and SmolLM2), Mistral, Qwen2, Qwen3, and with experts Mixtral and Qwen3-MoE, written in
-the operations of `kernels/ops.py` only.
+"""One decoder: Llama (and SmolLM2), Mistral, Qwen2, Qwen3, with experts Mixtral and Qwen3-MoE, with latent
+attention DeepSeek-V2 and -V3, written in the operations of `kernels/ops.py` only.
 
 Shape legend: T rows of the step, C columns of the fused qkv, H query heads, G KV heads, D head size,
 K hidden size, V vocabulary, P positions. `l` after a letter: this rank's part.
@@ -23,6 +23,7 @@ from cluster.engine.kernels.ops import AttentionMetadata, LinearWeight, Ops
 from cluster.engine.kv_cache import KVCache, KVLayout
 from cluster.engine.models.config import ModelConfig
 from cluster.engine.models.feed_forward import FeedForward, Placement
+from cluster.engine.models.latent import LatentAttention
 from cluster.engine.models.sharding_plan import ShardingPlan
 from cluster.engine.parallel.group import ParallelGroup
 
@@ -32,13 +33,14 @@ class LayerWeights:
     """Weights of one layer on one rank. Norms and biases are fp32 vectors."""
 
     input_norm_K: torch.Tensor
-    qkv: LinearWeight  # rows [q heads; k heads; v heads] of this rank
+    qkv: LinearWeight  # rows [q heads; k heads; v heads] of this rank; of latent attention as `latent.py` says
     qkv_bias_C: torch.Tensor | None
     q_norm_D: torch.Tensor | None
     k_norm_D: torch.Tensor | None
     output: LinearWeight
     post_attention_norm_K: torch.Tensor
     feed_forward: FeedForward
+    latent: LatentAttention | None = None  # None: K and V are cached per head
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +72,13 @@ class DecoderModel:
 
     def kv_layout(self, block_size: int) -> KVLayout:
         """The layout of this rank's KV pool."""
+        latent = self.config.latent
         return KVLayout(
             num_layers=self.config.num_layers,
             num_kv_heads=self.plan.heads.kv.length,
-            head_size=self.config.head_size,
+            head_size=self.config.head_size if latent is None else latent.row_size,
             block_size=block_size,
+            num_planes=2 if latent is None else 1,
         )
 
     def forward(
@@ -120,12 +124,16 @@ class DecoderModel:
         """Multiply each kind of weight with each number of rows that steps will have, on inputs of no meaning,
         so that kernels are compared and compiled before the first request."""
         layer, ops, width = self.weights.layers[0], self.ops, self.config.hidden_size
+        feed_forwards = {type(each.feed_forward): each.feed_forward for each in self.weights.layers}
         for count in row_counts:
             normed_TK = torch.zeros((count, width), dtype=torch.bfloat16, device=ops.device)
             ops.linear(normed_TK, layer.qkv, layer.qkv_bias_C, out_dtype=torch.float32)
             mixed_TC = torch.zeros((count, layer.output.in_features), dtype=torch.bfloat16, device=ops.device)
             ops.linear(mixed_TC, layer.output, out_dtype=ops.residual_dtype)
-            layer.feed_forward.update(normed_TK, self.placement)
+            if layer.latent is not None:
+                layer.latent.warm_up(count, ops)
+            for feed_forward in feed_forwards.values():
+                feed_forward.update(normed_TK, self.placement)
         for count in logits_counts:
             self.logits(torch.zeros((count, self.config.hidden_size), dtype=ops.residual_dtype, device=ops.device))
 
@@ -158,17 +166,21 @@ class DecoderModel:
     ) -> torch.Tensor:
         ops, config = self.ops, self.config
         qkv_TCl = ops.linear(normed_TK, layer.qkv, layer.qkv_bias_C, out_dtype=torch.float32)
-        q_THlD = ops.rope_and_cache(
-            qkv_TCl,
-            kv_N2GSD,
-            metadata,
-            self.weights.rope_table_PD,
-            self.plan.heads.query.length,
-            layer.q_norm_D,
-            layer.k_norm_D,
-            config.rms_norm_eps,
-        )
-        mixed_TCl = ops.attention(q_THlD, kv_N2GSD, metadata, config.attention_scale, window=window)
+        rope_table_PD, scale = self.weights.rope_table_PD, config.attention_scale
+        if layer.latent is not None:
+            mixed_TCl = layer.latent.mix(qkv_TCl, kv_N2GSD, metadata, rope_table_PD, scale, ops)
+        else:
+            q_THlD = ops.rope_and_cache(
+                qkv_TCl,
+                kv_N2GSD,
+                metadata,
+                rope_table_PD,
+                self.plan.heads.query.length,
+                layer.q_norm_D,
+                layer.k_norm_D,
+                config.rms_norm_eps,
+            )
+            mixed_TCl = ops.attention(q_THlD, kv_N2GSD, metadata, scale, window=window)
         mixed_TC = self.group.all_gather_columns(mixed_TCl, self.plan.attention_widths)
         return self.placement.into_residual(mixed_TC, layer.output)
 

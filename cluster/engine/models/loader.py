@@ -18,8 +18,8 @@ import msgspec
 import torch
 
 from cluster.engine.gpu.memory import check_weights_fit
-from cluster.engine.kernels.ops import ExpertWeight, LinearWeight, Ops
-from cluster.engine.models.config import ExpertsConfig, ModelConfig, WeightFormat
+from cluster.engine.kernels.ops import ExpertWeight, GroupedRouting, Ops
+from cluster.engine.models.config import ExpertsConfig, LatentConfig, ModelConfig, WeightFormat
 from cluster.engine.models.config_gguf import config_from_gguf
 from cluster.engine.models.config_huggingface import config_from_directory
 from cluster.engine.models.expert_names import ExpertPart, expert_name, router_name
@@ -27,11 +27,11 @@ from cluster.engine.models.feed_forward import DenseFeedForward
 from cluster.engine.models.identity import ModelIdentity, identity_of_gguf, identity_of_safetensors
 from cluster.engine.models.llama import DecoderModel, DecoderWeights, LayerWeights
 from cluster.engine.models.moe import MoeFeedForward
+from cluster.engine.models.moe_grouped import GroupedMoeFeedForward
+from cluster.engine.models.rank_reader import EMBEDDING, LM_HEAD, RankReader
 from cluster.engine.models.rope import rope_table
-from cluster.engine.models.sharding_plan import ShardingPlan
-from cluster.engine.models.weights import WeightSource
-from cluster.engine.models.weights_fp8 import FP8_ENCODING, Part, quantize_layer, read_layer
 from cluster.engine.models.weights_gguf import open_gguf_weights
+from cluster.engine.models.weights_latent import LatentReader
 from cluster.engine.models.weights_safetensors import open_safetensors_weights
 from cluster.engine.parallel.group import ParallelGroup
 from cluster.engine.parallel.sharding import Range
@@ -42,9 +42,6 @@ from cluster.model_files.safetensors_header import read_safetensors_directory
 from cluster.model_files.source import ModelSource, SourceKind, resolve_model
 
 logger = logging.getLogger(__name__)
-
-_EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_IGNORED_SUFFIX = "rotary_emb.inv_freq"  # old checkpoints store what the config says already
 
 
 class LoadedModel(NamedTuple):
@@ -89,6 +86,8 @@ def load_model(
         config = msgspec.structs.replace(config, weight_format=WeightFormat.FP8)
     if config.weight_format is not WeightFormat.BF16 and config.experts is not None:
         raise ModelError(f"{source.path}: FP8 is served for dense models only, this one has experts; leave it in bf16")
+    if config.weight_format is not WeightFormat.BF16 and config.latent is not None:
+        raise ModelError(f"{source.path}: FP8 is not served with latent attention; leave it in bf16")
     if config.weight_format is not WeightFormat.BF16 and device.type == "cpu":
         logger.warning("%s: FP8 on a CPU is emulated: slow, for tests", source.path)
     num_positions = min(max_position or config.max_position, config.max_position)
@@ -105,37 +104,15 @@ def load_model(
         ctypes.CDLL(None).malloc_trim(0)  # glibc would keep what the temporary copies took
 
 
-class _RankLoader:
-    """Reads one rank's weights. Every tensor of the files must be used: one that is not means that
-    the model computes something this decoder does not."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        source: WeightSource,
-        ops: Ops,
-        group: ParallelGroup,
-        device: torch.device,
-        progress: Progress,
-        is_made_fp8: bool,
-    ) -> None:
-        self.config = config
-        self.is_made_fp8 = is_made_fp8
-        self.source = source
-        self.ops = ops
-        self.device = device
-        self.progress = progress
-        self.plan = ShardingPlan.of(config, group.rank, group.size)
-        self.total_bytes = config.weight_bytes // group.size  # an estimate: norms and tables are not split
-        self.done_bytes = 0
-        self.used = {_LM_HEAD} if config.tie_embeddings else set()
+class _RankLoader(RankReader):
+    """Builds one rank's layers from what it reads."""
 
     def load(self, num_positions: int) -> DecoderWeights:
         config = self.config
-        lm_head_name = _EMBEDDING if config.tie_embeddings else _LM_HEAD
+        lm_head_name = EMBEDDING if config.tie_embeddings else LM_HEAD
         lm_head = self._linear([(lm_head_name, config.vocab_size, self.plan.vocab)], config.hidden_size)
         is_shared = config.tie_embeddings and self.plan.vocab.length == config.vocab_size
-        embedding_VK = None if is_shared else self._rows(_EMBEDDING, (config.vocab_size, config.hidden_size))
+        embedding_VK = None if is_shared else self._rows(EMBEDDING, (config.vocab_size, config.hidden_size))
         layers = tuple(self._layer(index) for index in range(config.num_layers))
         final_norm_K = self._vector("model.norm.weight", config.hidden_size)
         self._refuse_unused()
@@ -150,6 +127,8 @@ class _RankLoader:
 
     def _layer(self, index: int) -> LayerWeights:
         config, plan = self.config, self.plan
+        if config.latent is not None:
+            return self._latent_layer(index, config.latent)
         prefix, experts = f"model.layers.{index}", config.experts_of_layer(index)
         hidden, head_size = config.hidden_size, config.head_size
         attention = f"{prefix}.self_attn"
@@ -175,9 +154,30 @@ class _RankLoader:
             feed_forward=self._dense(f"{prefix}.mlp") if experts is None else self._moe(prefix, experts),
         )
 
+    def _latent_layer(self, index: int, latent: LatentConfig) -> LayerWeights:
+        config, plan = self.config, self.plan
+        prefix, experts = f"model.layers.{index}", config.experts_of_layer(index)
+        attention, hidden = f"{prefix}.self_attn", config.hidden_size
+        reader = LatentReader(config, latent, plan.heads.query, self._copy, self.ops)
+        mixed_size = config.num_heads * latent.value_size
+        return LayerWeights(
+            input_norm_K=self._vector(f"{prefix}.input_layernorm.weight", hidden),
+            qkv=self.ops.pack_linear(reader.qkv(attention).to(self.device)),
+            qkv_bias_C=None,
+            q_norm_D=None,
+            k_norm_D=None,
+            output=self._linear([(f"{attention}.o_proj.weight", hidden, plan.hidden)], mixed_size),
+            post_attention_norm_K=self._vector(f"{prefix}.post_attention_layernorm.weight", hidden),
+            feed_forward=self._dense(f"{prefix}.mlp") if experts is None else self._grouped_moe(prefix, experts),
+            latent=reader.attention(attention),
+        )
+
     def _dense(self, prefix: str) -> DenseFeedForward:
-        hidden, ffn = self.config.hidden_size, self.config.ffn_size
-        gate_up = [(f"{prefix}.{name}.weight", ffn, self.plan.ffn) for name in ("gate_proj", "up_proj")]
+        return self._dense_of(prefix, self.config.ffn_size, self.plan.ffn)
+
+    def _dense_of(self, prefix: str, ffn: int, columns: Range) -> DenseFeedForward:
+        hidden = self.config.hidden_size
+        gate_up = [(f"{prefix}.{name}.weight", ffn, columns) for name in ("gate_proj", "up_proj")]
         return DenseFeedForward(
             gate_up=self._layer_linear(gate_up, hidden),
             down=self._layer_linear([(f"{prefix}.down_proj.weight", hidden, self.plan.hidden)], ffn),
@@ -192,6 +192,30 @@ class _RankLoader:
             down=self._experts(prefix, total, (ExpertPart.DOWN,), (hidden, ffn)),
             top_k=experts.top_k,
             renormalise=experts.renormalise,
+        )
+
+    def _grouped_moe(self, prefix: str, experts: ExpertsConfig) -> GroupedMoeFeedForward:
+        plain, shared = self._moe(prefix, experts), None
+        if experts.num_shared:
+            shared = self._dense_of(
+                f"{prefix}.mlp.shared_experts", experts.num_shared * experts.ffn_size, self.plan.shared
+            )
+        bias_name = f"{prefix}.mlp.gate.e_score_correction_bias"
+        routing = GroupedRouting(
+            top_k=experts.top_k,
+            num_groups=experts.num_groups,
+            top_groups=experts.top_groups,
+            scoring=experts.scoring,
+            renormalise=experts.renormalise,
+            scale=experts.weight_scale,
+        )
+        return GroupedMoeFeedForward(
+            router=plain.router,
+            bias_E=self._vector(bias_name, experts.num_experts) if experts.scoring == "sigmoid" else None,
+            routing=routing,
+            gate_up=plain.gate_up,
+            down=plain.down,
+            shared=shared,
         )
 
     def _experts(
@@ -209,63 +233,3 @@ class _RankLoader:
                     self.source.check(name, shape)
                     self.used.add(name)
         return self.ops.pack_experts(fused_EPNK.flatten(1, 2).to(self.device))
-
-    def _layer_linear(self, parts: list[tuple[str, int, Range]], in_features: int) -> LinearWeight:
-        """`_linear` in the model's weight format; what an FP8 checkpoint has in bf16 stays bf16."""
-        encodings = {self.source.encoding(name) for name, _, _ in parts}
-        fp8_parts = [Part(*part) for part in parts]
-        if self.config.weight_format is not WeightFormat.BF16 and encodings == {FP8_ENCODING}:
-            layer = read_layer(self._copy, fp8_parts, in_features, self.config.weight_format, self.source.path)
-        elif self.config.weight_format is not WeightFormat.BF16 and FP8_ENCODING in encodings:
-            raise ModelError(f"{self.source.path}: of {[name for name, _, _ in parts]} some are FP8 and some are not")
-        elif self.is_made_fp8:
-            weight_NK = self._fused(parts, in_features).to(self.device)
-            layer = quantize_layer(weight_NK, fp8_parts, self.source.path)
-        else:
-            return self._linear(parts, in_features)
-        return self.ops.pack_fp8(*layer)
-
-    def _linear(self, parts: list[tuple[str, int, Range]], in_features: int) -> LinearWeight:
-        """Pack rows of several (total, in_features) tensors, one below the other."""
-        return self.ops.pack_linear(self._fused(parts, in_features).to(self.device))
-
-    def _fused(self, parts: list[tuple[str, int, Range]], in_features: int) -> torch.Tensor:
-        fused_NK = torch.empty((sum(rows.length for _, _, rows in parts), in_features), dtype=torch.bfloat16)
-        start = 0
-        for name, total, rows in parts:
-            self._copy(name, (total, in_features), rows, fused_NK[start : start + rows.length])
-            start += rows.length
-        return fused_NK
-
-    def _bias(self, parts: list[tuple[str, int, Range]]) -> torch.Tensor:
-        fused_N = torch.empty(sum(rows.length for _, _, rows in parts), dtype=torch.float32)
-        start = 0
-        for name, total, rows in parts:
-            self._copy(name, (total,), rows, fused_N[start : start + rows.length])
-            start += rows.length
-        return fused_N.to(self.device)
-
-    def _rows(self, name: str, shape: tuple[int, int]) -> torch.Tensor:
-        whole = torch.empty(shape, dtype=torch.bfloat16)
-        self._copy(name, shape, Range(0, shape[0]), whole)
-        return whole.to(self.device)
-
-    def _vector(self, name: str, length: int) -> torch.Tensor:
-        vector = torch.empty(length, dtype=torch.float32)
-        self._copy(name, (length,), Range(0, length), vector)
-        return vector.to(self.device)
-
-    def _copy(self, name: str, shape: tuple[int, ...], rows: Range, out: torch.Tensor) -> None:
-        self.source.check(name, shape)
-        self.source.copy_rows(name, rows, out)
-        self.used.add(name)
-        self.done_bytes += out.numel() * 2
-        self.progress(min(self.done_bytes, self.total_bytes), self.total_bytes)
-
-    def _refuse_unused(self) -> None:
-        unused = sorted(name for name in self.source.names - self.used if not name.endswith(_IGNORED_SUFFIX))
-        if unused:
-            raise ModelError(
-                f"{self.source.path}: {len(unused)} tensors are not part of the {self.config.architecture.value} "
-                f"architecture as served here, the first is {unused[0]!r}"
-            )

@@ -26,7 +26,7 @@ def rope_table(config: ModelConfig, num_positions: int, device: torch.device) ->
 
 def _frequencies(config: ModelConfig) -> torch.Tensor:
     """(D/2,) fp64 radians per position."""
-    exponents = torch.arange(0, config.head_size, 2, dtype=torch.float64) / config.head_size
+    exponents = torch.arange(0, config.rope_size, 2, dtype=torch.float64) / config.rope_size
     plain = config.rope_theta**-exponents
     match config.rope_scaling:
         case NoScaling():
@@ -54,11 +54,11 @@ def _yarn(plain: torch.Tensor, scaling: YarnScaling, config: ModelConfig) -> tor
 
     def dimension_of(rotations: float) -> float:
         wavelength_ratio = scaling.original_max_position / (rotations * 2 * math.pi)
-        return config.head_size * math.log(wavelength_ratio) / (2 * math.log(config.rope_theta))
+        return config.rope_size * math.log(wavelength_ratio) / (2 * math.log(config.rope_theta))
 
     low = max(math.floor(dimension_of(scaling.beta_fast)), 0)
-    high = min(math.ceil(dimension_of(scaling.beta_slow)), config.head_size - 1)
-    indices = torch.arange(config.head_size // 2, dtype=torch.float64)
+    high = min(math.ceil(dimension_of(scaling.beta_slow)), config.rope_size - 1)
+    indices = torch.arange(config.rope_size // 2, dtype=torch.float64)
     interpolate = ((indices - low) / max(high - low, 0.001)).clamp(0.0, 1.0)
     return plain * (1.0 - interpolate) + plain / scaling.factor * interpolate
 

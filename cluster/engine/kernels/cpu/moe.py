@@ -9,7 +9,8 @@ from itertools import pairwise
 
 import torch
 
-from cluster.engine.kernels.ops import ExpertChoice, ExpertWeight, LinearWeight, Ops
+from cluster.engine.kernels.cpu.arithmetic import exp
+from cluster.engine.kernels.ops import ExpertChoice, ExpertWeight, GroupedRouting, LinearWeight, Ops
 
 _STEPS = 2.0**40  # of a probability of 1, in `_exact_sum`
 
@@ -56,6 +57,22 @@ class ExpertLoop:
             weights_TJ = weights_TJ / _exact_sum(weights_TJ)
         return ExpertChoice(experts_TJ.int(), weights_TJ)
 
+    def moe_route_grouped(
+        self: Ops, logits_TE: torch.Tensor, bias_E: torch.Tensor | None, routing: GroupedRouting
+    ) -> ExpertChoice:
+        is_softmax = routing.scoring == "softmax"
+        scores_TE = self.softmax(logits_TE) if is_softmax else 1.0 / (exp(-logits_TE) + 1.0)
+        ranking_TE = scores_TE if bias_E is None else scores_TE + bias_E
+        is_broken_T1 = ranking_TE.isnan().any(dim=1, keepdim=True)
+        ranking_TE = torch.where(is_broken_T1, torch.zeros_like(ranking_TE), ranking_TE)
+        ranking_TE = ranking_TE.masked_fill(~_in_best_groups(ranking_TE, routing), -torch.inf)
+        experts_TJ = _first(ranking_TE, routing.top_k).sort(dim=1).values
+        weights_TJ = scores_TE.gather(1, experts_TJ)
+        weights_TJ = torch.where(is_broken_T1, torch.full_like(weights_TJ, torch.nan), weights_TJ)
+        if routing.renormalise:
+            weights_TJ = weights_TJ / _exact_sum(weights_TJ).clamp_min(1.0 / _STEPS)
+        return ExpertChoice(experts_TJ.int(), weights_TJ * routing.scale)
+
     def moe_experts(
         self: Ops,
         x_TK: torch.Tensor,
@@ -84,3 +101,21 @@ class ExpertLoop:
 def _exact_sum(weights_TJ: torch.Tensor) -> torch.Tensor:
     """(T, 1) fp32 sums of numbers from 0 to 1 in whole steps of 2^-40: integers, which any order adds alike."""
     return (weights_TJ * _STEPS).long().sum(dim=1, keepdim=True).float() / _STEPS
+
+
+def _first(values_TE: torch.Tensor, count: int) -> torch.Tensor:
+    """(T, count) positions of the largest; of equal ones the lower come first, for the sort is stable."""
+    return values_TE.argsort(dim=1, descending=True, stable=True)[:, :count]
+
+
+def _in_best_groups(ranking_TE: torch.Tensor, routing: GroupedRouting) -> torch.Tensor:
+    """(T, E) bool."""
+    num_rows, num_experts = ranking_TE.shape
+    groups_TGE = ranking_TE.view(num_rows, routing.num_groups, -1)
+    if routing.scoring == "softmax" or groups_TGE.shape[2] == 1:
+        value_TG = groups_TGE.amax(dim=2)
+    else:
+        value_TG = groups_TGE.topk(2, dim=2).values.sum(dim=2)
+    is_best_TG = torch.zeros_like(value_TG, dtype=torch.bool)
+    is_best_TG.scatter_(1, _first(value_TG, routing.top_groups), True)
+    return is_best_TG.repeat_interleave(num_experts // routing.num_groups, dim=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from cluster.engine.kernels.cpu.arithmetic import GROUP, LANES, InstructionClass
+from cluster.engine.kernels.cpu.latent import LatentLoop
 from cluster.engine.kernels.cpu.library import Functions
 from cluster.engine.kernels.cpu.moe import ExpertLoop
 from cluster.engine.kernels.ops import AttentionMetadata, LinearWeight
@@ -35,7 +36,7 @@ class PackedWeight:
         return tiles_TGPX.flatten(1)[:, : self.in_features]
 
 
-class NativeOps(ExpertLoop):
+class NativeOps(ExpertLoop, LatentLoop):
     """`Ops` by one variant of one instruction class."""
 
     residual_dtype = torch.float32

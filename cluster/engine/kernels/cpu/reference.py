@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from cluster.engine.kernels.cpu.arithmetic import SPLIT, InstructionClass, dot_chain, exp, row_sum, silu_mul
+from cluster.engine.kernels.cpu.attend import Split, merge, rotate, split_weights
+from cluster.engine.kernels.cpu.latent import LatentLoop
 from cluster.engine.kernels.cpu.moe import ExpertLoop
 from cluster.engine.kernels.ops import AttentionMetadata, LinearWeight
 
@@ -35,7 +37,7 @@ class ReferenceWeight:
         return self.weight_NK[indices_T]
 
 
-class ReferenceOps(ExpertLoop):
+class ReferenceOps(ExpertLoop, LatentLoop):
     """The operations of `Ops` for one instruction class, one rounding at a time."""
 
     residual_dtype = torch.float32
@@ -116,7 +118,7 @@ class ReferenceOps(ExpertLoop):
         if k_norm_D is not None:
             k = _normalise(k.flatten(0, 1), k_norm_D, norm_eps).view_as(k)
         cos_sin = cos_sin_PD[metadata.positions]
-        q, k = _rotate(q, cos_sin).bfloat16(), _rotate(k, cos_sin).bfloat16()
+        q, k = rotate(q, cos_sin).bfloat16(), rotate(k, cos_sin).bfloat16()
         is_stored = metadata.slot_mapping >= 0
         slots = metadata.slot_mapping[is_stored]
         blocks, offsets = slots // block_size, slots % block_size
@@ -199,7 +201,7 @@ class ReferenceOps(ExpertLoop):
     ) -> torch.Tensor:
         """Every split is visited; a row's result starts with the first one it sees any key of."""
         first_R = (positions_R - window + 1).clamp(min=0)
-        folded: _Split | None = None
+        folded: Split | None = None
         for start in range(0, len(keys_CD), SPLIT):
             end = min(start + SPLIT, len(keys_CD))
             key_C = torch.arange(start, end)
@@ -211,22 +213,13 @@ class ReferenceOps(ExpertLoop):
                 continue
             joins = ((first_R < start) & (positions_R >= start))[:, None]
             begins = ((first_R >= start) & (first_R < end))[:, None]
-            folded = _choose(begins, part, _choose(joins, _merge(folded, part), folded))
+            folded = _choose(begins, part, _choose(joins, merge(folded, part), folded))
         assert folded is not None
         _, total, weighted = folded
         return (weighted / total).bfloat16()
 
-    def _attend_split(
-        self, scores_RC: torch.Tensor, values_CD: torch.Tensor, is_visible_RC: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(maximum (R, 1), sum of weights (R, 1), weighted values (R, D)) of one split."""
-        lowest = torch.full_like(scores_RC, -torch.inf)
-        best = torch.where(is_visible_RC, scores_RC, lowest).amax(dim=1, keepdim=True)
-        shift = torch.where(best == -torch.inf, torch.zeros_like(best), best)
-        weights = torch.where(is_visible_RC, exp(scores_RC - shift), torch.zeros_like(scores_RC))
-        total = torch.zeros_like(best)
-        for key in range(weights.shape[1]):
-            total = total + weights[:, key : key + 1]
+    def _attend_split(self, scores_RC: torch.Tensor, values_CD: torch.Tensor, is_visible_RC: torch.Tensor) -> Split:
+        best, total, weights = split_weights(scores_RC, is_visible_RC)
         # + 0 turns -0 into +0: a row must not show how many masked keys followed in its tile.
         weighted = dot_chain(weights.bfloat16(), values_CD.t(), self.instructions) + 0.0
         return best, total, weighted
@@ -260,22 +253,7 @@ def _normalise(x_TK: torch.Tensor, weight_K: torch.Tensor, eps: float) -> torch.
     return x_TK * (1.0 / (mean + eps).sqrt()) * weight_K.float()
 
 
-def _rotate(x_THD: torch.Tensor, cos_sin_TD: torch.Tensor) -> torch.Tensor:
-    first, second = x_THD.chunk(2, dim=2)
-    cos, sin = cos_sin_TD[:, None].chunk(2, dim=2)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=2)
-
-
-_Split = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def _merge(left: _Split, right: _Split) -> _Split:
-    best = torch.maximum(left[0], right[0])
-    scale_left, scale_right = exp(left[0] - best), exp(right[0] - best)
-    return best, left[1] * scale_left + right[1] * scale_right, left[2] * scale_left + right[2] * scale_right
-
-
-def _choose(which_R1: torch.Tensor, left: _Split, right: _Split) -> _Split:
+def _choose(which_R1: torch.Tensor, left: Split, right: Split) -> Split:
     best, total, weighted = (torch.where(which_R1, a, b) for a, b in zip(left, right, strict=True))
     return best, total, weighted
 

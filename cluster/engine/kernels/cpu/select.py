@@ -28,6 +28,7 @@ from cluster.engine.kernels.ops import Ops
 from cluster.engine.kernels.probe_lists import (
     ATTENTION_PROBES,
     EMBEDDING_PROBES,
+    LATENT_PROBES,
     LINEAR_PROBES,
     MOE_PROBES,
     NORM_PROBES,
@@ -66,6 +67,7 @@ def _composed(chosen: dict[str, Ops]) -> Ops:
         embedding_family=chosen["embedding"],
         softmax_family=chosen["softmax"],
         moe_family=chosen["moe"],
+        latent_family=chosen["latent"],
     )
 
 
@@ -108,6 +110,7 @@ class _Selection:
             Operation("embedding", reference, native, _equal_reference(EMBEDDING_PROBES)),
             Operation("softmax", reference, native, _equal_reference(SOFTMAX_PROBES)),
             Operation("moe", reference, native, [expert_rows_case(96, 5, 128, 320), *_equal_reference(MOE_PROBES)]),
+            Operation("latent", reference, native, _equal_reference(LATENT_PROBES)),
         ]
 
 

@@ -11,7 +11,8 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from cluster.engine.kernels.triton import moe
+from cluster.engine.kernels.ops import GroupedRouting
+from cluster.engine.kernels.triton import moe, route_grouped
 from cluster.engine.kernels.triton.launch import _tma_takes, aligned
 from cluster.engine.kernels.triton.moe_plans import GroupedPlan, MoePlan
 from cluster.engine.kernels.triton.overlap import overlap
@@ -36,6 +37,27 @@ def run_route(
         moe.route_kernel[(triton.cdiv(num_rows, rows),)](
             logits_TE, experts, weights, num_rows, logits_TE.stride(0), E=num_experts, J=top_k, BLOCK_T=rows,
             BLOCK_E=triton.next_power_of_2(num_experts), RENORMALISE=renormalise, num_warps=rows, **overlap(pdl),
+        )  # fmt: skip
+    return experts, weights
+
+
+def run_route_grouped(
+    logits_TE: torch.Tensor, bias_E: torch.Tensor | None, routing: GroupedRouting, *, pdl: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(T, J) experts int32, ascending, and their weights fp32."""
+    num_rows, num_experts = logits_TE.shape
+    group_size = num_experts // routing.num_groups
+    if not 0 < routing.top_k <= routing.top_groups * group_size:
+        raise ValueError(f"{routing.top_k} experts cannot be chosen of {routing.top_groups} groups of {group_size}")
+    experts = torch.empty((num_rows, routing.top_k), dtype=torch.int32, device=logits_TE.device)
+    weights = torch.empty((num_rows, routing.top_k), dtype=torch.float32, device=logits_TE.device)
+    if num_rows:
+        route_grouped.route_grouped_kernel[(num_rows,)](
+            logits_TE, logits_TE if bias_E is None else bias_E, experts, weights, logits_TE.stride(0), routing.scale,
+            G=routing.num_groups, BLOCK_G=triton.next_power_of_2(routing.num_groups), M=group_size,
+            BLOCK_M=triton.next_power_of_2(group_size), J=routing.top_k, TOP_GROUPS=routing.top_groups,
+            SIGMOID=routing.scoring == "sigmoid", HAS_BIAS=bias_E is not None, RENORMALISE=routing.renormalise,
+            num_warps=1, **overlap(pdl),
         )  # fmt: skip
     return experts, weights
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19serving/v1/handover.proto\x12\x11tandem.serving.v1\"j\n\x08KVLayout\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x11\n\thead_size\x18\x03 \x01(\r\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\"\x85\x03\n\nKVIdentity\x12\x14\n\x0cprotocol_min\x18\x01 \x01(\r\x12\x14\n\x0cprotocol_max\x18\x02 \x01(\r\x12\x15\n\rconfig_digest\x18\x03 \x01(\t\x12\x16\n\x0eweights_digest\x18\x04 \x01(\t\x12\x10\n\x08revision\x18\x05 \x01(\t\x12\x14\n\x0cquantisation\x18\x06 \x01(\t\x12\x10\n\x08\x61\x64\x61pters\x18\x07 \x03(\t\x12\x16\n\x0eweight_version\x18\x08 \x01(\t\x12\x10\n\x08kv_dtype\x18\t \x01(\t\x12\x16\n\x0e\x61ttention_kind\x18\n \x01(\t\x12\x12\n\nnum_layers\x18\x0b \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x0c \x01(\r\x12\x11\n\thead_size\x18\r \x01(\r\x12\x0c\n\x04rope\x18\x0e \x01(\t\x12\x11\n\tkv_layout\x18\x0f \x01(\t\x12\x11\n\tinvariant\x18\x10 \x01(\x08\x12\x1b\n\x13numeric_fingerprint\x18\x11 \x01(\t\x12\x12\n\ntransports\x18\x12 \x03(\t\"M\n\x06Region\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\x04\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x11\n\tdevice_id\x18\x04 \x01(\x11\"{\n\x0fPeerDescription\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x16\n\x0e\x61gent_metadata\x18\x03 \x01(\x0c\x12*\n\x07regions\x18\x04 \x03(\x0b\x32\x19.tandem.serving.v1.Region\"\x94\x01\n\x07KVShard\x12+\n\x06layout\x18\x01 \x01(\x0b\x32\x1b.tandem.serving.v1.KVLayout\x12\x13\n\x0b\x66irst_layer\x18\x02 \x01(\r\x12\x15\n\rfirst_kv_head\x18\x03 \x01(\r\x12\x30\n\x04peer\x18\x04 \x01(\x0b\x32\".tandem.serving.v1.PeerDescription\"r\n\x10HandshakeRequest\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12/\n\x08identity\x18\x02 \x01(\x0b\x32\x1d.tandem.serving.v1.KVIdentity\x12\x1a\n\x12\x65xpected_engine_id\x18\x03 \x01(\t\"<\n\rFieldMismatch\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x0c\n\x04ours\x18\x02 \x01(\t\x12\x0e\n\x06theirs\x18\x03 \x01(\t\"\x9f\x01\n\x0eHandshakeReply\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x34\n\nmismatches\x18\x02 \x03(\x0b\x32 .tandem.serving.v1.FieldMismatch\x12*\n\x06shards\x18\x03 \x03(\x0b\x32\x1a.tandem.serving.v1.KVShard\x12\x18\n\x10protocol_version\x18\x04 \x01(\rb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19serving/v1/handover.proto\x12\x11tandem.serving.v1\"~\n\x08KVLayout\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x11\n\thead_size\x18\x03 \x01(\r\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x12\n\nnum_planes\x18\x06 \x01(\r\"\x85\x03\n\nKVIdentity\x12\x14\n\x0cprotocol_min\x18\x01 \x01(\r\x12\x14\n\x0cprotocol_max\x18\x02 \x01(\r\x12\x15\n\rconfig_digest\x18\x03 \x01(\t\x12\x16\n\x0eweights_digest\x18\x04 \x01(\t\x12\x10\n\x08revision\x18\x05 \x01(\t\x12\x14\n\x0cquantisation\x18\x06 \x01(\t\x12\x10\n\x08\x61\x64\x61pters\x18\x07 \x03(\t\x12\x16\n\x0eweight_version\x18\x08 \x01(\t\x12\x10\n\x08kv_dtype\x18\t \x01(\t\x12\x16\n\x0e\x61ttention_kind\x18\n \x01(\t\x12\x12\n\nnum_layers\x18\x0b \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x0c \x01(\r\x12\x11\n\thead_size\x18\r \x01(\r\x12\x0c\n\x04rope\x18\x0e \x01(\t\x12\x11\n\tkv_layout\x18\x0f \x01(\t\x12\x11\n\tinvariant\x18\x10 \x01(\x08\x12\x1b\n\x13numeric_fingerprint\x18\x11 \x01(\t\x12\x12\n\ntransports\x18\x12 \x03(\t\"M\n\x06Region\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\x04\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x11\n\tdevice_id\x18\x04 \x01(\x11\"{\n\x0fPeerDescription\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x16\n\x0e\x61gent_metadata\x18\x03 \x01(\x0c\x12*\n\x07regions\x18\x04 \x03(\x0b\x32\x19.tandem.serving.v1.Region\"\x94\x01\n\x07KVShard\x12+\n\x06layout\x18\x01 \x01(\x0b\x32\x1b.tandem.serving.v1.KVLayout\x12\x13\n\x0b\x66irst_layer\x18\x02 \x01(\r\x12\x15\n\rfirst_kv_head\x18\x03 \x01(\r\x12\x30\n\x04peer\x18\x04 \x01(\x0b\x32\".tandem.serving.v1.PeerDescription\"r\n\x10HandshakeRequest\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12/\n\x08identity\x18\x02 \x01(\x0b\x32\x1d.tandem.serving.v1.KVIdentity\x12\x1a\n\x12\x65xpected_engine_id\x18\x03 \x01(\t\"<\n\rFieldMismatch\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x0c\n\x04ours\x18\x02 \x01(\t\x12\x0e\n\x06theirs\x18\x03 \x01(\t\"\x9f\x01\n\x0eHandshakeReply\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x34\n\nmismatches\x18\x02 \x03(\x0b\x32 .tandem.serving.v1.FieldMismatch\x12*\n\x06shards\x18\x03 \x03(\x0b\x32\x1a.tandem.serving.v1.KVShard\x12\x18\n\x10protocol_version\x18\x04 \x01(\rb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,19 +32,19 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'serving.v1.handover_pb2', _
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_KVLAYOUT']._serialized_start=48
-  _globals['_KVLAYOUT']._serialized_end=154
-  _globals['_KVIDENTITY']._serialized_start=157
-  _globals['_KVIDENTITY']._serialized_end=546
-  _globals['_REGION']._serialized_start=548
-  _globals['_REGION']._serialized_end=625
-  _globals['_PEERDESCRIPTION']._serialized_start=627
-  _globals['_PEERDESCRIPTION']._serialized_end=750
-  _globals['_KVSHARD']._serialized_start=753
-  _globals['_KVSHARD']._serialized_end=901
-  _globals['_HANDSHAKEREQUEST']._serialized_start=903
-  _globals['_HANDSHAKEREQUEST']._serialized_end=1017
-  _globals['_FIELDMISMATCH']._serialized_start=1019
-  _globals['_FIELDMISMATCH']._serialized_end=1079
-  _globals['_HANDSHAKEREPLY']._serialized_start=1082
-  _globals['_HANDSHAKEREPLY']._serialized_end=1241
+  _globals['_KVLAYOUT']._serialized_end=174
+  _globals['_KVIDENTITY']._serialized_start=177
+  _globals['_KVIDENTITY']._serialized_end=566
+  _globals['_REGION']._serialized_start=568
+  _globals['_REGION']._serialized_end=645
+  _globals['_PEERDESCRIPTION']._serialized_start=647
+  _globals['_PEERDESCRIPTION']._serialized_end=770
+  _globals['_KVSHARD']._serialized_start=773
+  _globals['_KVSHARD']._serialized_end=921
+  _globals['_HANDSHAKEREQUEST']._serialized_start=923
+  _globals['_HANDSHAKEREQUEST']._serialized_end=1037
+  _globals['_FIELDMISMATCH']._serialized_start=1039
+  _globals['_FIELDMISMATCH']._serialized_end=1099
+  _globals['_HANDSHAKEREPLY']._serialized_start=1102
+  _globals['_HANDSHAKEREPLY']._serialized_end=1261
 # @@protoc_insertion_point(module_scope)
