@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu.timing import graph_ms
 from cluster.engine.kernels.ops import AttentionMetadata
-from cluster.engine.kernels.triton import launch
+from cluster.engine.kernels.triton import attention_launch
 from cluster.engine.kernels.triton.plans import AttentionPlan
 
 NUM_MULTIPROCESSORS = 132
@@ -58,10 +58,12 @@ def decode_fraction(
     """(milliseconds, KV bytes read per second over copy bandwidth)."""
     q, kv, metadata = inputs
     scale = q.shape[2] ** -0.5
-    lists = launch.WorkLists()  # as in a step, where all layers share them
+    lists = attention_launch.WorkLists()  # as in a step, where all layers share them
 
     def call(layer: int) -> Callable[[], torch.Tensor]:
-        return lambda: launch.run_attention(q, kv[:, layer], metadata, scale, plan, NUM_MULTIPROCESSORS, lists=lists)
+        return lambda: attention_launch.run_attention(
+            q, kv[:, layer], metadata, scale, plan, NUM_MULTIPROCESSORS, lists=lists
+        )
 
     milliseconds = graph_ms([call(layer) for layer in range(kv.shape[1])], min_ms=3.0, replays=3)
     num_bytes = batch * context * 2 * kv.shape[3] * kv.shape[5] * 2
@@ -98,9 +100,9 @@ def sdpa_ms(
 def prefill_ms(plan: AttentionPlan, inputs: tuple[torch.Tensor, torch.Tensor, AttentionMetadata]) -> float:
     q, kv, metadata = inputs
     scale = q.shape[2] ** -0.5
-    lists = launch.WorkLists()
+    lists = attention_launch.WorkLists()
 
     def call() -> torch.Tensor:
-        return launch.run_attention(q, kv[:, 0], metadata, scale, plan, NUM_MULTIPROCESSORS, lists=lists)
+        return attention_launch.run_attention(q, kv[:, 0], metadata, scale, plan, NUM_MULTIPROCESSORS, lists=lists)
 
     return graph_ms([call], min_ms=5.0, replays=3)

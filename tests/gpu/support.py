@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 
 from cluster.engine.kernels.ops import AttentionMetadata
-from cluster.engine.kernels.triton import launch
+from cluster.engine.kernels.triton import attention_launch
 from cluster.engine.kernels.triton.plans import AttentionPlan
 
 NUM_MULTIPROCESSORS = 132
@@ -107,7 +107,7 @@ class Paged:
         contexts = contexts or [self.contexts[sequence] for sequence in sequences]
         metadata = self.metadata(sequences, rows, contexts)
         q = torch.cat([self.q[s][c - r : c] for s, r, c in zip(sequences, rows, contexts, strict=True)])
-        out = launch.run_attention(
+        out = attention_launch.run_attention(
             q, self.layer, metadata, self.scale, plan or AttentionPlan(), NUM_MULTIPROCESSORS, torch.float32,
             window=window,
         )  # fmt: skip

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.engine.kernels.triton import attention, launch
+from cluster.engine.kernels.triton import attention, attention_launch
 from cluster.engine.kernels.triton.plans import AttentionPlan
 from tests.gpu.support import NUM_MULTIPROCESSORS, Paged, bits_equal, in_graph, mutated, num_differing, relative_error
 
@@ -132,7 +132,7 @@ def test_graph_with_a_longer_bound_and_padding_equals_eager() -> None:
     padded = type(metadata)(starts, lengths, table, metadata.slot_mapping, metadata.positions, 1, 4096)
     q = torch.cat([cache.q[i][-1:] for i in range(3)] + [cache.q[0][:2]])
     out = in_graph(
-        lambda: launch.run_attention(
+        lambda: attention_launch.run_attention(
             q, cache.layer, padded, cache.scale, AttentionPlan(), NUM_MULTIPROCESSORS, torch.float32
         )
     )
@@ -218,7 +218,7 @@ def test_window_work_is_bounded_and_captured() -> None:
     )  # fmt: skip
     q = torch.cat([cache.q[i][-1:] for i in range(3)])
     out = in_graph(
-        lambda: launch.run_attention(
+        lambda: attention_launch.run_attention(
             q, cache.layer, padded, cache.scale, AttentionPlan(), NUM_MULTIPROCESSORS, torch.float32, window=90
         )
     )

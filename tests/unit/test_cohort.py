@@ -189,7 +189,8 @@ def laid_out(batch: Batch, bounds: StepBounds, blocks: BlockRows) -> StepWords:
 def packed(words: StepWords) -> list[int]:
     target = np.zeros(1000, np.int32)
     size, _ = words.copy_to(target)
-    return target[:size].tolist()
+    words_of_step: list[int] = target[:size].tolist()
+    return words_of_step
 
 
 def test_words_that_moved_on_are_those_of_the_step() -> None:

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from cluster.engine.kernels.triton import launch
+from cluster.engine.kernels.triton import attention_launch
 from cluster.engine.kernels.triton.plans import AttentionPlan
 from tests.gpu.support import NUM_MULTIPROCESSORS, Paged
 from tests.unit.triton_compile import compiled_for_hopper
@@ -26,7 +26,7 @@ def _compiled(directory: Path, window: int | None) -> dict[str, Any]:
     q = torch.cat([cache.q[0], cache.q[1][:2], cache.q[2]])
     plan = AttentionPlan(prefill_use_tma=True)
     with compiled_for_hopper(directory) as kernels:
-        launch.run_attention(q, cache.layer, metadata, cache.scale, plan, NUM_MULTIPROCESSORS, window=window)
+        attention_launch.run_attention(q, cache.layer, metadata, cache.scale, plan, NUM_MULTIPROCESSORS, window=window)
     return {kernel.metadata.name: kernel for kernel in kernels}
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cluster.engine.kernels.ops import AttentionMetadata
-from cluster.engine.kernels.triton import attention, launch
+from cluster.engine.kernels.triton import attention, attention_launch, launch
 from cluster.engine.kernels.triton.plans import AttentionPlan, LinearPlan
 from cluster.engine.kv_cache import KVLayout
 from kvconnector import digest
@@ -189,11 +189,11 @@ def test_impossible_calls_are_refused() -> None:
     cache = Paged([20], num_heads=4, num_kv_heads=2, head_size=16, dtype=torch.float16, device="cpu")
     metadata = cache.metadata([0], [1], [20])
     with pytest.raises(ValueError, match="do not divide"):
-        launch.run_attention(cache.q[0][:1, :3], cache.layer, metadata, 0.1, AttentionPlan(), 4)
+        attention_launch.run_attention(cache.q[0][:1, :3], cache.layer, metadata, 0.1, AttentionPlan(), 4)
     with pytest.raises(ValueError, match="scale must be positive"):
-        launch.run_attention(cache.q[0][:1], cache.layer, metadata, 0.0, AttentionPlan(), 4)
+        attention_launch.run_attention(cache.q[0][:1], cache.layer, metadata, 0.0, AttentionPlan(), 4)
     with pytest.raises(ValueError, match="window must hold"):
-        launch.run_attention(cache.q[0][:1], cache.layer, metadata, 0.1, AttentionPlan(), 4, window=0)
+        attention_launch.run_attention(cache.q[0][:1], cache.layer, metadata, 0.1, AttentionPlan(), 4, window=0)
 
 
 def test_digests_of_the_device_equal_those_of_the_host() -> None:

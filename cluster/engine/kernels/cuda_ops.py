@@ -20,7 +20,7 @@ from cluster.engine.kernels.ops import (
     HeadWeight,
     LinearWeight,
 )
-from cluster.engine.kernels.triton import latent_launch, launch, moe_launch
+from cluster.engine.kernels.triton import attention_launch, latent_launch, launch, moe_launch
 from cluster.engine.kernels.triton.latent_launch import LatentPlan
 from cluster.engine.kernels.triton.moe_plans import MoePlan, MoeShape, load_moe_plan_index
 from cluster.engine.kernels.triton.plans import LinearPlan
@@ -108,7 +108,7 @@ class CudaOps:
         self.plans = load_plan_index(torch.cuda.get_device_name(device))
         self.pdl = pdl
         self.library = LibraryAdmission()
-        self._lists = launch.WorkLists()
+        self._lists = attention_launch.WorkLists()
         self.moe_plans = load_moe_plan_index(torch.cuda.get_device_name(device))
         self.latent_plan = LatentPlan()
         self.fp8 = CudaFp8(device)
@@ -230,7 +230,7 @@ class CudaOps:
         *,
         window: int | None = None,
     ) -> torch.Tensor:
-        return launch.run_attention(
+        return attention_launch.run_attention(
             q_THD, kv_N2GSD, metadata, scale, self.plans.attention, self._num_multiprocessors, window=window,
             pdl=self._pdl(q_THD), lists=self._lists,
         )  # fmt: skip

@@ -1,0 +1,235 @@
+"""Starts the attention kernels: which sequences take which kernel, and the lists of work they share.
+
+As in `launch.py`, nothing waits for the device, and a call can be captured into a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from cluster.engine.kernels.ops import AttentionMetadata
+from cluster.engine.kernels.triton import attention
+from cluster.engine.kernels.triton.overlap import overlap
+from cluster.engine.kernels.triton.plans import SPLIT_KEYS, AttentionPlan, block_kv
+
+_FEW_SEQUENCES = 8  # that take the split kernels with several rows each: partial results of rows take memory
+
+
+def run_attention(
+    q_THD: torch.Tensor,
+    kv_N2GSD: torch.Tensor,
+    metadata: AttentionMetadata,
+    scale: float,
+    plan: AttentionPlan,
+    num_multiprocessors: int,
+    out_dtype: torch.dtype | None = None,
+    *,
+    window: int | None = None,
+    pdl: int = False,
+    lists: WorkLists | None = None,
+) -> torch.Tensor:
+    """(T, H * D) in q's type or the one given. `lists` keeps what all layers of a step share.
+
+    Sequences of few rows take the split kernels, the others the tiled one: the same bits.
+    """
+    num_rows, num_heads, head_size = q_THD.shape
+    num_kv_heads = kv_N2GSD.shape[2]
+    if num_heads % num_kv_heads:
+        raise ValueError(f"{num_heads} query heads do not divide among {num_kv_heads} KV heads")
+    if scale <= 0:
+        raise ValueError(f"the softmax scale must be positive, got {scale}")
+    if window is not None and window < 1:
+        raise ValueError(f"a window must hold at least the row's own key, got {window}")
+    out = torch.empty((num_rows, num_heads * head_size), dtype=out_dtype or q_THD.dtype, device=q_THD.device)
+    if num_rows == 0:
+        return out
+    call = _AttentionCall(q_THD, kv_N2GSD, metadata, out, scale / math.log(2.0), window, pdl, lists or WorkLists())
+    split_rows_max = max(1, plan.split_block_rows // call.group) if call.num_sequences <= _FEW_SEQUENCES else 1
+    if metadata.num_rows_max <= split_rows_max:
+        _run_split(call, plan, metadata.num_rows_max, num_multiprocessors)
+    elif call.num_sequences == 1:
+        _run_prefill(call, plan, 0)
+    else:
+        if metadata.num_rows_min <= 1:
+            _run_split(call, plan, 1, num_multiprocessors)
+        _run_prefill(call, plan, 1)
+    return out
+
+
+class WorkLists:
+    """What the attention kernels of all layers of a step have to do, listed once, on the device.
+
+    Of the step that was asked for last: its metadata is one object, made anew for every step.
+    """
+
+    def __init__(self) -> None:
+        self._metadata: AttentionMetadata | None = None
+        self._tiles: dict[tuple[int, int, int], torch.Tensor] = {}
+        self._splits: dict[tuple[int, int, int | None], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def tiles(self, metadata: AttentionMetadata, num_tiles: int, rows_per_tile: int, max_rows: int) -> torch.Tensor:
+        """(num_tiles, 8) int32: the records of `attention.list_tiles_kernel`."""
+        self._turn_to(metadata)
+        key = (num_tiles, rows_per_tile, max_rows)
+        found = self._tiles.get(key)
+        if found is None:
+            num_sequences = metadata.context_len.shape[0]
+            found = torch.empty((num_tiles, 8), dtype=torch.int32, device=metadata.context_len.device)
+            attention.list_tiles_kernel[(num_tiles,)](
+                found, metadata.query_start, metadata.context_len, num_sequences, max_rows,
+                ROWS_PER_TILE=rows_per_tile, BLOCK_B=_block_b(num_sequences), num_warps=1,
+            )  # fmt: skip
+            self._tiles[key] = found
+        return found
+
+    def splits(
+        self, metadata: AttentionMetadata, num_records: int, max_rows: int, window: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(num_records, 8) and (B + 1,) int32: the records and firsts of `attention.list_splits_kernel`."""
+        self._turn_to(metadata)
+        key = (num_records, max_rows, window)
+        found = self._splits.get(key)
+        if found is None:
+            num_sequences, device = metadata.context_len.shape[0], metadata.context_len.device
+            records = torch.empty((num_records, 8), dtype=torch.int32, device=device)
+            firsts = torch.empty(num_sequences + 1, dtype=torch.int32, device=device)
+            attention.list_splits_kernel[(num_records,)](
+                records, firsts, metadata.query_start, metadata.context_len, num_sequences, max_rows, window,
+                SPLIT_KEYS=SPLIT_KEYS, BLOCK_B=_block_b(num_sequences), num_warps=1,
+            )  # fmt: skip
+            found = self._splits[key] = (records, firsts)
+        return found
+
+    def _turn_to(self, metadata: AttentionMetadata) -> None:
+        if self._metadata is not metadata:
+            self._metadata = metadata
+            self._tiles.clear()
+            self._splits.clear()
+
+
+def _block_b(num_sequences: int) -> int:
+    """Few sizes: each is compiled."""
+    return max(16, int(triton.next_power_of_2(num_sequences)))
+
+
+@dataclass(frozen=True, slots=True)
+class _AttentionCall:
+    q_THD: torch.Tensor
+    kv_N2GSD: torch.Tensor
+    metadata: AttentionMetadata
+    out: torch.Tensor
+    scale_log2: float
+    window: int | None  # None is a constant to the compiler
+    pdl: int
+    lists: WorkLists
+
+    @property
+    def group(self) -> int:
+        return self.q_THD.shape[1] // self.kv_N2GSD.shape[2]
+
+    @property
+    def num_sequences(self) -> int:
+        return self.metadata.context_len.shape[0]
+
+    def constants(self, block_rows: int) -> dict[str, int]:
+        head_size = self.q_THD.shape[2]
+        return {
+            "NUM_KV_HEADS": self.kv_N2GSD.shape[2],
+            "GROUP": self.group,
+            "D": head_size,
+            "BLOCK_D": triton.next_power_of_2(head_size),
+            "BLOCK_ROWS": block_rows,
+            "BLOCK_KV": block_kv(head_size),
+            "SPLIT_KEYS": SPLIT_KEYS,
+            "BLOCK_SIZE": self.kv_N2GSD.shape[3],
+        }
+
+
+def _run_split(call: _AttentionCall, plan: AttentionPlan, max_rows: int, num_multiprocessors: int) -> None:
+    """Serve the sequences with at most `max_rows` rows: partial results of all splits, then the fold."""
+    metadata, kv = call.metadata, call.kv_N2GSD
+    num_heads, head_size = call.q_THD.shape[1:]
+    block_rows = max(16, triton.next_power_of_2(max_rows * call.group))
+    splits_each = triton.cdiv(metadata.context_len_max, SPLIT_KEYS)
+    if call.window is not None:  # that many keys in a row, wherever they begin
+        splits_each = min(splits_each, (call.window + max_rows - 3) // SPLIT_KEYS + 2)
+    records = call.num_sequences * splits_each
+    if splits_each > 1 and metadata.num_keys_max is not None:
+        records = min(records, call.num_sequences + metadata.num_keys_max // SPLIT_KEYS)
+    items = records * kv.shape[2]
+    scratch_items = items if splits_each > 1 else 1  # a single split needs no partial results
+    partial = torch.empty((scratch_items, max_rows * call.group, head_size), dtype=torch.float32, device=kv.device)
+    partial_m = torch.empty((scratch_items, max_rows * call.group), dtype=torch.float32, device=kv.device)
+    partial_l = torch.empty((scratch_items, max_rows * call.group, 8), dtype=torch.float32, device=kv.device)
+    splits, firsts = call.lists.splits(metadata, records, max_rows, call.window)
+    programs = min(items, num_multiprocessors * plan.split_programs_per_multiprocessor)
+    constants = call.constants(block_rows)
+    attention.split_kernel[(programs,)](
+        call.q_THD, kv, call.out, partial, partial_m, partial_l, splits, firsts, metadata.block_table,
+        call.num_sequences, max_rows, call.window, call.scale_log2, call.q_THD.stride(0),
+        call.out.stride(0), metadata.block_table.stride(0), kv.stride(0), kv.stride(1), kv.stride(2), **constants,
+        num_warps=plan.split_num_warps, num_stages=plan.split_num_stages, **overlap(call.pdl),
+    )  # fmt: skip
+    if splits_each <= 1:
+        return
+    for unused in ("BLOCK_ROWS", "BLOCK_KV", "BLOCK_SIZE"):
+        del constants[unused]
+    attention.fold_kernel[(call.num_sequences, max_rows * num_heads)](
+        call.out, partial, partial_m, partial_l, firsts, metadata.query_start, metadata.context_len,
+        max_rows, call.window, call.out.stride(0), **constants, num_warps=1, **overlap(call.pdl),
+    )  # fmt: skip
+
+
+def _run_prefill(call: _AttentionCall, plan: AttentionPlan, max_rows: int) -> None:
+    """Serve the sequences with more than `max_rows` rows."""
+    metadata, kv = call.metadata, call.kv_N2GSD
+    num_rows, _, head_size = call.q_THD.shape
+    in_whole_blocks = head_size in (64, 128) and kv.shape[3] % block_kv(head_size) == 0
+    if plan.prefill_kind == "hopper" and in_whole_blocks:
+        _run_prefill_hopper(call, plan, max_rows)
+        return
+    block_rows = max(plan.prefill_block_rows, triton.next_power_of_2(call.group))
+    tiles = num_rows // (block_rows // call.group) + call.num_sequences
+    keys = block_kv(head_size)
+    use_tma = plan.prefill_use_tma and kv.shape[3] % keys == 0 and head_size in (64, 128, 256)
+    kv_rows = kv
+    if use_tma:
+        rows = (kv.shape[0] - 1) * (kv.stride(0) // head_size) + 2 * kv.stride(1) // head_size
+        kv_rows = TensorDescriptor(kv, [rows, head_size], [head_size, 1], [keys, head_size])
+    attention.prefill_kernel[(tiles, kv.shape[2])](
+        call.q_THD, kv, kv_rows, call.out, metadata.query_start, metadata.context_len, metadata.block_table,
+        call.num_sequences, max_rows, call.window, call.scale_log2, call.q_THD.stride(0), call.out.stride(0),
+        metadata.block_table.stride(0), kv.stride(0), kv.stride(1), kv.stride(2),
+        **call.constants(block_rows), BLOCK_B=_block_b(call.num_sequences), USE_TMA=use_tma,
+        num_warps=plan.prefill_num_warps, num_stages=plan.prefill_num_stages,
+    )  # fmt: skip
+
+
+def _run_prefill_hopper(call: _AttentionCall, plan: AttentionPlan, max_rows: int) -> None:
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
+
+    from cluster.engine.kernels.triton import attention_hopper
+
+    metadata, kv = call.metadata, call.kv_N2GSD
+    num_rows, _, head_size = call.q_THD.shape
+    keys = block_kv(head_size)
+    rows = (kv.shape[0] - 1) * (kv.stride(0) // head_size) + 2 * kv.stride(1) // head_size
+    layout = NVMMASharedLayout(128, 16, 2)
+    kv_rows = GluonTensorDescriptor(kv, [rows, head_size], [head_size, 1], [keys, head_size], layout)
+    rows_per_tile = 128 // call.group
+    num_tiles = num_rows // rows_per_tile + call.num_sequences
+    constants = call.constants(128)
+    for unused in ("NUM_KV_HEADS", "BLOCK_D", "BLOCK_ROWS"):
+        del constants[unused]
+    attention_hopper.prefill_hopper_kernel[(num_tiles, kv.shape[2])](
+        call.q_THD, kv_rows, call.out, call.lists.tiles(metadata, num_tiles, rows_per_tile, max_rows),
+        metadata.block_table, call.window, call.scale_log2, call.q_THD.stride(0), call.out.stride(0),
+        metadata.block_table.stride(0), kv.stride(0) // head_size, kv.stride(1) // head_size,
+        kv.stride(2) // head_size, **constants, STAGES=plan.prefill_num_stages, num_warps=4,
+    )  # fmt: skip
