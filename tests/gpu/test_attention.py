@@ -236,7 +236,7 @@ def test_window_work_is_bounded_and_captured() -> None:
 def test_planted_wrong_windows_are_found(old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = paged(8, 2, 128)
     whole = cache.attend([0], [CONTEXT], window=1500)[0]
-    monkeypatch.setattr(launch, "attention", mutated(attention, old, new, tmp_path))
+    monkeypatch.setattr(attention_launch, "attention", mutated(attention, old, new, tmp_path))
     assert num_differing(cache.attend([0], [1], window=1500)[0], whole[-1:]) > 0
 
 
@@ -244,7 +244,7 @@ def test_planted_reversed_fold_is_found(tmp_path: Path, monkeypatch: pytest.Monk
     cache = paged(8, 2, 128)
     whole = cache.attend([0], [CONTEXT])[0]
     broken = mutated(attention, "(before + split) * NUM", "(before + num_splits - 1 - split) * NUM", tmp_path)
-    monkeypatch.setattr(launch, "attention", broken)
+    monkeypatch.setattr(attention_launch, "attention", broken)
     assert num_differing(cache.attend([0], [1])[0], whole[-1:]) > 0
 
 
@@ -252,7 +252,7 @@ def test_planted_tile_wide_rescale_is_found(tmp_path: Path, monkeypatch: pytest.
     cache = paged(8, 2, 128)
     old = "top = tl.maximum(m, tl.max(s, axis=1) * scale_log2)"
     new = "top = tl.maximum(m, tl.max(tl.max(s, axis=1), axis=0) * scale_log2)"
-    monkeypatch.setattr(launch, "attention", mutated(attention, old, new, tmp_path))
+    monkeypatch.setattr(attention_launch, "attention", mutated(attention, old, new, tmp_path))
     whole = cache.attend([0], [CONTEXT])[0]
     assert num_differing(cache.attend([0], [97], [1000])[0], whole[903:1000]) > 0
 
@@ -266,7 +266,7 @@ def test_planted_moving_splits_are_found(tmp_path: Path, monkeypatch: pytest.Mon
     broken = mutated(attention, old, new, tmp_path)
     stop = "tl.minimum(first_key + SPLIT_KEYS, context)"
     moved = "tl.minimum((split + 1) * SPLIT_KEYS - (SPLIT_KEYS - context % SPLIT_KEYS) // 64 * 64, context)"
-    monkeypatch.setattr(launch, "attention", mutated(broken, stop, moved, tmp_path))
+    monkeypatch.setattr(attention_launch, "attention", mutated(broken, stop, moved, tmp_path))
     out = cache.attend([0], [1], [2200])[0]
     assert relative_error(out, whole[2199:2200]) < 1e-2
     assert num_differing(out, whole[2199:2200]) > 0
