@@ -122,7 +122,7 @@ def test_work_and_scratch_are_bounded_by_the_window() -> None:
 )
 def test_planted_wrong_windows_are_found(old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = Paged([200], num_heads=2, num_kv_heads=1, head_size=16, dtype=torch.float16, device="cpu")
-    monkeypatch.setattr(launch, "attention", mutated(attention, old, new, tmp_path))
+    monkeypatch.setattr(attention_launch, "attention", mutated(attention, old, new, tmp_path))
     rows = cache.attend([0], [200], window=70)[0]
     assert not relative_error(rows, cache.expected(0, 70)) < 2e-3
 
