@@ -144,9 +144,15 @@ class EngineBench:
         runner.collect = collect  # type: ignore[method-assign]
         return 1.0 - (waited[0] - waited_of_one) / (full - one)
 
-    def mixed(self, count: int, rounds: int = 2) -> Mixed:
+    def mixed(self, count: int, rounds: int = 2, *, at_once: int | None = None) -> Mixed:
+        """All requests are there from the beginning; `at_once`: as many run together, instead of the engine's most."""
         workload = mixed_workload(count)
-        seconds = min(self.run(*workload) for _ in range(rounds))
+        scheduler = self.engine.scheduler
+        most, scheduler.max_num_sequences = scheduler.max_num_sequences, at_once or scheduler.max_num_sequences
+        try:
+            seconds = min(self.run(*workload) for _ in range(rounds))
+        finally:
+            scheduler.max_num_sequences = most
         return Mixed(seconds, sum(map(len, workload.prompts)), sum(workload.num_tokens))
 
 
