@@ -32,7 +32,8 @@ class Policy(Protocol):
         ...
 
     def schedule(self, scheduler: Scheduler) -> list[ScheduledSequence]:
-        """Choose rows within the limits; every entry comes from `Scheduler.take`."""
+        """Choose rows within the limits; every entry comes from `Scheduler.take`. Not asked while a cohort goes
+        on: a policy that keeps its sequences gives each its next row where there is room."""
         ...
 
 
