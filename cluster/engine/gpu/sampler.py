@@ -126,10 +126,7 @@ class GpuSampler:
     def _draw(self, logits_RV: torch.Tensor, top_R: torch.Tensor, draws: Draws, tokens_R: torch.Tensor) -> None:
         device, noise = logits_RV.device, draws.asked.noise
         rows_D, seeds_D, numbers_D2 = noise.tensors(device)
-        cuts = noise.cuts(logits_RV.shape[1], device)
-        if cuts:
-            numbers_D2 = numbers_D2.clone()
-        for part in cuts:
+        for part in noise.cuts(logits_RV.shape[1], device):
             scaled_FV = (logits_RV[part.rows_F] - top_R[part.rows_F, None]).mul_(numbers_D2[part.places_F, :1])
             numbers_D2[part.places_F, 1] = part.cuts.lowest_values(scaled_FV)
         positions_D = to_device(draws.positions[noise.rows], device)
