@@ -41,7 +41,6 @@ from cluster.engine.gpu.runner import GpuModelRunner
 from cluster.engine.kv_cache import KVCache, KVLayout
 from cluster.engine.sampling.logprobs import LogprobRows
 from cluster.rpc import session
-from cluster.rpc.pb.serving.v1 import worker_pb2
 from cluster.types import Request, SamplingParams, TokenChunk
 from decode.policy import DecodePolicy
 
@@ -259,8 +258,7 @@ def _frame(events: Sequence[EngineEvent]) -> bytes:
     for event in events:
         assert isinstance(event, TokenChunk)
         pending.add(event)
-    frame = worker_pb2.WorkerFrame(events=map(session._event_to_pb, pending.take()))
-    return frame.SerializeToString()
+    return session._frame_of(pending.take()).SerializeToString()
 
 
 def measure(scenario: Scenario, rounds: int) -> dict[str, float]:

@@ -28,7 +28,7 @@ class DecodePolicy:
         decoding = decoding[: min(scheduler.max_num_sequences, scheduler.max_batched_tokens)]
         budget = scheduler.max_batched_tokens - len(decoding)
         drafts = scheduler.propose_drafts(decoding, budget // 2 if prompts or scheduler.waiting else budget)
-        scheduled = [scheduler.take(sequence, 1, guess) for sequence, guess in zip(decoding, drafts, strict=True)]
+        scheduled = scheduler.take_decoding(decoding, drafts)
         budget -= sum(map(len, drafts))
         num_places = scheduler.max_num_sequences - len(scheduled)
         scheduler.admit_prompts(prompts, budget, keeps_room=True)

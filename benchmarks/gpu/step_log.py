@@ -112,7 +112,7 @@ class StepLog:
         batch = plain()
         if batch is not None:
             seconds = time.perf_counter() - start
-            record = StepRecord(batch.step, batch.num_tokens, *_size(batch), batch.is_decode, seconds)
+            record = StepRecord(batch.step, batch.num_tokens, *_size(batch), batch.cohort is not None, seconds)
             self.records.append(record)
             self._of_step[batch.step] = record
         return batch

@@ -93,11 +93,6 @@ class Batch:
         what it draws."""
         return self.age > 0 and self._reads_pending_tokens
 
-    @property
-    def is_decode(self) -> bool:
-        """Every entry is one row from which one token is drawn, and nothing else."""
-        return self.cohort is not None or all(map(is_decoding, self.scheduled))
-
 
 def is_decoding(entry: ScheduledSequence) -> bool:
     """Its one row is that of its newest token, which lies behind all whose prompt logprobs may be owed."""

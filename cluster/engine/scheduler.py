@@ -32,7 +32,8 @@ class Policy(Protocol):
         ...
 
     def schedule(self, scheduler: Scheduler) -> list[ScheduledSequence]:
-        """Choose rows within the limits; every entry comes from `Scheduler.take`."""
+        """Choose rows within the limits; every entry comes from `Scheduler.take`. Not asked while a cohort goes
+        on: a policy that keeps its sequences gives each its next row where there is room."""
         ...
 
 
@@ -163,11 +164,7 @@ class Scheduler:
         """False while a running sequence must or had better wait for tokens that are on the device."""
         if sequence.num_pending_tokens == 0:
             return True
-        if not sequence.can_run:
-            return False
-        if self.speculator is None:
-            return True
-        return not self.speculator.awaits_token(sequence)
+        return sequence.can_run and (self.speculator is None or not self.speculator.awaits_token(sequence))
 
     def propose_drafts(self, decoding: list[Sequence], budget: int) -> list[tuple[int, ...]]:
         """Drafts for sequences whose next row is their newest token, parallel to them, `budget` tokens at
@@ -253,6 +250,19 @@ class Scheduler:
         sequence.num_pending_tokens += samples
         sequence.num_pending_drafts = len(drafts)
         return entry
+
+    def take_decoding(self, decoding: list[Sequence], drafts: list[tuple[int, ...]]) -> list[ScheduledSequence]:
+        """`take` of sequences whose next row is their newest token."""
+        if self.speculator is not None:
+            return [self.take(sequence, 1, guess) for sequence, guess in zip(decoding, drafts, strict=True)]
+        entries = []
+        for sequence in decoding:
+            start, num_pending = sequence.num_scheduled_tokens, sequence.num_pending_tokens
+            sequence.num_scheduled_tokens = start + 1
+            sequence.num_in_flight += 1
+            sequence.num_pending_tokens = num_pending + 1
+            entries.append(ScheduledSequence(sequence, start, 1, True, num_pending > 0))
+        return entries
 
     def settle_drafts(self, entry: ScheduledSequence) -> None:
         """The step of an entry with drafts has been committed: rows behind the last token that counts are

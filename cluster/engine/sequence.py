@@ -62,7 +62,7 @@ class Sequence:
     @property
     def num_unscheduled_tokens(self) -> int:
         """Rows that must still be computed before the next token can be drawn; 1 when decoding."""
-        return self.num_tokens - self.num_scheduled_tokens
+        return len(self.token_ids) + self.num_pending_tokens - self.num_scheduled_tokens
 
     @property
     def num_output_tokens(self) -> int:
@@ -72,9 +72,10 @@ class Sequence:
     def can_run(self) -> bool:
         """False while all that is left is to learn tokens which are on the device already, or while it
         waits for them (`needs_pending_tokens`)."""
-        if self.num_pending_tokens == 0:
+        num_pending = self.num_pending_tokens
+        if num_pending == 0:
             return True
-        return self.num_tokens < self.max_total_tokens and not self.needs_pending_tokens
+        return len(self.token_ids) + num_pending < self.max_total_tokens and not self.needs_pending_tokens
 
     @property
     def needs_pending_tokens(self) -> bool:

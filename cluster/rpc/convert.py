@@ -163,19 +163,32 @@ def logprob_from_pb(message: pb.TokenLogprob) -> TokenLogprob | None:
 
 
 def chunk_to_pb(chunk: TokenChunk) -> pb.TokenChunk:
-    error = chunk.error
-    return pb.TokenChunk(
-        request_id=chunk.request_id,
-        attempt=chunk.attempt,
-        index=chunk.index,
-        token_ids=chunk.token_ids,
-        logprobs=[logprob_to_pb(logprob) for logprob in chunk.logprobs],
-        finish_reason=_FINISH_TO_PB[chunk.finish_reason],
-        stop_token_id=chunk.stop_token_id,
-        error=None if error is None else pb.RequestError(code=error.code, message=error.message),
-        num_cached_tokens=chunk.num_cached_tokens,
-        prompt_logprobs=[logprob_to_pb(logprob) for logprob in chunk.prompt_logprobs],
-    )
+    message = pb.TokenChunk()
+    fill_chunk(message, chunk)
+    return message
+
+
+def fill_chunk(message: pb.TokenChunk, chunk: TokenChunk) -> None:
+    """Into an empty message, field by field and only what is set: a worker does this for each token of each
+    request, and a message that is made first and then copied into its frame takes four times as long."""
+    message.request_id = chunk.request_id
+    message.index = chunk.index
+    message.token_ids.extend(chunk.token_ids)
+    if chunk.attempt:
+        message.attempt = chunk.attempt
+    if chunk.logprobs:
+        message.logprobs.extend(map(logprob_to_pb, chunk.logprobs))
+    if chunk.finish_reason is not None:
+        message.finish_reason = _FINISH_TO_PB[chunk.finish_reason]
+    if chunk.stop_token_id is not None:
+        message.stop_token_id = chunk.stop_token_id
+    if chunk.error is not None:
+        message.error.code, message.error.message = chunk.error.code, chunk.error.message
+        message.error.SetInParent()  # an error without a text is one, too
+    if chunk.num_cached_tokens:
+        message.num_cached_tokens = chunk.num_cached_tokens
+    if chunk.prompt_logprobs:
+        message.prompt_logprobs.extend(map(logprob_to_pb, chunk.prompt_logprobs))
 
 
 def chunk_from_pb(message: pb.TokenChunk) -> TokenChunk:

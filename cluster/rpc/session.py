@@ -129,7 +129,7 @@ class Session:
             self._write = asyncio.ensure_future(context.write(frame))
             await asyncio.shield(self._write)
             await self._pending.wake.wait()
-            frame = worker_pb2.WorkerFrame(events=map(_event_to_pb, self._pending.take()))
+            frame = _frame_of(self._pending.take())
 
     async def _last_write_ends(self) -> None:
         """Cancelling a write does not take it back from gRPC's core, which then refuses the call's status
@@ -224,19 +224,24 @@ def _num_entries(event: _Event) -> int:
         case PrefillResult():
             return _num_entries(event.first) + _num_logprobs(event.prompt_logprobs)
         case TokenChunk():
-            logprobs = _num_logprobs(event.logprobs) + _num_logprobs(event.prompt_logprobs)
-            return 1 + len(event.token_ids) + logprobs
+            count = 1 + len(event.token_ids)
+            if event.logprobs or event.prompt_logprobs:
+                count += _num_logprobs(event.logprobs) + _num_logprobs(event.prompt_logprobs)
+            return count
 
 
 def _num_logprobs(logprobs: tuple[TokenLogprob | None, ...]) -> int:
     return sum(1 + len(entry.top) for entry in logprobs if entry is not None)
 
 
-def _event_to_pb(event: _Event) -> worker_pb2.Event:
-    match event:
-        case TokenChunk():
-            return worker_pb2.Event(chunk=convert.chunk_to_pb(event))
-        case PrefillStarted():
-            return worker_pb2.Event(prefill_started=convert.started_to_pb(event))
-        case PrefillResult():
-            return worker_pb2.Event(prefill_result=convert.result_to_pb(event))
+def _frame_of(events: list[_Event]) -> worker_pb2.WorkerFrame:
+    frame = worker_pb2.WorkerFrame()
+    for event in events:
+        match event:
+            case TokenChunk():
+                convert.fill_chunk(frame.events.add().chunk, event)
+            case PrefillStarted():
+                frame.events.add(prefill_started=convert.started_to_pb(event))
+            case PrefillResult():
+                frame.events.add(prefill_result=convert.result_to_pb(event))
+    return frame

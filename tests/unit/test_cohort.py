@@ -18,9 +18,18 @@ from cluster.engine.gpu.shapes import StepShape
 from cluster.engine.gpu.step_words import StepBounds, StepWords
 from cluster.engine.scheduler import Scheduler
 from cluster.engine.sequence import Sequence, make_sequence
-from cluster.types import FinishReason, Request
+from cluster.types import FinishReason, Request, TokenChunk
 from decode.policy import DecodePolicy
-from tests.unit.engine_fakes import BLOCK_SIZE, NAN_TOKEN, make_engine, make_request, prompt_of, run_all
+from tests.unit.engine_fakes import (
+    BLOCK_SIZE,
+    NAN_TOKEN,
+    Outcome,
+    collect,
+    make_engine,
+    make_request,
+    prompt_of,
+    run_all,
+)
 
 SAMPLING: tuple[dict[str, Any], ...] = (
     {},
@@ -71,6 +80,9 @@ def history(engine: Engine, seed: int, num_requests: int) -> tuple[list[Any], in
             break
         steps.append(engine.step())
         engine.blocks.check_integrity()
+        for sequence in engine.scheduler.running:
+            assert sequence.table is not None
+            assert sequence.table.num_registered == sequence.num_computed_tokens // BLOCK_SIZE
     assert not engine.has_work()
     assert engine.blocks.num_free == engine.num_blocks
     return steps, num_continued
@@ -137,18 +149,30 @@ def test_the_same_events_from_columns(steps_ahead: int, seed: int) -> None:
     assert runner.num_columns > 20
 
 
-def test_a_broken_member_ends_alone() -> None:
+def test_a_broken_member_ends_alone_and_in_its_place() -> None:
     engine = make_engine(DecodePolicy(), steps_ahead=1)
     engine._runner = runner = DecodingRunner(engine)
-    engine.add_request(make_request("sound", (5,), ignore_eos=True))
+    sound = [make_request(name, (token,), ignore_eos=True) for name, token in (("first", 5), ("last", 7))]
+    engine.add_request(sound[0])
     engine.add_request(make_request("broken", (6,), ignore_eos=True, logit_bias=((NAN_TOKEN, 100.0),)))
-    outcomes = run_all(engine)
-    assert runner.num_broken == 1
+    engine.add_request(sound[1])
+    outcomes: dict[str, Outcome] = {}
+    while runner.num_broken == 0:
+        events = engine.step()
+        collect(outcomes, events)
+    chunks = [event for event in events if isinstance(event, TokenChunk)]
+    assert [(chunk.request_id, chunk.finish_reason) for chunk in chunks] == [
+        ("first", None),
+        ("broken", FinishReason.ERROR),
+        ("last", None),
+    ]
     assert outcomes["broken"].token_ids == [NAN_TOKEN]
-    assert outcomes["broken"].last.finish_reason is FinishReason.ERROR
-    alone = make_engine(DecodePolicy())
-    alone.add_request(make_request("sound", (5,), ignore_eos=True))
-    assert outcomes["sound"].token_ids == run_all(alone)["sound"].token_ids
+    while engine.has_work():
+        collect(outcomes, engine.step())
+    for request in sound:
+        alone = make_engine(DecodePolicy())
+        alone.add_request(request)
+        assert outcomes[request.request_id].token_ids == run_all(alone)[request.request_id].token_ids
 
 
 def test_what_draws_by_its_history_is_never_in_a_cohort() -> None:
@@ -162,6 +186,26 @@ def test_what_draws_by_its_history_is_never_in_a_cohort() -> None:
     for _ in range(6):
         engine.step()
         assert engine.scheduler._cohort is None
+
+
+def test_who_comes_with_blocks_is_in_the_next_step() -> None:
+    """Nothing tells the policy of it but the list of what runs."""
+    blocks = BlockManager(16, BLOCK_SIZE)
+    scheduler = Scheduler(blocks, DecodePolicy(), max_num_sequences=8, max_batched_tokens=64)
+    first, second, late = running(blocks, [5, 9, 20])
+    for sequence in (first, second):
+        scheduler.add_running(sequence)
+    ages = []
+    for _ in range(3):
+        batch = scheduler.schedule()
+        assert batch is not None
+        ages.append(batch.age)
+    assert ages == [0, 1, 2]
+    scheduler.add_running(late)
+    batch = scheduler.schedule()
+    assert batch is not None
+    assert [entry.sequence for entry in batch.scheduled] == [first, second, late]
+    assert batch.age == 0
 
 
 # ---- the words of its steps
@@ -189,8 +233,7 @@ def laid_out(batch: Batch, bounds: StepBounds, blocks: BlockRows) -> StepWords:
 def packed(words: StepWords) -> list[int]:
     target = np.zeros(1000, np.int32)
     size, _ = words.copy_to(target)
-    words_of_step: list[int] = target[:size].tolist()
-    return words_of_step
+    return list(map(int, target[:size]))
 
 
 def test_words_that_moved_on_are_those_of_the_step() -> None:

@@ -95,6 +95,22 @@ def test_the_cases_above_do_preempt() -> None:
     assert engine.load().preemptions > 0
 
 
+def test_tokens_are_recomputed_row_by_row_beside_others() -> None:
+    """Beside another prompt, with a budget of two: a row draws nothing, of a sequence that has put out tokens."""
+
+    def run(**limits: Any) -> tuple[dict[str, Outcome], int]:
+        engine = make_engine(DecodePolicy(), max_model_len=64, enable_prefix_caching=False, **limits)
+        requests = [make_request(f"r{i}", prompt_of(14, i), max_tokens=40, ignore_eos=True) for i in range(3)]
+        return finish(engine, requests), engine.load().preemptions
+
+    expected, _ = run()
+    found, num_preemptions = run(num_blocks=5, max_batched_tokens=2)
+    assert num_preemptions > 0
+    assert {key: each.token_ids for key, each in found.items()} == {
+        key: each.token_ids for key, each in expected.items()
+    }
+
+
 def test_bits_do_not_depend_on_the_prefix_cache(reference: dict[str, Outcome]) -> None:
     engine = make_engine(DecodePolicy(), num_blocks=256)
     for round_index in range(3):

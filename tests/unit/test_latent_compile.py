@@ -40,9 +40,9 @@ def compiled(num_heads: int, num_rows: int, directory: Path) -> list[Any]:
 @pytest.mark.parametrize(
     ("num_heads", "num_rows", "names", "spills"),
     [
-        (16, 1, ["latent_split_kernel", "fold_kernel"], 0),
-        (128, 1, ["latent_split_kernel", "fold_kernel"], 512),
-        (16, 300, ["latent_prefill_kernel"] * 2, 512),
+        (16, 1, ["list_splits_kernel", "latent_split_kernel", "fold_kernel"], 0),
+        (128, 1, ["list_splits_kernel", "latent_split_kernel", "fold_kernel"], 512),
+        (16, 300, ["list_tiles_kernel", *["latent_prefill_kernel"] * 2], 512),
     ],
     ids=["16 heads, one row", "128 heads, one row", "many rows"],
 )
@@ -56,4 +56,4 @@ def test_tiles_fit_a_multiprocessor(
         assert spilled_bytes(kernel) <= spills
         assert "atom" not in kernel.asm["ptx"]
         if num_heads == 128 or num_rows > 1:
-            assert ("wgmma.mma_async" in kernel.asm["ptx"]) == (kernel.name != "fold_kernel")
+            assert ("wgmma.mma_async" in kernel.asm["ptx"]) == kernel.name.startswith("latent")

@@ -64,7 +64,7 @@ class Noise:
 
     def tensors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rows (D,) int32, seeds (D,) int64, and (D, 2) fp32: the inverse temperature, and the lowest value that
-        may be drawn, which is none until `cuts` are applied to a copy."""
+        may be drawn, which every step writes anew for the rows with `cuts`, in stream order."""
         if self._tensors is None:
             numbers_D2 = np.full((len(self.rows), 2), -math.inf, np.float32)
             numbers_D2[:, 0] = [filters.inverse_temperature(sampling) for sampling in self._params]

@@ -128,7 +128,7 @@ class GpuModelRunner:
         staged, longest, num_keys = self._staging.stage(batch, self._draw_rows.row_of, self._tokens_R)
         prompts: list[_PromptRows] = []
         draws = self._draw_rows.of(batch)
-        if not staged.is_decode and staged.logits_of_entry[-1].stop > len(draws):
+        if staged.logits_of_entry and staged.logits_of_entry[-1].stop > len(draws):
             output = self._forward_with_prompts(staged, batch, longest, num_keys, prompts)
         else:
             output = self._forward(staged.shape, longest, num_keys)
@@ -143,7 +143,7 @@ class GpuModelRunner:
     def collect(self, step: LaunchedGpuStep) -> StepResult | DecodedTokens:
         """Wait for a launched step and bring its results to the host."""
         step.is_done.wait()
-        if step.batch.age > 0 and step.drawn is not None and not step.drawn.is_broken_R.host.any():
+        if step.batch.age > 0 and step.drawn is not None and not step.drawn.is_broken_R.any():
             return _decoded_tokens(step.drawn)
         sampled = _sampled_tokens(step)
         prompt_logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
@@ -315,7 +315,7 @@ def _sampled_tokens(step: LaunchedGpuStep) -> tuple[tuple[SampledToken, ...], ..
     drawn = step.drawn
     if drawn is None:
         return ((),) * len(step.batch.scheduled)
-    token_ids, is_broken = drawn.token_ids_R.host.tolist(), drawn.is_broken_R.host.tolist()
+    token_ids, is_broken = drawn.token_ids_R.host.tolist(), drawn.is_broken_R.tolist()
     logprobs = drawn.logprobs.arrived().to_host(drawn.num_top) if drawn.logprobs is not None else []
     places = drawn.logprob_places
     if not places and len(token_ids) == len(step.batch.scheduled):

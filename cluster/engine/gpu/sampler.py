@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from cluster.engine.gpu.draws import Draws
@@ -39,10 +40,18 @@ class DrawnRows:
     """On their way to the host; read them after the step's event."""
 
     token_ids_R: HostCopy
-    is_broken_R: HostCopy
+    sound_R: tuple[HostCopy, ...]  # finite where nothing is wrong with a row's logits
     logprobs: HostLogprobs | None
     logprob_places: dict[int, int]  # row -> place in `logprobs`
     num_top: list[int]  # by place
+
+    @property
+    def is_broken_R(self) -> npt.NDArray[np.bool_]:
+        """Decided on the host, where it takes a microsecond; on a device it takes five launches."""
+        is_broken_R = np.zeros(len(self.token_ids_R.host), np.bool_)
+        for each in self.sound_R:
+            is_broken_R |= ~np.isfinite(each.host.numpy())
+        return is_broken_R
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +88,13 @@ class GpuSampler:
     def sample(self, logits_RV: torch.Tensor, stats: RowStats, draws: Draws, tokens_R: torch.Tensor) -> DrawnRows:
         """Draw one token for each row into `tokens_R` (int64, on the device); row r has the logits for
         the r-th of `draws`. The raw logits are not changed."""
-        is_broken_R = ~torch.isfinite(stats.logsumexp_R)
-        asked = draws.asked
+        asked, sound_R = draws.asked, [HostCopy(stats.logsumexp_R)]
         if asked.is_plain:
             tokens_R.copy_(stats.argmax_R)
-            return DrawnRows(HostCopy(tokens_R), HostCopy(is_broken_R), None, {}, [])
+            return DrawnRows(HostCopy(tokens_R), tuple(sound_R), None, {}, [])
         chosen_from_RV, chosen_stats = self._processed(logits_RV, stats, draws)
         if chosen_stats is not stats:
-            is_broken_R |= ~torch.isfinite(chosen_stats.maximum_R)
+            sound_R.append(HostCopy(chosen_stats.maximum_R))
         tokens_R.copy_(chosen_stats.argmax_R)
         if asked.noise.rows:
             self._draw(chosen_from_RV, chosen_stats.maximum_R, draws, tokens_R)
@@ -94,7 +102,7 @@ class GpuSampler:
         logprobs = None
         if places:
             logprobs = HostLogprobs.of(self._logprobs(logits_RV, stats, tokens_R, places, max(num_top)))
-        return DrawnRows(HostCopy(tokens_R), HostCopy(is_broken_R), logprobs, places, num_top)
+        return DrawnRows(HostCopy(tokens_R), tuple(sound_R), logprobs, places, num_top)
 
     def prompt_logprobs(
         self, logits_RV: torch.Tensor, stats: RowStats, token_ids: Sequence[int], num_top: int
@@ -118,10 +126,7 @@ class GpuSampler:
     def _draw(self, logits_RV: torch.Tensor, top_R: torch.Tensor, draws: Draws, tokens_R: torch.Tensor) -> None:
         device, noise = logits_RV.device, draws.asked.noise
         rows_D, seeds_D, numbers_D2 = noise.tensors(device)
-        cuts = noise.cuts(logits_RV.shape[1], device)
-        if cuts:
-            numbers_D2 = numbers_D2.clone()
-        for part in cuts:
+        for part in noise.cuts(logits_RV.shape[1], device):
             scaled_FV = (logits_RV[part.rows_F] - top_R[part.rows_F, None]).mul_(numbers_D2[part.places_F, :1])
             numbers_D2[part.places_F, 1] = part.cuts.lowest_values(scaled_FV)
         positions_D = to_device(draws.positions[noise.rows], device)

@@ -11,13 +11,12 @@ Shape legend: T rows, B sequences, R rows of logits, all padded; M block table c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from cluster.engine.batch import Batch, ScheduledSequence
+from cluster.engine.batch import Batch
 from cluster.engine.forward_input import prompt_logprob_range
 from cluster.engine.gpu.block_rows import BlockRows
 from cluster.engine.gpu.host_copy import Moment, pinned_zeros
@@ -35,9 +34,8 @@ class StagedStep:
     """A step whose tensors are (or will be, in stream order) on the device."""
 
     shape: StepShape
-    num_rows: int  # without padding
-    is_decode: bool  # `Batch.is_decode`: each entry has the row of logits of its own number
-    logits_of_entry: tuple[range, ...]  # else the rows of each entry: prompt rows that are owed, then the drawn ones
+    # The rows of each entry: prompt rows that are owed, then the drawn ones. Empty: one row for each that samples.
+    logits_of_entry: tuple[range, ...]
 
 
 @dataclass(slots=True)
@@ -101,7 +99,7 @@ class StepStaging:
     def stage(self, batch: Batch, row_drawn: dict[int, int], drawn_R: torch.Tensor) -> tuple[StagedStep, int, int]:
         """Queue the batch's tensors on the current stream. `row_drawn` finds the row of `drawn_R` that holds a
         sequence's newest token, by identity. Returns the step, its longest context and the sum of contexts."""
-        logits_of_entry = () if batch.is_decode else tuple(_logits_rows(batch.scheduled))
+        logits_of_entry = _logits_rows(batch)
         if self._words is not None and self._words.is_followed_by(batch):
             self._words.move_on(batch)
         else:
@@ -117,13 +115,13 @@ class StepStaging:
             num_rows=shape.num_rows, num_sequences=shape.num_sequences, num_logits=shape.num_logits,
             num_columns=num_columns,
         )  # fmt: skip
-        return StagedStep(shape, batch.num_tokens, batch.is_decode, logits_of_entry), bounds.longest, bounds.num_keys
+        return StagedStep(shape, logits_of_entry), bounds.longest, bounds.num_keys
 
     def _lay_out(self, batch: Batch, logits_of_entry: tuple[range, ...], row_drawn: dict[int, int]) -> StepWords:
         scheduled = batch.scheduled
         rows_B = np.fromiter([entry.num_tokens for entry in scheduled], np.int32, len(scheduled))
         starts_B = np.fromiter([entry.start for entry in scheduled], np.int32, len(scheduled))
-        num_logits = logits_of_entry[-1].stop if logits_of_entry else len(scheduled)
+        num_logits = logits_of_entry[-1].stop if logits_of_entry else sum([entry.samples for entry in scheduled])
         contexts_B = starts_B + rows_B
         longest = int(contexts_B.max())
         rows_max = rows_class(int(rows_B.max()))
@@ -154,9 +152,14 @@ def _decode_shape(shape: StepShape) -> StepShape:
     return StepShape(size, size, logits, 1, shape.has_many_splits)
 
 
-def _logits_rows(scheduled: tuple[ScheduledSequence, ...]) -> Iterator[range]:
-    start = 0
-    for entry in scheduled:
+def _logits_rows(batch: Batch) -> tuple[range, ...]:
+    if batch.cohort is not None or not any(
+        entry.drafts or entry.sequence.wants_prompt_logprobs for entry in batch.scheduled
+    ):
+        return ()
+    ranges, start = [], 0
+    for entry in batch.scheduled:
         stop = start + len(prompt_logprob_range(entry)) + entry.num_drawn
-        yield range(start, stop)
+        ranges.append(range(start, stop))
         start = stop
+    return tuple(ranges)

@@ -120,6 +120,8 @@ class StepWords:
         return self._blocks.gather(self._rows_B, -(-self.bounds.longest // self._block_size))
 
     def _copy_tokens(self, scheduled: tuple[ScheduledSequence, ...], row_drawn: dict[int, int]) -> None:
+        places, tokens = [], []  # of single rows, which are most
+        pending, sources = [], []
         place = 0
         for entry in scheduled:
             end = stop = place + entry.num_tokens
@@ -127,21 +129,28 @@ class StepWords:
                 stop -= len(entry.drafts)
                 self._token_T[stop:end] = entry.drafts
             if entry.reads_pending_token:
-                self._source_T[stop - 1] = row_drawn[id(entry.sequence)]
                 stop -= 1
-            if stop > place:
+                pending.append(stop)
+                sources.append(row_drawn[id(entry.sequence)])
+            if stop == place + 1:
+                places.append(place)
+                tokens.append(entry.sequence.token_ids[entry.start])
+            elif stop > place:
                 first = entry.start
                 # A view of the sequence's own array, gone before anything can grow it.
                 self._token_T[place:stop] = np.frombuffer(entry.sequence.token_ids, np.int32)[
                     first : first + stop - place
                 ]
             place = end
+        self._token_T[places] = tokens
+        self._source_T[pending] = sources
 
     def _fill_logits(self, scheduled: tuple[ScheduledSequence, ...], logits_of_entry: tuple[range, ...]) -> None:
         self._logits_R[:] = 0
         ends_B = self._query_start[1 : len(scheduled) + 1]
         if not logits_of_entry:
-            self._logits_R[: len(scheduled)] = ends_B - 1
+            drawn_R = ends_B[[entry.samples for entry in scheduled]] - 1
+            self._logits_R[: len(drawn_R)] = drawn_R
             return
         for entry, rows, end in zip(scheduled, logits_of_entry, ends_B.tolist(), strict=True):
             wanted = [end - entry.num_tokens - entry.start + position for position in prompt_logprob_range(entry)]

@@ -268,7 +268,7 @@ class CudaOps:
     ) -> torch.Tensor:
         return latent_launch.run_latent_attention(
             q_THL, q_rope_THR, kv_N11SD, metadata, scale, self.latent_plan, self._num_multiprocessors,
-            pdl=self._pdl(q_THL),
+            pdl=self._pdl(q_THL), lists=self._lists,
         )  # fmt: skip
 
     def log_softmax_stats(self, logits_TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

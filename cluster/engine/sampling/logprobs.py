@@ -30,16 +30,14 @@ class LogprobRows:
 
     def to_host(self, num_top: list[int]) -> list[TokenLogprob]:
         """One per row, with the first `num_top[row]` of the most likely tokens."""
-        ids, logprobs, ranks = self.token_ids_R.tolist(), self.logprobs_R.tolist(), self.ranks_R.tolist()
-        top_ids, top_logprobs = self.top_ids_Rk.tolist(), self.top_logprobs_Rk.tolist()
+        rows = zip(
+            self.token_ids_R.tolist(), self.logprobs_R.tolist(), self.ranks_R.tolist(),
+            self.top_ids_Rk.tolist(), self.top_logprobs_Rk.tolist(), num_top,
+            strict=True,
+        )  # fmt: skip
         return [
-            TokenLogprob(
-                ids[row],
-                logprobs[row],
-                ranks[row],
-                tuple(zip(top_ids[row][:count], top_logprobs[row][:count], strict=True)),
-            )
-            for row, count in enumerate(num_top)
+            TokenLogprob(token_id, logprob, rank, tuple(zip(top_ids[:count], top_logprobs[:count], strict=True)))
+            for token_id, logprob, rank, top_ids, top_logprobs, count in rows
         ]
 
 

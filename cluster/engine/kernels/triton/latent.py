@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cluster.engine.kernels.triton.attention import accumulate, count_splits, find_item, fold, probabilities, total
+from cluster.engine.kernels.triton.attention import accumulate, fold, probabilities, total
 from cluster.engine.kernels.triton.overlap import begin
 
 
@@ -90,13 +90,13 @@ def block_scores(
 
 @triton.jit(do_not_specialize=["num_sequences", "max_rows"])
 def latent_split_kernel(
-    q_ptr, q_rope_ptr, kv_ptr, out_ptr, partial_ptr, partial_m_ptr, partial_l_ptr, query_start_ptr, context_len_ptr,
+    q_ptr, q_rope_ptr, kv_ptr, out_ptr, partial_ptr, partial_m_ptr, partial_l_ptr, records_ptr, firsts_ptr,
     table_ptr, num_sequences, max_rows, scale_log2, stride_q, stride_rope, stride_out, stride_table, stride_block,
     NUM_GROUPS: tl.constexpr, GROUP: tl.constexpr, L: tl.constexpr, BLOCK_L: tl.constexpr, R: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KV: tl.constexpr, SPLIT_KEYS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, BLOCK_B: tl.constexpr, VALUE: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, VALUE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Few rows, many keys: one (sequence, split, group of heads) at a time.
+    """Few rows, many keys: one (sequence, split, group of heads) at a time, from `attention.list_splits_kernel`.
 
     Partial results lie where `attention.fold_kernel` looks for them, as if groups were KV heads. A sequence of
     one split is folded here and goes to the result.
@@ -104,19 +104,16 @@ def latent_split_kernel(
     begin(PDL)
     BLOCK_V: tl.constexpr = BLOCK_L if VALUE == 0 else BLOCK_L // 2
     FIRST_V: tl.constexpr = BLOCK_V if VALUE == 2 else 0
-    splits = count_splits(query_start_ptr, context_len_ptr, num_sequences, max_rows, SPLIT_KEYS, BLOCK_B)
-    ends = tl.cumsum(splits, axis=0)
-    num_items = tl.sum(splits, axis=0) * NUM_GROUPS
-    sequences = tl.arange(0, BLOCK_B)
+    num_items = tl.load(firsts_ptr + num_sequences) * NUM_GROUPS
     tile_row = tl.arange(0, BLOCK_ROWS)
     for item in tl.range(tl.program_id(0), num_items, tl.num_programs(0)):
         group = item % NUM_GROUPS
-        index = item // NUM_GROUPS
-        sequence = find_item(ends, index)
-        split = index - tl.sum(tl.where(sequences < sequence, splits, 0), axis=0)
-        row_start = tl.load(query_start_ptr + sequence)
-        num_rows = tl.load(query_start_ptr + sequence + 1) - row_start
-        context = tl.load(context_len_ptr + sequence)
+        record_ptr = records_ptr + item // NUM_GROUPS * 8
+        sequence = tl.load(record_ptr)
+        split = tl.load(record_ptr + 1)
+        row_start = tl.load(record_ptr + 2)
+        num_rows = tl.load(record_ptr + 3)
+        context = tl.load(record_ptr + 4)
 
         row = tile_row // GROUP
         head = group * GROUP + tile_row % GROUP
@@ -134,7 +131,7 @@ def latent_split_kernel(
         for start in tl.range(first_key, tl.minimum(first_key + SPLIT_KEYS, context), BLOCK_KV):
             place, key_pos, keep = key_places(sequence_table, start, context, stride_block, L + R, BLOCK_KV, BLOCK_SIZE)
             s, v = block_scores(q, q_second, q_rope, kv_ptr, place, keep, L, BLOCK_L, R, BLOCK_R, VALUE)
-            m, alpha, p = probabilities(s, q_pos, key_pos, m, scale_log2, True)
+            m, alpha, p = probabilities(s, q_pos, key_pos, m, scale_log2, None, True)
             l, acc = accumulate(p, v, alpha, l, acc)
 
         offs_v = FIRST_V + tl.arange(0, BLOCK_V)
@@ -154,46 +151,37 @@ def latent_split_kernel(
                 tl.store(partial_l_ptr + scratch_row[:, None] * 8 + lanes[None, :], l, mask=valid[:, None])
 
 
-@triton.jit(do_not_specialize=["num_sequences", "max_rows"])
+@triton.jit
 def latent_prefill_kernel(
-    q_ptr, q_rope_ptr, kv_ptr, out_ptr, query_start_ptr, context_len_ptr, table_ptr,
-    num_sequences, max_rows, scale_log2, stride_q, stride_rope, stride_out, stride_table, stride_block,
+    q_ptr, q_rope_ptr, kv_ptr, out_ptr, tiles_ptr, table_ptr,
+    scale_log2, stride_q, stride_rope, stride_out, stride_table, stride_block,
     NUM_GROUPS: tl.constexpr, GROUP: tl.constexpr, L: tl.constexpr, BLOCK_L: tl.constexpr, R: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KV: tl.constexpr, SPLIT_KEYS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, BLOCK_B: tl.constexpr, VALUE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, VALUE: tl.constexpr,
 ):  # fmt: skip
-    """Many rows: one tile of (rows, GROUP heads) per program, all its splits in turn.
-
-    Serves sequences with more than max_rows rows. The last tiles of a sequence, which see the most keys, start
-    first.
-    """
+    """Many rows: one tile of (rows, GROUP heads) per program, all its splits in turn. Tiles come from
+    `attention.list_tiles_kernel`."""
     BLOCK_V: tl.constexpr = BLOCK_L if VALUE == 0 else BLOCK_L // 2
     FIRST_V: tl.constexpr = BLOCK_V if VALUE == 2 else 0
     ROWS_PER_TILE: tl.constexpr = BLOCK_ROWS // GROUP
-    sequences = tl.arange(0, BLOCK_B)
-    keep_sequence = sequences < num_sequences
-    first = tl.load(query_start_ptr + sequences, mask=keep_sequence, other=0)
-    last = tl.load(query_start_ptr + sequences + 1, mask=keep_sequence, other=0)
-    tiles = tl.where(last - first > max_rows, tl.cdiv(last - first, ROWS_PER_TILE), 0)
-    num_tiles = tl.sum(tiles, axis=0)
-    index = num_tiles - 1 - tl.program_id(0)
     group = tl.program_id(1)
-    if index >= 0:
-        sequence = find_item(tl.cumsum(tiles, axis=0), index)
-        tile = index - tl.sum(tl.where(sequences < sequence, tiles, 0), axis=0)
-        row_start = tl.load(query_start_ptr + sequence)
-        num_rows = tl.load(query_start_ptr + sequence + 1) - row_start
-        context = tl.load(context_len_ptr + sequence)
+    tile_ptr = tiles_ptr + tl.program_id(0) * 8
+    num_rows = tl.load(tile_ptr + 3)
+    if num_rows > 0:
+        sequence = tl.load(tile_ptr)
+        first_row = tl.load(tile_ptr + 1)
+        row_start = tl.load(tile_ptr + 2)
+        context = tl.load(tile_ptr + 4)
 
         tile_row = tl.arange(0, BLOCK_ROWS)
-        row = tile * ROWS_PER_TILE + tile_row // GROUP
+        row = first_row + tile_row // GROUP
         head = group * GROUP + tile_row % GROUP
         valid = (row < num_rows) & (tile_row < ROWS_PER_TILE * GROUP)
         q, q_second, q_rope = load_queries(
             q_ptr, q_rope_ptr, row_start + row, head, valid, stride_q, stride_rope, L, BLOCK_L, R, BLOCK_R, VALUE
         )
-        first_pos = context - num_rows + tile * ROWS_PER_TILE
-        q_pos = first_pos + tl.minimum(tile_row // GROUP, num_rows - 1 - tile * ROWS_PER_TILE)
+        first_pos = context - num_rows + first_row
+        q_pos = first_pos + tl.minimum(tile_row // GROUP, num_rows - 1 - first_row)
         key_stop = tl.minimum(first_pos + ROWS_PER_TILE, context)
 
         M = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
@@ -209,7 +197,7 @@ def latent_prefill_kernel(
             )
             s, v = block_scores(q, q_second, q_rope, kv_ptr, place, keep, L, BLOCK_L, R, BLOCK_R, VALUE)
             before = tl.where(start % SPLIT_KEYS == 0, float("-inf"), m)
-            top, alpha, p = probabilities(s, q_pos, key_pos, before, scale_log2, True)
+            top, alpha, p = probabilities(s, q_pos, key_pos, before, scale_log2, None, True)
             if start % SPLIT_KEYS == 0:  # alpha is 0 there, which also clears l and acc for the new split
                 M, sums, O = fold(M, sums, O, m, l, acc)
             m = top

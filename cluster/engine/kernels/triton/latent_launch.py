@@ -11,6 +11,7 @@ import triton
 
 from cluster.engine.kernels.ops import AttentionMetadata
 from cluster.engine.kernels.triton import attention, heads, latent, latent_rope
+from cluster.engine.kernels.triton.attention_launch import WorkLists
 from cluster.engine.kernels.triton.launch import aligned
 from cluster.engine.kernels.triton.overlap import overlap
 from cluster.engine.kernels.triton.plans import SPLIT_KEYS, LinearPlan
@@ -103,8 +104,9 @@ def run_latent_attention(
     out_dtype: torch.dtype | None = None,
     *,
     pdl: int = 0,
+    lists: WorkLists | None = None,
 ) -> torch.Tensor:
-    """(T, H, L) in q's type or the one given.
+    """(T, H, L) in q's type or the one given. `lists` keeps what all layers of a step share.
 
     Sequences of few rows take the split kernel, the others the tiled one: the same bits.
     """
@@ -117,7 +119,8 @@ def run_latent_attention(
     out = torch.empty(q_THL.shape, dtype=out_dtype or q_THL.dtype, device=q_THL.device)
     if len(q_THL) == 0:
         return out
-    call = _Call(aligned(q_THL), aligned(q_rope_THR), kv_N11SD, metadata, out, scale / math.log(2.0), pdl)
+    scale_log2 = scale / math.log(2.0)
+    call = _Call(aligned(q_THL), aligned(q_rope_THR), kv_N11SD, metadata, out, scale_log2, pdl, lists or WorkLists())
     several = max(1, plan.split_block_rows // call.group(plan.split_block_rows))
     split_rows_max = several if call.num_sequences <= _FEW_SEQUENCES else 1
     if metadata.num_rows_max <= split_rows_max:
@@ -125,7 +128,8 @@ def run_latent_attention(
     elif call.num_sequences == 1:
         _run_prefill(call, plan, 0)
     else:
-        _run_split(call, plan, 1, num_multiprocessors)
+        if metadata.num_rows_min <= 1:
+            _run_split(call, plan, 1, num_multiprocessors)
         _run_prefill(call, plan, 1)
     return out
 
@@ -139,6 +143,7 @@ class _Call:
     out: torch.Tensor
     scale_log2: float
     pdl: int
+    lists: WorkLists
 
     @property
     def num_heads(self) -> int:
@@ -151,10 +156,6 @@ class _Call:
     def group(self, block_rows: int) -> int:
         """Heads of a tile: the most that fit and leave none over."""
         return max(count for count in range(1, min(self.num_heads, block_rows) + 1) if self.num_heads % count == 0)
-
-    @property
-    def block_b(self) -> int:
-        return max(16, int(triton.next_power_of_2(self.num_sequences)))  # few sizes: each is compiled
 
     def constants(self, group: int, block_rows: int) -> dict[str, int]:
         latent_size, rope_size = self.q_THL.shape[2], self.q_rope_THR.shape[2]
@@ -169,7 +170,6 @@ class _Call:
             "BLOCK_KV": BLOCK_KV,
             "SPLIT_KEYS": SPLIT_KEYS,
             "BLOCK_SIZE": self.kv_N11SD.shape[3],
-            "BLOCK_B": self.block_b,
         }
 
     @property
@@ -194,20 +194,20 @@ def _run_split(call: _Call, plan: LatentPlan, max_rows: int, num_multiprocessors
     partial = torch.empty((*scratch, latent_size), dtype=torch.float32, device=device)
     partial_m = torch.empty(scratch, dtype=torch.float32, device=device)
     partial_l = torch.empty((*scratch, 8), dtype=torch.float32, device=device)
+    records, firsts = call.lists.splits(metadata, splits, max_rows, None)
     for value in _values(plan.split_halves):
         latent.latent_split_kernel[(min(items, num_multiprocessors * plan.split_programs_per_multiprocessor),)](
-            call.q_THL, call.q_rope_THR, call.kv_N11SD, call.out, partial, partial_m, partial_l, metadata.query_start,
-            metadata.context_len, metadata.block_table, call.num_sequences, max_rows, call.scale_log2, *call.strides,
+            call.q_THL, call.q_rope_THR, call.kv_N11SD, call.out, partial, partial_m, partial_l, records,
+            firsts, metadata.block_table, call.num_sequences, max_rows, call.scale_log2, *call.strides,
             **call.constants(group, block_rows), VALUE=value, num_warps=plan.split_num_warps,
             num_stages=plan.split_num_stages, **overlap(call.pdl),
         )  # fmt: skip
     if splits_each <= 1:
         return
     attention.fold_kernel[(call.num_sequences, max_rows * call.num_heads)](
-        call.out, partial, partial_m, partial_l, metadata.query_start, metadata.context_len, call.num_sequences,
-        max_rows, call.out.stride(0), NUM_KV_HEADS=groups, GROUP=group, D=latent_size,
-        BLOCK_D=triton.next_power_of_2(latent_size), SPLIT_KEYS=SPLIT_KEYS, BLOCK_B=call.block_b, num_warps=1,
-        **overlap(call.pdl),
+        call.out, partial, partial_m, partial_l, firsts, metadata.query_start, metadata.context_len, max_rows, None,
+        call.out.stride(0), NUM_KV_HEADS=groups, GROUP=group, D=latent_size,
+        BLOCK_D=triton.next_power_of_2(latent_size), SPLIT_KEYS=SPLIT_KEYS, num_warps=1, **overlap(call.pdl),
     )  # fmt: skip
 
 
@@ -216,11 +216,13 @@ def _run_prefill(call: _Call, plan: LatentPlan, max_rows: int) -> None:
     metadata = call.metadata
     block_rows = plan.prefill_block_rows
     group = call.group(block_rows)
-    tiles = len(call.q_THL) // (block_rows // group) + call.num_sequences
+    rows_per_tile = block_rows // group
+    num_tiles = len(call.q_THL) // rows_per_tile + call.num_sequences
+    tiles = call.lists.tiles(metadata, num_tiles, rows_per_tile, max_rows)
     for value in _values(plan.prefill_halves):
-        latent.latent_prefill_kernel[(tiles, call.num_heads // group)](
-            call.q_THL, call.q_rope_THR, call.kv_N11SD, call.out, metadata.query_start, metadata.context_len,
-            metadata.block_table, call.num_sequences, max_rows, call.scale_log2, *call.strides,
+        latent.latent_prefill_kernel[(num_tiles, call.num_heads // group)](
+            call.q_THL, call.q_rope_THR, call.kv_N11SD, call.out, tiles, metadata.block_table, call.scale_log2,
+            *call.strides,
             **call.constants(group, block_rows), VALUE=value, num_warps=plan.prefill_num_warps,
             num_stages=plan.prefill_num_stages,
         )  # fmt: skip
