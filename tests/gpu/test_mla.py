@@ -187,10 +187,12 @@ def test_rows_are_cached_with_the_same_bits_in_any_step(ops: CudaOps) -> None:
         stored = ~inputs.kv_N11SD.isnan().all(dim=-1)
         assert int(stored.sum()) == stop - start
         assert bits_equal(inputs.kv_N11SD[stored], cached[stored])
-    wide = torch.empty((300, 576 + 7), device="cuda")[:, 7:]
-    inputs.rows[0] = wide.copy_(inputs.rows[0])
+    wide = torch.empty((300, 576 + 7), device="cuda")[:, 7:].copy_(inputs.rows[0])
     inputs.kv_N11SD.fill_(torch.nan)
-    inputs.store(ops, [(0, 0, 300)])
+    ops.latent_rope_and_cache(
+        inputs.queries[0], wide, inputs.kv_N11SD, inputs.metadata([(0, 0, 300)]), inputs.cos_sin_PR, 16, inputs.norm_L,
+        1e-6,
+    )  # fmt: skip
     assert bits_equal(inputs.kv_N11SD, cached)
     exact = torch.nn.functional.rms_norm(wide[:, :512].double(), (512,), inputs.norm_L.double(), 1e-6)
     blocks = inputs.metadata([(0, 0, 300)]).block_table[0].long()

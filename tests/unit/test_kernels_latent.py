@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from cluster.engine.kernels import fingerprint, get_ops
 from cluster.engine.kernels.ops import GroupedRouting, Ops
 from cluster.engine.kernels.probe_lists import LATENT_PROBES
 from cluster.engine.kernels.probes import first_difference
@@ -92,6 +93,12 @@ def test_it_is_softmax_attention_over_the_stored_rows(variant: str) -> None:
     exact = torch.einsum("htc,cl->thl", weights, rows[:, :512])
     ours = ops.latent_attention(q_latent, q_rope, inputs.kv_N11SD, metadata, inputs.scale)
     assert torch.allclose(ours.double(), exact, atol=0.02, rtol=0.02)
+
+
+def test_a_fingerprint_covers_it_where_the_model_needs_it() -> None:
+    ops = get_ops("cpu", 1)
+    assert fingerprint(ops, with_latent=True) == fingerprint(get_ops("cpu", 3), with_latent=True)
+    assert fingerprint(ops, with_latent=True) != fingerprint(ops)
 
 
 def routing(scoring: str, num_groups: int, top_groups: int, top_k: int, *, renormalise: bool = False) -> GroupedRouting:

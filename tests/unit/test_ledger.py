@@ -68,6 +68,25 @@ def test_ranks_see_their_heads() -> None:
     assert part.tolist() == digest(content)[1:3]
 
 
+def test_latent_rows_add_up_over_stages_and_block_sizes() -> None:
+    content = make_content()[:, :, :1, :1]  # one plane, one head
+
+    def digest_of(block_size: int, layers: range) -> int:
+        layout = KVLayout(num_layers=len(layers), num_kv_heads=1, head_size=DIM, block_size=block_size, num_planes=1)
+        cache = KVCache(layout, 32, torch.device("cpu"))
+        block_ids = list(range(31, 31 - -(-NUM_TOKENS // block_size), -1))
+        for token in range(NUM_TOKENS):
+            rows = content[token, layers.start : layers.stop]
+            cache.kv_NL2HSD[block_ids[token // block_size], :, :, :, token % block_size] = rows
+        digester = KVDigester(cache.kv_NL2HSD, layout, first_layer=layers.start)
+        return int(digester.tokens(block_ids, 0, NUM_TOKENS)[0])
+
+    whole = digest_of(16, range(LAYERS))
+    assert digest_of(64, range(LAYERS)) == whole
+    assert (digest_of(16, range(1)) + digest_of(48, range(1, LAYERS))) % (1 << 64) == whole
+    assert digest_of(16, range(1)) != digest_of(16, range(1, 2))
+
+
 def test_ranges_of_tokens_add_up() -> None:
     parts = [digest(make_content(), 16, start, end) for start, end in ((0, 5), (5, 33), (33, NUM_TOKENS))]
     total = np.array(parts, dtype=np.uint64).sum(axis=0, dtype=np.uint64)

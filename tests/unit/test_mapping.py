@@ -138,3 +138,42 @@ def test_replicated_heads_are_read_from_one_source() -> None:
 def test_a_missing_part_is_named() -> None:
     with pytest.raises(ValueError, match="layer 1"):
         plan([(make_shard(4, range(1), range(2)), [0])], (make_shard(4, range(2), range(2)), [0]), 0, 4)
+
+
+@pytest.mark.parametrize(("source_size", "destination_size"), [(4, 4), (8, 2), (3, 4)])
+def test_latent_rows_have_one_plane_and_come_from_any_rank(source_size: int, destination_size: int) -> None:
+    """All ranks hold the same rows: the first one is read, each layer from its stage."""
+    num_tokens, layers = 11, range(2)
+
+    def latent(block_size: int, held: range) -> Shard:
+        layout = KVLayout(
+            num_layers=len(held), num_kv_heads=1, head_size=DIM, block_size=block_size, dtype=DTYPE, num_planes=1
+        )
+        return Shard(layout=layout, first_layer=held.start)
+
+    def pool(shard: Shard) -> np.ndarray:
+        shape = (POOL_BLOCKS, shard.layout.num_layers, 1, 1, shard.layout.block_size, DIM)
+        return np.full(shape, -1, dtype=np.int16)
+
+    sources = [latent(source_size, held) for held in (range(1), range(1), range(1, 2))]
+    source_blocks = list(range(7, 7 - -(-num_tokens // source_size), -1))
+    filled = []
+    for shard in sources:
+        rows = pool(shard)
+        for token in range(num_tokens):
+            rows[source_blocks[token // source_size], 0, 0, 0, token % source_size] = shard.first_layer * 100 + token
+        filled.append(rows)
+    destination = latent(destination_size, layers)
+    blocks = list(range(3, 3 + -(-num_tokens // destination_size)))
+    plans = plan([(shard, source_blocks) for shard in sources], (destination, blocks), 0, num_tokens)
+    assert plans[1] == []
+    result = pool(destination)
+    written = np.zeros(result.size, dtype=np.int16)
+    for rows, pieces in zip(filled, plans, strict=True):
+        copy(rows.reshape(-1), result.reshape(-1), written, pieces)
+    assert written.max() == 1
+    for token in range(num_tokens):
+        found = result[blocks[token // destination_size], :, 0, 0, token % destination_size]
+        assert found.tolist() == [[layer * 100 + token] * DIM for layer in layers]
+    with pytest.raises(ValueError, match="differ in head size, dtype or number of planes"):
+        plan([(make_shard(4, layers, range(1)), source_blocks)], (destination, blocks), 0, num_tokens)

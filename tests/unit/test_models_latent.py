@@ -12,8 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from cluster.control.handshake import shard_from_pb, shard_to_pb
+from cluster.control.identity import kv_identity
 from cluster.engine.models.moe_grouped import GroupedMoeFeedForward
 from cluster.errors import ConfigError, ModelError
+from kvconnector.base import PeerDescription
+from kvconnector.mapping import Shard
 from tests.unit.model_factory import LATENT_FAMILIES, TOKENS, assert_close_to, logits_of, random_model, save_safetensors
 from tests.unit.virtual_ranks import load, run_ranks
 
@@ -93,6 +97,22 @@ def test_ranks_give_the_bits_of_one_and_all_hold_the_rows(family: str, tmp_path:
     layout = model.kv_layout(16)
     assert (layout.num_planes, layout.num_kv_heads, layout.head_size) == (1, 1, 48)
     assert layout.block_bytes == 3 * 16 * 48 * 2
+
+
+def test_the_handshake_knows_rows_from_keys_and_values(tmp_path: Path) -> None:
+    loaded = load(save_safetensors(random_model("deepseek_v2"), tmp_path))
+    layout = loaded.model.kv_layout(16)
+    identity = kv_identity(loaded, layout, "cpu/1", "loopback")
+    assert (identity.attention_kind, identity.kv_layout) == ("mla", "NL1HSD")
+    assert (identity.num_kv_heads, identity.head_size) == (1, 48)
+    peer = PeerDescription("engine", "loopback", b"", ())
+    assert shard_from_pb(shard_to_pb(Shard(layout=layout), peer))[0].layout == layout
+    message = shard_to_pb(Shard(layout=layout), peer)
+    message.layout.num_planes = 0  # as an older peer sends it: K and V
+    assert shard_from_pb(message)[0].layout.num_planes == 2
+    message.layout.num_planes = 3
+    with pytest.raises(ValueError, match="num_planes is 3"):
+        shard_from_pb(message)
 
 
 def test_first_layers_are_dense_and_layers_that_draft_are_not_read(tmp_path: Path) -> None:

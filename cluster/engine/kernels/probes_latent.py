@@ -40,6 +40,7 @@ class LatentInputs:
         row_size = s.latent_size + s.rope_size
         # Block tables, slots and positions are those of a cache with one head.
         self._paged = PagedInputs(CacheShape(s.rope_size, 1, 1, s.block_size, s.sequences), device, seed)
+        self.cos_sin_PR = self._paged.cos_sin_PD
         generator = torch.Generator().manual_seed(seed + 1)
         lengths = [end for _, end in s.sequences]
         self.rows = [self._rows(generator, length).to(device) for length in lengths]
@@ -74,7 +75,7 @@ class LatentInputs:
             for each in (self.rows, self.queries)
         )
         return ops.latent_rope_and_cache(
-            queries, rows, self.kv_N11SD, self.metadata(spans), self._paged.cos_sin_PD, self.shape.num_heads,
+            queries, rows, self.kv_N11SD, self.metadata(spans), self.cos_sin_PR, self.shape.num_heads,
             self.norm_L, 1e-6,
         )  # fmt: skip
 
