@@ -45,7 +45,7 @@ class LatentInputs:
         lengths = [end for _, end in s.sequences]
         self.rows = [self._rows(generator, length).to(device) for length in lengths]
         query_width = s.num_heads * (NOPE_SIZE + s.rope_size)
-        self.queries = [draw(generator, length, query_width, s.magnitudes).to(device) for length in lengths]
+        self.queries = [self._queries(generator, length, query_width).to(device) for length in lengths]
         self.norm_L = torch.rand(s.latent_size, generator=generator).add(0.5).to(device)
         up = draw(generator, s.num_heads * s.latent_size, NOPE_SIZE, Magnitudes.NORMAL) * NOPE_SIZE**-0.5
         self.up_HNK = up.bfloat16().view(s.num_heads, s.latent_size, NOPE_SIZE).to(device)
@@ -63,6 +63,12 @@ class LatentInputs:
         sign = 1.0 - 2.0 * (torch.arange(length) // 512 % 2)
         rows[:, : self.shape.latent_size // 2] += 30.0 * sign[:, None]
         return rows.bfloat16().float()
+
+    def _queries(self, generator: torch.Generator, length: int, width: int) -> torch.Tensor:
+        if self.shape.magnitudes is not Magnitudes.CANCELLING:
+            return draw(generator, length, width, self.shape.magnitudes)
+        # Nearly equal weights, or else what cancels would not.
+        return draw(generator, length, width, Magnitudes.NORMAL) / 32
 
     def metadata(self, spans: Sequence[tuple[int, int, int]]) -> AttentionMetadata:
         """For rows start .. end of a sequence each: (sequence, start, end)."""
