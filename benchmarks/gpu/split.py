@@ -1,9 +1,11 @@
 """Prefill and decode as two processes on one GPU against one process that does both, under the same load.
 
     python -m benchmarks.gpu.split --rate 8 --duration 25
+    python -m benchmarks.gpu.split --a-gpu-each          where there are two: each pool has its own
 
 Each deployment is started as a user starts it, gets the same open-loop load from `cluster bench`, and answers
-the same prompts, whose tokens and logprob bits must be equal everywhere.
+the same prompts, whose tokens and logprob bits must be equal everywhere. What one process does comes first: the
+others are recorded beside the one of these whose tokens come most evenly, as soon as they are measured.
 """
 
 from __future__ import annotations
@@ -37,13 +39,16 @@ class Variant(NamedTuple):
     settings: tuple[str, ...]
 
 
-def variants(shares: Sequence[int], chunks: Sequence[int]) -> list[Variant]:
+def variants(shares: Sequence[int], chunks: Sequence[int], *, a_gpu_each: bool) -> list[Variant]:
     found = [
         Variant(f"monolithic, chunks of {chunk}", ("monolithic=true", f"decode.engine.max_batched_tokens={chunk}"))
         for chunk in chunks
     ]
-    split = [Variant(f"split, prefill {share} %", (f"prefill.gpu_percent={share}",)) for share in shares]
-    return [*split[:1], *found, *split[1:]]
+    found += [Variant(f"split, prefill {share} %", (f"prefill.gpu_percent={share}",)) for share in shares]
+    if a_gpu_each:
+        devices = ("prefill.engine.device=cuda:0", "decode.engine.device=cuda:1")
+        found.append(Variant("split, a GPU each", devices))
+    return found
 
 
 class Measured(NamedTuple):
@@ -105,28 +110,43 @@ def show(measured: Measured) -> None:
     )
 
 
-def record(all_measured: Sequence[Measured], device_name: str, params: dict[str, Any], out: Path) -> None:
-    baseline = min(
-        (each for each in all_measured if each.name.startswith("monolithic")), key=lambda each: _itl_p99(each)
-    )
-    for each in all_measured:
-        s = each.summary
-        total = s.input_tokens_per_s + s.output_tokens_per_s
-        base = baseline.summary.input_tokens_per_s + baseline.summary.output_tokens_per_s
-        same_bits = each.answers == all_measured[0].answers
+class Recorder:
+    """Appends what was measured, beside the baseline."""
+
+    def __init__(self, device_name: str, params: dict[str, Any], out: Path) -> None:
+        self._device_name, self._params, self._out = device_name, params, out
+        self._baseline: Measured | None = None
+        self._answers: list[Any] | None = None
+
+    def add(self, measured: Measured) -> None:
+        """A monolithic one may become the baseline of what follows; ratios need one."""
+        if measured.name.startswith("monolithic") and (
+            self._baseline is None or _itl_p99(measured) < _itl_p99(self._baseline)
+        ):
+            self._baseline = measured
+        if self._answers is None:
+            self._answers = measured.answers
+        if self._baseline is None:
+            return
+        s = measured.summary
+        same_bits = measured.answers == self._answers
+        throughput = _tokens_per_s(measured) / _tokens_per_s(self._baseline)
+        itl_p99 = _itl_p99(measured) / _itl_p99(self._baseline)
         details = {
-            **params, "variant": each.name, "baseline": baseline.name, "same_bits": same_bits, "failed": s.num_failed,
+            **self._params, "variant": measured.name, "baseline": self._baseline.name, "same_bits": same_bits,
+            "failed": s.num_failed,
             "ttft_p50_ms": round(1e3 * _at(s.ttft, 50), 2) if s.ttft else None,
             "itl_p50_ms": round(1e3 * _at(s.itl, 50), 3) if s.itl else None,
-            "itl_p99_ms": round(1e3 * _itl_p99(each), 3),
+            "itl_p99_ms": round(1e3 * _itl_p99(measured), 3),
         }  # fmt: skip
-        for metric, value in (
-            ("throughput_ratio", total / base),
-            ("itl_p99_ratio", _itl_p99(each) / _itl_p99(baseline)),
-        ):
-            append_result("split_gpu", metric, value, "x", details, device=device_name, directory=out)
-        print(f"{each.name:32} throughput {total / base:.3f}x, itl p99 {_itl_p99(each) / _itl_p99(baseline):.3f}x, "
-              f"same bits: {same_bits}")  # fmt: skip
+        for metric, value in (("throughput_ratio", throughput), ("itl_p99_ratio", itl_p99)):
+            append_result("split_gpu", metric, value, "x", details, device=self._device_name, directory=self._out)
+        of = f"of {self._baseline.name}, same bits: {same_bits}"
+        print(f"  throughput {throughput:.3f}x, itl p99 {itl_p99:.3f}x {of}", flush=True)
+
+
+def _tokens_per_s(measured: Measured) -> float:
+    return measured.summary.input_tokens_per_s + measured.summary.output_tokens_per_s
 
 
 def _at(statistics: Statistics, percent: float) -> float:
@@ -144,6 +164,7 @@ def main(config: ModelConfig = LLAMA_8B) -> None:
     parser.add_argument("--duration", type=float, default=25.0, help="seconds")
     parser.add_argument("--shares", type=int, nargs="*", default=[40, 60, 80], help="percent of the GPU for prefill")
     parser.add_argument("--chunks", type=int, nargs="*", default=[8192, 1024], help="of the monolithic engine")
+    parser.add_argument("--a-gpu-each", action="store_true", help="also prefill on cuda:0 and decode on cuda:1")
     parser.add_argument("--prompt-tokens", default="uniform:64:2048")
     parser.add_argument("--output-tokens", default="uniform:64:256")
     parser.add_argument("--model", type=Path, help="a directory; by default an 8B shape with random weights is made")
@@ -157,17 +178,17 @@ def main(config: ModelConfig = LLAMA_8B) -> None:
             *("--rate", str(options.rate), "--duration", str(options.duration), "--warmup", "8"),
             *("--prompt-tokens", options.prompt_tokens, "--output-tokens", options.output_tokens),
         ]
-        measured: list[Measured] = []
-        with contextlib.suppress(KeyboardInterrupt):  # what was measured by then is recorded
-            for variant in variants(options.shares, options.chunks):
-                try:
-                    measured.append(measure(variant, model, options.device, load, options.set))
-                    show(measured[-1])
-                except (DeploymentFailed, subprocess.TimeoutExpired, httpx.HTTPError) as error:
-                    print(f"{variant.name}: {error}", flush=True)
         device_name = torch.cuda.get_device_name() if options.device.startswith("cuda") else processor_name()
         params = {"rate": options.rate, "prompt_tokens": options.prompt_tokens, "output_tokens": options.output_tokens}
-        record(measured, device_name, params, options.out)
+        recorder = Recorder(device_name, params, options.out)
+        with contextlib.suppress(KeyboardInterrupt):  # what was measured by then is recorded
+            for variant in variants(options.shares, options.chunks, a_gpu_each=options.a_gpu_each):
+                try:
+                    measured = measure(variant, model, options.device, load, options.set)
+                    show(measured)
+                    recorder.add(measured)
+                except (DeploymentFailed, subprocess.TimeoutExpired, httpx.HTTPError) as error:
+                    print(f"{variant.name}: {error}", flush=True)
 
 
 if __name__ == "__main__":
