@@ -19,6 +19,7 @@ from cluster.launch.local import STOP_SIGNALS
 # mpirun hands SIGUSR1 on to all ranks and does nothing else, Slurm can send it before a job's time is up.
 RANK_STOP_SIGNALS = (*STOP_SIGNALS, signal.SIGUSR1)
 ECHO_S = 2.0  # a terminal and a launcher may both send one for the same Ctrl-C
+SAME_SIGNAL_S = 0.5  # what a signal did to another rank may be learned before the signal itself
 PARENT_LOOK_S = 1.0
 
 _T = TypeVar("_T")
@@ -48,13 +49,18 @@ class StopSignals:
                 loop.remove_signal_handler(number)
 
     async def unless_stopped(self, work: Coroutine[None, None, _T], doing: str) -> _T:
-        """The result of `work`, which is cancelled at a signal. Raises `StartupError` then."""
+        """The result of `work`, which is cancelled at a signal. Raises `StartupError` then, also if `work` failed
+        just before: with the signal, all ranks leave."""
         task = asyncio.ensure_future(work)
         stopped = asyncio.ensure_future(self.wanted.wait())
         try:
             await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
+            if task.done() and task.exception() is None:
                 return task.result()
+            if task.done():
+                await asyncio.wait({stopped}, timeout=SAME_SIGNAL_S)
+                if not self.wanted.is_set():
+                    return task.result()
             raise StartupError(f"{self.name} while {doing}")
         finally:
             for each in (task, stopped):
