@@ -1,0 +1,223 @@
+"""All GPU records and tests of one machine, spread over its GPUs, within a time limit.
+
+    python -m benchmarks.gpu.everything --out DIR [--deadline 560] [--only engine fp8 tests ...]
+        [--peer "python3 peer.py --mixed 512 --out {out}"] [--peer-fp8 "python3 peer.py --fp8 --mixed 512 --out {out}"]
+
+Kernels are compiled first, by many processes. What is timed then has a GPU to itself, one chain of commands after the
+other; a peer runs on the GPU that its comparison runs on. Tests and exactness share the GPUs when these are free. Every
+command writes DIR/NAME.log, records are appended in DIR/records; what the deadline cuts off is named at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.gpu.record_exactness import MODELS
+
+PYTHON = sys.executable
+COMPILE_SHARES = 6
+TESTS = ("attention", "mla", "linear", "fp8", "moe", "small_ops", "admission", "engine", "demo_model")
+END_S = 10.0  # for a command to end after an interrupt: what it has by then is recorded
+
+
+@dataclass(frozen=True)
+class Command:
+    name: str
+    words: tuple[str, ...]
+    limit_s: float
+    needs_peer_path: bool = False  # a peer must not see our packages
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Commands one after the other on one GPU."""
+
+    group: str
+    commands: tuple[Command, ...]
+
+    @property
+    def limit_s(self) -> float:
+        return sum(command.limit_s for command in self.commands)
+
+
+@dataclass
+class Run:
+    """What has happened so far."""
+
+    out: Path
+    deadline_s: float  # on the monotonic clock
+    start_s: float = field(default_factory=time.monotonic)
+    notes: list[str] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def say(self, text: str) -> None:
+        with self._lock:
+            print(f"[{time.monotonic() - self.start_s:5.0f} s] {text}", flush=True)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+        self.say(text)
+
+    def execute(self, command: Command, gpu: str) -> bool:
+        left_s = min(command.limit_s, self.deadline_s - time.monotonic())
+        if self.deadline_s - time.monotonic() <= END_S:
+            self.note(f"NOT RUN {command.name}: the time is over")
+            return False
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
+        if command.needs_peer_path:
+            environment["PYTHONPATH"] = os.environ.get("PEER_PYTHONPATH", "")
+        start_s, file = time.monotonic(), self.out / f"{command.name}.log"
+        with file.open("wb") as log:
+            process = subprocess.Popen(
+                command.words, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
+                start_new_session=True,
+            )  # fmt: skip
+            code = _wait(process, left_s)
+        took = f"{command.name} in {time.monotonic() - start_s:.0f} s"
+        if code == 0:
+            self.say(f"{took}: {_last_line(file)}")
+        else:
+            self.note(f"FAILED {took}: {'cut off' if code is None else f'exit code {code}'}; {_last_line(file)}")
+        return code == 0
+
+
+def _wait(process: subprocess.Popen[bytes], limit_s: float) -> int | None:
+    """The exit code; None if it was cut off."""
+    try:
+        return process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGINT)
+        try:
+            process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        return None
+
+
+def _last_line(file: Path) -> str:
+    lines = file.read_text(errors="replace").strip().splitlines()
+    return lines[-1][:160] if lines else ""
+
+
+def bench(name: str, limit_s: float, *words: str, out: Path) -> Command:
+    command = (PYTHON, "-m", "benchmarks.gpu", *words, "--out", str(out / "records"))
+    return Command(name, command, limit_s)
+
+
+def compile_commands() -> list[Command]:
+    shares = [(str(share), str(COMPILE_SHARES)) for share in range(COMPILE_SHARES)]
+    return [
+        Command(
+            f"compile-{model}-{share}",
+            (PYTHON, "-m", "benchmarks.gpu", "compile-engine", share, of, "--model", model),
+            150.0,
+        )
+        for model in ("llama", "llama-fp8")
+        for share, of in shares
+    ]
+
+
+def timed_chains(out: Path, peer: str | None, peer_fp8: str | None) -> list[Chain]:
+    """Longest first."""
+    bf16 = [] if peer is None else [_peer("peer", peer, out)]
+    fp8 = [] if peer_fp8 is None else [_peer("peer-fp8", peer_fp8, out)]
+    engine_file = ["--peer", str(out / "peer.jsonl")] if bf16 else []
+    fp8_file = ["--peer", str(out / "peer-fp8.jsonl")] if fp8 else []
+    split = (PYTHON, "-m", "benchmarks.gpu.split", "--rate", "8", "--duration", "12", "--out", str(out / "records"))
+    speculation = (PYTHON, "-m", "benchmarks.speculation", "--device", "cuda", "--model", "llama-8b", "--budget", "60")
+    return [
+        Chain("engine", (*bf16, bench("engine", 200, "engine", *engine_file, out=out))),
+        Chain("fp8", (*fp8, bench("engine-fp8", 190, "engine-fp8", *fp8_file, out=out))),
+        Chain("split", (Command("split", (*split, "--chunks", "8192", "--shares", "40", "60", "80"), 400.0),)),
+        Chain("speculation", (Command("speculation", (*speculation, "--out", str(out / "records")), 110.0),)),
+        Chain("attention", (bench("attention", 60, "attention", out=out),)),
+        Chain("profile", (Command("profile", (PYTHON, "-m", "benchmarks.gpu", "engine-profile"), 150.0),)),
+    ]
+
+
+def _peer(name: str, command: str, out: Path) -> Command:
+    words = tuple(shlex.split(command.replace("{out}", str((out / f"{name}.jsonl").resolve()))))
+    return Command(name, words, 240.0, needs_peer_path=True)
+
+
+def shared_commands(out: Path) -> list[tuple[str, Command]]:
+    """(group, command): several on a GPU at once."""
+    pytest = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    exactness = [
+        ("exactness", bench(f"exactness-{model}", 200, "exactness", "--model", model, "--budget", "150", out=out))
+        for model in MODELS
+    ]
+    tests = [("tests", Command(f"test-{name}", (*pytest, f"tests/gpu/test_{name}.py"), 260.0)) for name in TESTS]
+    return [*exactness, *tests]
+
+
+def work_off(run: Run, gpu: str, chains: deque[Chain]) -> None:
+    while True:
+        try:
+            chain = chains.popleft()
+        except IndexError:
+            return
+        for command in chain.commands:
+            run.execute(command, gpu)
+
+
+def together(run: Run, commands: Sequence[Command], gpus: Sequence[str]) -> None:
+    threads = [
+        threading.Thread(target=run.execute, args=(command, gpus[index % len(gpus)]))
+        for index, command in enumerate(commands)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.everything", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, help="a directory for logs and records")
+    parser.add_argument("--deadline", type=float, default=560.0, help="seconds for everything")
+    parser.add_argument("--gpus", default="0", help="numbers, as in 0,1")
+    parser.add_argument(
+        "--only", nargs="*", help="groups: engine fp8 split speculation attention profile exactness tests"
+    )
+    parser.add_argument("--peer", help="a command that writes the peer's JSON lines to {out}")
+    parser.add_argument("--peer-fp8", help="the same with FP8")
+    parser.add_argument("--no-compile", action="store_true", help="the kernels are in Triton's cache")
+    options = parser.parse_args()
+    out: Path = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    gpus = options.gpus.split(",")
+    run = Run(out, time.monotonic() + options.deadline)
+    is_wanted = (lambda group: True) if options.only is None else (lambda group: group in options.only)
+    if not options.no_compile:
+        together(run, compile_commands(), gpus)
+    chains = [chain for chain in timed_chains(out, options.peer, options.peer_fp8) if is_wanted(chain.group)]
+    queue = deque(chains)
+    workers = [threading.Thread(target=work_off, args=(run, gpu, queue)) for gpu in gpus]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    together(run, [command for group, command in shared_commands(out) if is_wanted(group)], gpus)
+    for note in run.notes:
+        print(note)
+    return 1 if run.notes else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
