@@ -1,6 +1,6 @@
 """The whole engine on an 8B-shaped Llama, measured as the peer's script measures vLLM: same prompts, same formulas.
 
-prefill  16 x 2048 tokens, one token out: the best of some rounds
+prefill  16 x 2048 tokens, one token out: the best of some rounds; single prompts the same way
 decode   (256 tokens out - 1 token out) / 255, best of each
 mixed    requests of 64-2048 prompt and 64-512 output tokens, all at once
 """
@@ -17,10 +17,10 @@ import msgspec
 import torch
 
 from benchmarks.gpu.random_model import LLAMA_8B, random_decoder
-from cluster.engine.batch import DecodedTokens, StepResult
+from benchmarks.gpu.step_log import StepLog
 from cluster.engine.config import EngineConfig
 from cluster.engine.engine import Engine
-from cluster.engine.gpu.runner import GpuModelRunner, LaunchedGpuStep
+from cluster.engine.gpu.runner import GpuModelRunner
 from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.kernels.ops import LinearWeight
 from cluster.engine.kv_cache import KVCache
@@ -122,27 +122,18 @@ class EngineBench:
         full = min(self.run(prompts, [out] * batch, **sampling) for _ in range(rounds))
         return 1e3 * (full - one) / (out - 1)
 
+    def prefill_ms(self, length: int, rounds: int = 5) -> float:
+        """From a request of one token, on an idle engine, to that token."""
+        prompts = [[random_prompt(length, 9000 + i)] for i in range(rounds + 1)]
+        return 1e3 * min([self.run(prompt, [1]) for prompt in prompts][1:])
+
     def host_fraction(self, batch: int, prompt: int = 128, out: int = 128) -> float:
         """Share of a decode step in which the host does not wait for the device."""
-        runner = self.engine._runner
-        assert isinstance(runner, GpuModelRunner)
-        collect, waited = runner.collect, [0.0]
-
-        def timed(step: LaunchedGpuStep) -> StepResult | DecodedTokens:
-            start = time.perf_counter()
-            step.is_done.wait()
-            waited[0] += time.perf_counter() - start
-            return collect(step)
-
         prompts = [random_prompt(prompt, 7000 + i) for i in range(batch)]
         self.run(prompts, [out] * batch)
-        one = self.run(prompts, [1] * batch)
-        runner.collect = timed  # type: ignore[method-assign]
-        self.run(prompts, [1] * batch)
-        waited_of_one, waited[0] = waited[0], 0.0
-        full = self.run(prompts, [out] * batch)
-        runner.collect = collect  # type: ignore[method-assign]
-        return 1.0 - (waited[0] - waited_of_one) / (full - one)
+        with StepLog(self.engine, has_events=False) as log:
+            self.run(prompts, [out] * batch)
+        return log.host_fraction(batch)
 
     def mixed(self, count: int, rounds: int = 2, *, at_once: int | None = None) -> Mixed:
         """All requests are there from the beginning; `at_once`: as many run together, instead of the engine's most."""

@@ -16,6 +16,7 @@ class Figures:
     prefill_tok_s: float | None = None
     decode_ms: dict[int, float] = field(default_factory=dict)  # by batch
     mixed_tok_s: float | None = None
+    one_token_ms: dict[int, float] = field(default_factory=dict)  # by batch: prompts of 128 tokens, one token out
 
 
 def peer_figures(path: Path | None, quantization: str | None = None) -> Figures:
@@ -34,6 +35,8 @@ def peer_figures(path: Path | None, quantization: str | None = None) -> Figures:
                 figures.prefill_tok_s = value
             case {"what": "decode", "batch": batch, "inter_token_ms": value}:
                 figures.decode_ms[batch] = value
+                if "s_one_token" in found:
+                    figures.one_token_ms[batch] = 1e3 * found["s_one_token"]
             case {"what": "mixed", "total_tok_s": value}:
                 figures.mixed_tok_s = value
     return figures

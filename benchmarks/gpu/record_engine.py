@@ -16,6 +16,7 @@ from benchmarks.results import append_result
 
 BATCHES = (1, 32, 256)
 PEER_MIXED, PEER_PREFILL = 512, (16, 2048)
+SHORT_PROMPTS, PEER_SHORT_PROMPT = (128, 512, 1024), 128  # tokens
 PEER_SEQUENCES = 256  # `max_num_seqs` of the peer's script
 Append = Callable[[str, float, str, dict[str, Any]], None]
 
@@ -38,6 +39,17 @@ def record_prefill(bench: EngineBench, append: Append, peer: Figures) -> float:
     if peer.prefill_tok_s is not None:
         append("prefill_ratio_vs_vllm", prefill / peer.prefill_tok_s, "x", {"vllm_tok_s": peer.prefill_tok_s})
     return prefill
+
+
+def record_short_prompts(bench: EngineBench, append: Append, peer: Figures) -> None:
+    """Time to the first token of a prompt that is alone."""
+    for length in SHORT_PROMPTS:
+        milliseconds = bench.prefill_ms(length)
+        append("prefill_ms", milliseconds, "ms", {"batch": 1, "tokens": length})
+        if length == PEER_SHORT_PROMPT and 1 in peer.one_token_ms:
+            theirs = peer.one_token_ms[1]
+            params = {"batch": 1, "tokens": length, "vllm_ms": theirs}
+            append("ttft_ratio_vs_vllm", theirs / milliseconds, "x", params)
 
 
 def record_decode(bench: EngineBench, batch: int, append: Append, peer: Figures) -> float:
@@ -73,6 +85,7 @@ def record_engine(out: Path, peer_file: Path | None = None) -> None:
     weights = bench.weight_bytes
     pool = bench.engine.num_blocks * bench.engine.layout.block_bytes
     record_prefill(bench, append, peer)
+    record_short_prompts(bench, append, peer)
     for batch in BATCHES:
         milliseconds = record_decode(bench, batch, append, peer)
         if batch == 1:

@@ -75,12 +75,13 @@ def _size(batch: Batch) -> tuple[int, int]:
 class StepLog:
     """`with StepLog(engine) as log`: records every step, from inside the engine and its runner."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, has_events: bool = True) -> None:
+        """`has_events` False: the host's times alone, undisturbed by the device's."""
         assert isinstance(engine._runner, GpuModelRunner)
         self.records: list[StepRecord] = []
         self.started_at = self.ended_at = 0.0
         self._engine, self._runner = engine, engine._runner
-        self._has_events = self._runner._device.type == "cuda"
+        self._has_events = has_events and self._runner._device.type == "cuda"
         self._of_step: dict[int, StepRecord] = {}
         self._staged: torch.cuda.Event | None = None
         self._restores: list[Callable[[], None]] = []
@@ -162,6 +163,21 @@ class StepLog:
     def idle_ms(self) -> list[float]:
         """Of the device before each step; the first step's wait for the host is not among them."""
         return [0.0, *(record.idle_ms_after(previous) for previous, record in pairwise(self.records))]
+
+    def host_fraction(self, num_sequences: int) -> float:
+        """Share of the decode steps of that many sequences in which the host does not wait for the device. Of
+        those that follow another one: neither a prompt's launches nor its computing are in what is measured."""
+        is_counted = [record.is_decode and record.num_sequences == num_sequences for record in self.records]
+        period_s = wait_s = 0.0
+        for (has_other, is_decode), (previous, record) in zip(
+            pairwise(is_counted), pairwise(self.records), strict=True
+        ):
+            if has_other and is_decode:
+                period_s += record.done_at - previous.done_at
+                wait_s += record.wait_s
+        if period_s == 0.0:
+            raise ValueError(f"no decode step of {num_sequences} sequences follows another one")
+        return 1.0 - wait_s / period_s
 
     def print_classes(self) -> None:
         """One line a class of step, those that took most first, and where the rest of the time went."""

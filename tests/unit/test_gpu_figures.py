@@ -19,7 +19,7 @@ def peer_lines(quantization: str | None, mode: str, factor: float) -> list[str]:
     found: list[dict[str, Any]] = [
         {"what": "setup", "quantization": quantization},
         {"what": "prefill", "tok_s": 40000.0 * factor},
-        {"what": "decode", "batch": 1, "inter_token_ms": 6.0 / factor},
+        {"what": "decode", "batch": 1, "inter_token_ms": 6.0 / factor, "s_one_token": 0.03125 / factor},
         {"what": "decode", "batch": 256, "inter_token_ms": 12.0 / factor},
         {"what": "mixed", "total_tok_s": 26000.0 * factor},
         {"what": "end", "total_s": 110.0},
@@ -32,8 +32,8 @@ def test_each_kind_of_weights_has_its_own_figures(tmp_path: Path) -> None:
     path = tmp_path / "peer.jsonl"
     runs = [peer_lines(None, "default", 1.0), peer_lines("fp8", "default", 2.0), peer_lines(None, "invariant", 0.5)]
     path.write_text("INFO starting\n" + "\n".join(line for run in runs for line in run) + "\n")
-    assert peer_figures(path) == Figures(40000.0, {1: 6.0, 256: 12.0}, 26000.0)
-    assert peer_figures(path, "fp8") == Figures(80000.0, {1: 3.0, 256: 6.0}, 52000.0)
+    assert peer_figures(path) == Figures(40000.0, {1: 6.0, 256: 12.0}, 26000.0, {1: 31.25})
+    assert peer_figures(path, "fp8") == Figures(80000.0, {1: 3.0, 256: 6.0}, 52000.0, {1: 15.625})
 
 
 def test_without_a_peer_there_are_no_figures(tmp_path: Path) -> None:

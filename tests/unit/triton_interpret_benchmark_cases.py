@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.gpu.exactness import REFERENCE, Cell, Exactness, compare, make_requests
 from benchmarks.gpu.random_model import LLAMA_8B, LLAMA_8B_FP8, random_decoder
-from benchmarks.gpu.step_log import StepLog
+from benchmarks.gpu.step_log import StepLog, StepRecord
 from cluster.engine.engine import Engine
 from cluster.engine.gpu.runner import GpuModelRunner
 from cluster.engine.models.config import ModelConfig, NoScaling
@@ -56,6 +56,37 @@ def test_a_log_of_steps_changes_no_tokens_and_misses_no_step(model: Any, capsys:
     again = [msgspec.structs.replace(request, request_id=f"again {request.request_id}") for request in requests()]
     answers(engine, again)
     assert len(log.records) == num_records, "the log has let go of the engine"
+
+
+def decode_step(number: int, done_at: float, wait_s: float, count: int, *, is_decode: bool = True) -> StepRecord:
+    return StepRecord(number, count, count, 10 * count, is_decode, 0.0, wait_s=wait_s, done_at=done_at)
+
+
+def test_the_host_fraction_is_that_of_decode_steps_behind_others(model: Any) -> None:
+    """A slow mixed step, a smaller cohort and the first step of a cohort change nothing."""
+    log = StepLog(engine_of(model))
+    log.records = [
+        decode_step(1, 40.0, 0.0, 4, is_decode=False),
+        decode_step(2, 50.0, 9.0, 4),
+        decode_step(3, 60.0, 8.0, 4),
+        decode_step(4, 70.0, 9.0, 4),
+        decode_step(5, 110.0, 1.0, 4, is_decode=False),
+        decode_step(6, 120.0, 0.0, 4),
+        decode_step(7, 130.0, 0.0, 3),
+        decode_step(8, 140.0, 0.0, 3),
+    ]
+    assert log.host_fraction(4) == pytest.approx(1.0 - 17.0 / 20.0)
+    assert log.host_fraction(3) == 1.0
+    with pytest.raises(ValueError, match="no decode step of 5 sequences"):
+        log.host_fraction(5)
+
+
+def test_the_host_fraction_of_an_engine(model: Any) -> None:
+    """On a CPU a step is done when its launch returns: nothing is waited for."""
+    engine = engine_of(model)
+    with StepLog(engine, has_events=False) as log:
+        answers(engine, [msgspec.structs.replace(each, sampling=requests()[0].sampling) for each in requests()[:4]])
+    assert 0.9 < log.host_fraction(4) <= 1.0
 
 
 class InterpretedExactness(Exactness):
