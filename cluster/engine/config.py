@@ -39,9 +39,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         """What was asked for, completed by the defaults of the device."""
         defaults = CPU_LIMITS if self.device == "cpu" else GPU_LIMITS
         asked = (self.block_size, self.max_num_sequences, self.max_batched_tokens)
-        return EngineLimits(
+        found = EngineLimits(
             *(default if given is None else given for given, default in zip(asked, defaults, strict=True))
         )
+        if self.max_num_sequences is not None or found.max_batched_tokens < 1:
+            return found
+        # Each sequence has a row in a step: who asks for few rows asks for no more sequences.
+        return found._replace(max_num_sequences=min(found.max_num_sequences, found.max_batched_tokens))
 
 
 class EngineLimits(NamedTuple):

@@ -20,8 +20,9 @@ logger = logging.getLogger(__name__)
 PIPE_VARIABLE, LOG_VARIABLE = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
 PERCENT_VARIABLE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
 CONTROL = "nvidia-cuda-mps-control"
-# Numbers in it count all GPUs for a worker, but would count the daemon's own choice of them if it had one.
-HIDDEN_FROM_DAEMON = "CUDA_VISIBLE_DEVICES"
+# Numbers in it count all GPUs for a worker, but would count the daemon's own choice of them if it had one. UUIDs mean
+# the same to both, and a slice of a GPU (MIG) must be named to the daemon.
+VISIBLE_VARIABLE = "CUDA_VISIBLE_DEVICES"
 _TIMEOUT_S = 20.0
 _WITHOUT = (
     "the workers on it take turns instead of running side by side, and decode steps take more than twice as long "
@@ -60,13 +61,20 @@ def _private(path: Path) -> Path:
     return path
 
 
+def _of_daemon() -> dict[str, str]:
+    """The environment, without a choice of GPUs by number."""
+    visible = os.environ.get(VISIBLE_VARIABLE, "")
+    by_number = all(each.strip().lstrip("-").isdecimal() for each in visible.split(","))
+    return {name: value for name, value in os.environ.items() if name != VISIBLE_VARIABLE or not by_number}
+
+
 def _control(arguments: list[str], environment: dict[str, str], command: str = "") -> str | None:
     """None if it worked, else why not."""
     try:
         done = subprocess.run(
             [CONTROL, *arguments],
             input=command,
-            env={name: value for name, value in os.environ.items() if name != HIDDEN_FROM_DAEMON} | environment,
+            env=_of_daemon() | environment,
             capture_output=True,
             text=True,
             timeout=_TIMEOUT_S,

@@ -174,10 +174,11 @@ class Placement:
 async def ask_ray(ray: Any, name: str, function: Callable[..., Result], *arguments: object) -> Result:
     """A call to Ray's head on behalf of the process `name`. Raises `StartupError` with what Ray says."""
     try:
-        async with asyncio.timeout(QUESTION_TIMEOUT_S):
+        async with asyncio.timeout(QUESTION_TIMEOUT_S) as limit:
             return await off_loop(function, *arguments)
-    except TimeoutError:
-        raise StartupError(f"{name}: Ray's head has not answered for {QUESTION_TIMEOUT_S:g} s") from None
+    except TimeoutError as error:  # Ray has timeouts of its own
+        said = f"has not answered for {QUESTION_TIMEOUT_S:g} s" if limit.expired() else f"says: {reason_of(error)}"
+        raise StartupError(f"{name}: Ray's head {said}") from error
     except (ray.exceptions.RayError, RuntimeError, ValueError, OSError) as error:
         raise StartupError(f"{name}: Ray says: {reason_of(error)}") from error
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from cluster import config_reference
 from cluster.config import ClusterConfig, RouterSettings, load_config
 from cluster.config_source import Text, all_paths
+from cluster.engine.config import EngineConfig
 from cluster.errors import ConfigError
 from cluster.router.config import RouterConfig
 
@@ -89,7 +90,7 @@ def test_wrong_keys_and_types_are_named(tmp_path: Path, text: str, expected: str
         ("decode: {engine: {block_size: 24}}", "must be a multiple of 16, got 24; the nearest is 32"),
         ("decode: {engine: {kv_cache_bytes: 100}}", "write it with a unit, such as 2GiB"),
         ("decode: {engine: {kv_cache_bytes: 999999999999999TiB}}", "kv_cache_bytes: must be between"),
-        ("decode: {engine: {max_batched_tokens: 32}}", "is less than max_num_sequences (64)"),
+        ("decode: {engine: {max_batched_tokens: 32, max_num_sequences: 64}}", "is less than max_num_sequences (64)"),
         ("decode: {engine: {speculation: {method: oracle}}}", 'method: expected "none" or "ngram" or "draft"'),
         (
             "decode: {engine: {speculation: {method: draft}}}",
@@ -227,3 +228,13 @@ def test_the_reference_is_up_to_date_and_explains_every_key() -> None:
     for title, section in config_reference.SECTIONS:
         missing = [name for name, comment in config_reference.field_comments(section).items() if not comment]
         assert not missing, f"{title}: give these keys a comment: {missing}"
+
+
+@pytest.mark.parametrize(("device", "rows", "sequences"), [("cpu", 32, 32), ("cuda", 300, 300), ("cuda", 2048, 512)])
+def test_few_rows_of_a_step_mean_no_more_sequences_unless_they_are_asked_for(
+    device: str, rows: int, sequences: int
+) -> None:
+    asked = EngineConfig(device=device, max_batched_tokens=rows)
+    assert asked.limits.max_num_sequences == sequences
+    assert EngineConfig(device=device, max_batched_tokens=rows, max_num_sequences=999).limits.max_num_sequences == 999
+    assert EngineConfig(device=device, max_num_sequences=0).limits.max_num_sequences == 0  # to be refused by name

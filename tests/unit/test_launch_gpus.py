@@ -100,6 +100,16 @@ def test_the_daemon_sees_every_gpu_so_that_workers_choose_by_number(
     assert (tmp_path / "calls").read_text().splitlines() == ["-d||", "|quit|"]
 
 
+def test_a_slice_of_a_gpu_is_named_to_the_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_control(tmp_path, 0, shown="CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-41b3")
+    monkeypatch.delenv(mps.PIPE_VARIABLE, raising=False)
+    with mps.mps_daemon(True, tmp_path):
+        pass
+    assert (tmp_path / "calls").read_text().splitlines() == ["-d||MIG-41b3", "|quit|MIG-41b3"]
+
+
 def test_without_mps_the_warning_names_the_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(mps.PIPE_VARIABLE, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -142,6 +142,12 @@ FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func 'softmax' is not supported"),
         ("deepseek_v3", {"topk_method": "greedy"}, "topk_method 'greedy' is not supported"),
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave false is not supported"),
+        (
+            "deepseek_v3",
+            {"n_group": None, "topk_group": None},
+            "deepseek_v3 with n_routed_experts needs n_group, topk_group",
+        ),
+        ("deepseek_v3", {"routed_scaling_factor": None}, "needs routed_scaling_factor"),
         ("deepseek_v3", {"n_group": 3}, "8 experts do not divide into 3 groups"),
         ("deepseek_v3", {"topk_group": 1}, "1 of 4 groups of 2 experts make no sense for 3 experts"),
         ("deepseek_v3", {"qk_rope_head_dim": 15}, "head_size 15 is odd"),

@@ -34,12 +34,12 @@ class DeepseekFields(msgspec.Struct):
     n_shared_experts: int | None = None
     first_k_dense_replace: int = 0
     moe_layer_freq: int = 1
-    routed_scaling_factor: float = 1.0
+    routed_scaling_factor: float | None = None
     scoring_func: str | None = None
     topk_method: str | None = None
     n_group: int | None = None
     topk_group: int | None = None
-    norm_topk_prob: bool = False
+    norm_topk_prob: bool | None = None
     num_nextn_predict_layers: int = 0
 
     @staticmethod
@@ -79,17 +79,22 @@ class DeepseekFields(msgspec.Struct):
         if self.num_experts_per_tok is None or self.moe_intermediate_size is None:
             raise ModelError(f"{path}: with n_routed_experts, num_experts_per_tok and moe_intermediate_size are needed")
         is_sigmoid = architecture is Architecture.DEEPSEEK_V3
+        if is_sigmoid:  # the families' own defaults differ, so nothing is assumed
+            needed = ("n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor", "n_shared_experts")
+            missing = [name for name in needed if getattr(self, name) is None]
+            if missing:
+                raise ModelError(f"{path}: {architecture.value} with n_routed_experts needs {', '.join(missing)}")
         is_grouped = is_sigmoid or self.topk_method == "group_limited_greedy"
         return ExpertsConfig(
             num_experts=self.n_routed_experts,
             top_k=self.num_experts_per_tok,
             ffn_size=self.moe_intermediate_size,
-            renormalise=self.norm_topk_prob,
+            renormalise=bool(self.norm_topk_prob),
             dense_layers=tuple(range(self.first_k_dense_replace)),
             scoring="sigmoid" if is_sigmoid else "softmax",
             num_groups=(self.n_group or 1) if is_grouped else 1,
             top_groups=(self.topk_group or 1) if is_grouped else 1,
-            weight_scale=self.routed_scaling_factor,
+            weight_scale=1.0 if self.routed_scaling_factor is None else self.routed_scaling_factor,
             num_shared=self.n_shared_experts or 0,
         )
 

@@ -68,15 +68,13 @@ class WorkLists:
     """
 
     def __init__(self) -> None:
-        self._metadata: AttentionMetadata | None = None
-        self._tiles: dict[tuple[int, int, int], torch.Tensor] = {}
-        self._splits: dict[tuple[int, int, int | None], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._newest: _StepLists | None = None
 
     def tiles(self, metadata: AttentionMetadata, num_tiles: int, rows_per_tile: int, max_rows: int) -> torch.Tensor:
         """(num_tiles, 8) int32: the records of `attention.list_tiles_kernel`."""
-        self._turn_to(metadata)
+        lists = self._of(metadata)
         key = (num_tiles, rows_per_tile, max_rows)
-        found = self._tiles.get(key)
+        found = lists.tiles.get(key)
         if found is None:
             num_sequences = metadata.context_len.shape[0]
             found = torch.empty((num_tiles, 8), dtype=torch.int32, device=metadata.context_len.device)
@@ -84,16 +82,16 @@ class WorkLists:
                 found, metadata.query_start, metadata.context_len, num_sequences, max_rows,
                 ROWS_PER_TILE=rows_per_tile, BLOCK_B=_block_b(num_sequences), num_warps=1,
             )  # fmt: skip
-            self._tiles[key] = found
+            lists.tiles[key] = found
         return found
 
     def splits(
         self, metadata: AttentionMetadata, num_records: int, max_rows: int, window: int | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(num_records, 8) and (B + 1,) int32: the records and firsts of `attention.list_splits_kernel`."""
-        self._turn_to(metadata)
+        lists = self._of(metadata)
         key = (num_records, max_rows, window)
-        found = self._splits.get(key)
+        found = lists.splits.get(key)
         if found is None:
             num_sequences, device = metadata.context_len.shape[0], metadata.context_len.device
             records = torch.empty((num_records, 8), dtype=torch.int32, device=device)
@@ -102,14 +100,22 @@ class WorkLists:
                 records, firsts, metadata.query_start, metadata.context_len, num_sequences, max_rows, window,
                 SPLIT_KEYS=SPLIT_KEYS, BLOCK_B=_block_b(num_sequences), num_warps=1,
             )  # fmt: skip
-            found = self._splits[key] = (records, firsts)
+            found = lists.splits[key] = (records, firsts)
         return found
 
-    def _turn_to(self, metadata: AttentionMetadata) -> None:
-        if self._metadata is not metadata:
-            self._metadata = metadata
-            self._tiles.clear()
-            self._splits.clear()
+    def _of(self, metadata: AttentionMetadata) -> _StepLists:
+        """Those of this step and no other, whichever threads ask."""
+        lists = self._newest
+        if lists is None or lists.metadata is not metadata:
+            lists = self._newest = _StepLists(metadata, {}, {})
+        return lists
+
+
+@dataclass(frozen=True, slots=True)
+class _StepLists:
+    metadata: AttentionMetadata
+    tiles: dict[tuple[int, int, int], torch.Tensor]
+    splits: dict[tuple[int, int, int | None], tuple[torch.Tensor, torch.Tensor]]
 
 
 def _block_b(num_sequences: int) -> int:
