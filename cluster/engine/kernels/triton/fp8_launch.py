@@ -119,6 +119,8 @@ def run_linear(
             _run_tma(call)
         case "hopper":
             _run_hopper(call)
+        case "rings" if _tma_takes(out_MN):
+            _run_rings(call)
         case "stream" if operands.scale_rows % 64 == 0:
             _run_stream(call)
         case _:
@@ -201,6 +203,28 @@ def _run_hopper(call: _Call) -> None:
     fp8_hopper.fp8_hopper_kernel[(programs,)](
         *_gluon_arguments(call, 64, 128), BLOCK_N=plan.block_n, GROUP_M=plan.group_m, **_gluon_constants(call)
     )
+
+
+def _run_rings(call: _Call) -> None:
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
+
+    from cluster.engine.kernels.triton import fp8_rings
+
+    plan, out = call.plan, call.out_MN
+    x_desc, x_scale, w_desc, w_scale, bias, _, num_rows, out_features, num_groups, stride_x_scale, _ = _gluon_arguments(
+        call, 64, 128
+    )
+    part = 128 // (plan.store_parts * (out.element_size() // 2))
+    layout = NVMMASharedLayout(128, 8 * out.element_size(), 2)
+    out_desc = GluonTensorDescriptor.from_tensor(out, [64, part], layout)
+    programs = min(call.tiles, call.num_programs) if plan.persistent else call.tiles
+    fp8_rings.fp8_rings_kernel[(programs,)](
+        x_desc, x_scale, w_desc, w_scale, bias, out_desc, num_rows, out_features, num_groups, stride_x_scale,
+        BLOCK_N=plan.block_n, GROUP_M=plan.group_m, HAS_BIAS=call.bias_N is not None, SILU_MUL=call.silu_mul,
+        SCALE_ROWS=call.operands.scale_rows, X_STAGES=plan.x_stages, W_STAGES=plan.num_stages,
+        LEAD=min(plan.lead, num_groups), enable_fp_fusion=False, num_warps=4,
+    )  # fmt: skip
 
 
 def _run_stream(call: _Call) -> None:

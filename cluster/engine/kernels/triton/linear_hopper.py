@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from cluster.engine.kernels.triton import linear
+from cluster.engine.kernels.triton.gluon_names import async_load, async_store, barrier
 
 _sigmoid_weighted = gluon.jit(linear._sigmoid_weighted.fn)
 _tile_of = gluon.jit(linear._tile_of.fn)
@@ -59,11 +60,9 @@ def _produce(
                 mbarrier.wait(free.index(stage), phase)
                 mbarrier.expect(ready.index(stage), STAGE_BYTES)
                 for which in gl.static_range(2):
-                    tma.async_copy_global_to_shared(
-                        x_desc, [row + which * ROWS, at], ready.index(stage), x_ring.index(stage * 2 + which)
-                    )
-                tma.async_copy_global_to_shared(w_desc, [left, at], ready.index(stage), w_ring.index(stage * 2))
-                tma.async_copy_global_to_shared(w_desc, [right, at], ready.index(stage), w_ring.index(stage * 2 + 1))
+                    async_load(x_desc, [row + which * ROWS, at], ready.index(stage), x_ring.index(stage * 2 + which))
+                async_load(w_desc, [left, at], ready.index(stage), w_ring.index(stage * 2))
+                async_load(w_desc, [right, at], ready.index(stage), w_ring.index(stage * 2 + 1))
             phase ^= 1
 
 
@@ -74,11 +73,11 @@ def _store_part(y, bias_ptr, N, buffer, out_desc, row, column, HAS_BIAS: gl.cons
         offs_n = column + gl.arange(0, y.shape[1], gl.SliceLayout(0, y.type.layout))
         y = y + gl.expand_dims(gl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(gl.float32), 0)
     tma.store_wait(0)
-    gl.thread_barrier()
+    barrier()
     buffer.store(y.to(out_desc.dtype))
     fence_async_shared()
-    gl.thread_barrier()
-    tma.async_copy_shared_to_global(out_desc, [row, column], buffer)
+    barrier()
+    async_store(out_desc, [row, column], buffer)
 
 
 @gluon.jit
@@ -125,14 +124,14 @@ def _consume(
                     x_ring.index(stage * 2 + WHICH), w_wide.index(stage).permute([1, 0]), acc, is_async=True
                 )
                 acc = warpgroup_mma_wait(1, deps=[token])
-                gl.thread_barrier()
+                barrier()
                 if stage == 0:
                     mbarrier.arrive(free.index(STAGES - 1), count=1, pred=k > 0)
                 else:
                     mbarrier.arrive(free.index(stage - 1), count=1)
             phase ^= 1
         acc = warpgroup_mma_wait(0, deps=[acc])
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(free.index(STAGES - 1), count=1)
         tile_m, tile_n = _tile_of(tile, num_m_tiles, num_n_tiles, GROUP_M)
         column = tile_n * COLUMNS

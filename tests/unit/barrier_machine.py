@@ -1,0 +1,305 @@
+"""Runs the text of a warp-specialised Gluon kernel on one thread per partition, to see whether its barriers suffice.
+
+`run_program` gives a kernel's functions other globals: memory barriers with phases, a copy engine that finishes what it
+is asked for at any later time, buffers that know what lies in them, and products that name what they multiplied. Every
+wait is a point where another partition or the copy engine may go on, chosen by a seed. What is found: waits that never
+end, buffers overwritten while they are read or before they are stored, products of the wrong blocks.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import FunctionType, SimpleNamespace
+from typing import Any
+
+Box = tuple[str, int, int]  # of a matrix: its name, first row, first column
+
+
+class Hazard(AssertionError):
+    """A race, a wait without end, or a product of what should not meet."""
+
+
+class Barrier:
+    """One mbarrier. A phase ends when its arrivals and its bytes are complete."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.arrived = 0
+        self.num_bytes = 0
+        self.phase = 0
+
+    def arrive(self, num_bytes: int = 0) -> None:
+        self.arrived += 1
+        self.num_bytes += num_bytes
+        if self.arrived > self.count:
+            raise Hazard("more arrivals than a phase has")
+        self._complete()
+
+    def landed(self, num_bytes: int) -> None:
+        self.num_bytes -= num_bytes
+        self._complete()
+
+    def _complete(self) -> None:
+        if self.arrived == self.count and self.num_bytes == 0:
+            self.arrived, self.phase = 0, self.phase + 1
+
+
+class Buffer:
+    """Shared memory of one box or one part of the result."""
+
+    def __init__(self) -> None:
+        self.holds: object = None
+        self.readers = 0
+        self.writer = 0  # the thread that stored into it
+        self.is_fenced = False
+
+    def write(self, what: object) -> None:
+        if self.readers:
+            raise Hazard(f"{what} overwrites {self.holds}, which is being read")
+        self.holds, self.is_fenced = what, False
+
+    def store(self, tile: Tile) -> None:
+        self.write(tile)
+        self.writer = threading.get_ident()
+
+
+class Many:
+    """An array of barriers or buffers."""
+
+    def __init__(self, items: list[Any]) -> None:
+        self.items = items
+
+    def index(self, at: int) -> Any:
+        if not 0 <= at < len(self.items):
+            raise Hazard(f"index {at} of {len(self.items)}")
+        return self.items[at]
+
+
+class Tile:
+    """A sum of products, each named by the boxes of x and W; `columns` of it."""
+
+    def __init__(self, products: tuple[tuple[Box, Box], ...] = (), columns: tuple[int, int] = (0, 128)) -> None:
+        self.products, self.columns = products, columns
+        self.shape = (64, columns[1] - columns[0])
+
+    def __add__(self, other: Tile) -> Tile:
+        return Tile(self.products + other.products)
+
+    def to(self, dtype: object) -> Tile:
+        return self
+
+    def halves(self) -> tuple[Tile, Tile]:
+        first, last = self.columns
+        middle = (first + last) // 2
+        return Tile(self.products, (first, middle)), Tile(self.products, (middle, last))
+
+
+class Anything:
+    """Scales, offsets and pointers: nothing that the barriers depend on."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: self
+
+    def _same(self, *_: object) -> Anything:
+        return self
+
+    __add__ = __radd__ = __iadd__ = __mul__ = __rmul__ = __lt__ = __and__ = __sub__ = _same
+
+
+ANYTHING: Any = Anything()
+
+
+class Machine:
+    """One multiprocessor with one program. Partitions take turns at their waits, one at a time."""
+
+    def __init__(self, seed: int) -> None:
+        self.stores: list[tuple[Box, Tile]] = []
+        self.buffers: list[Buffer] = []
+        self._random = random.Random(seed)
+        self._in_flight: list[Callable[[], None]] = []  # of the copy engine
+        self._unread: dict[int, list[Buffer]] = {}  # by the thread that asked for the store
+        self._turns: list[_Turn] = []
+
+    def run(self, partitions: list[Callable[[], None]]) -> None:
+        """Until all have ended. Weights make some of them slow for a whole run."""
+        self._turns = turns = [_Turn(partition) for partition in partitions]
+        weights = {id(turn): self._random.choice((0.02, 1.0, 1.0, 10.0)) for turn in turns}
+        weights[id(self._in_flight)] = self._random.choice((0.02, 1.0, 10.0))
+        try:
+            while not all(turn.has_ended for turn in turns):
+                ready = [turn for turn in turns if not turn.has_ended and turn.is_ready()]
+                choices: list[Any] = [*ready, *([self._in_flight] if self._in_flight else [])]
+                if not choices:
+                    waiting = [index for index, turn in enumerate(turns) if not turn.has_ended]
+                    raise Hazard(f"partitions {waiting} wait for ever")
+                (chosen,) = self._random.choices(choices, [weights[id(choice)] for choice in choices])
+                if chosen is self._in_flight:
+                    self._in_flight.pop(self._random.randrange(len(self._in_flight)))()
+                else:
+                    chosen.go_on()
+        finally:
+            for turn in turns:
+                turn.stop()
+        if self._in_flight:
+            raise Hazard("the program ends before its copies")
+
+    def wait(self, is_ready: Callable[[], bool] = lambda: True) -> None:
+        """Of a partition, until it is its turn again."""
+        next(turn for turn in self._turns if turn.thread is threading.current_thread()).wait(is_ready)
+
+    def load(self, desc: Any, at: list[int], barrier: Barrier, buffer: Buffer) -> None:
+        buffer.write("bytes under way")
+
+        def land() -> None:
+            buffer.write((desc.name, *at))
+            barrier.landed(desc.block_type.shape[0] * desc.block_type.shape[1])
+
+        self._in_flight.append(land)
+
+    def store(self, desc: Any, at: list[int], buffer: Buffer) -> None:
+        if not buffer.is_fenced:
+            raise Hazard("the copy engine does not see what no fence came after")
+        buffer.readers += 1
+        unread = self._unread.setdefault(threading.get_ident(), [])
+        unread.append(buffer)
+
+        def read() -> None:
+            buffer.readers -= 1
+            unread.remove(buffer)
+            assert isinstance(buffer.holds, Tile)
+            self.stores.append(((desc.name, *at), buffer.holds))
+
+        self._in_flight.append(read)
+
+    def store_wait(self, most: int) -> None:
+        unread = self._unread.setdefault(threading.get_ident(), [])
+        self.wait(lambda: len(unread) <= most)
+
+    def fence(self) -> None:
+        for buffer in self.buffers:
+            buffer.is_fenced = buffer.is_fenced or buffer.writer == threading.get_ident()
+
+    def product(self, x: Buffer, w: Buffer, zeros: Tile) -> Tile:
+        """Reads its operands until its end."""
+        holds: Any = x.holds, w.holds
+        for buffer in (x, w):
+            buffer.readers += 1
+        self.wait()
+        for buffer in (x, w):
+            buffer.readers -= 1
+        if not all(isinstance(box, tuple) for box in holds):
+            raise Hazard(f"a product of {holds}")
+        return Tile((holds,))
+
+    def allocate(self, dtype: object, shape: list[int], layout: object) -> Many:
+        if dtype is int:
+            return Many([Barrier() for _ in range(shape[0])])
+        buffers = [Buffer() for _ in range(shape[0])]
+        self.buffers += buffers
+        return Many(buffers)
+
+
+class _Turn:
+    """A partition on a thread of its own, which runs between `go_on` and its next wait."""
+
+    def __init__(self, partition: Callable[[], None]) -> None:
+        self.has_ended = False
+        self.is_ready: Callable[[], bool] = lambda: True
+        self._partition = partition
+        self._begin, self._gives_back = threading.Semaphore(0), threading.Semaphore(0)
+        self._is_stopped = False
+        self._error: BaseException | None = None
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        self._begin.acquire()
+        try:
+            if not self._is_stopped:
+                self._partition()
+        except BaseException as error:  # noqa: BLE001: raised again by `go_on`
+            self._error = error
+        self.has_ended = True
+        self._gives_back.release()
+
+    def go_on(self) -> None:
+        self._begin.release()
+        self._gives_back.acquire()
+        if self._error is not None:
+            raise self._error
+
+    def wait(self, is_ready: Callable[[], bool]) -> None:
+        self.is_ready = is_ready
+        self._gives_back.release()
+        self._begin.acquire()
+        if self._is_stopped:
+            raise SystemExit
+
+    def stop(self) -> None:
+        self._is_stopped = True
+        self._begin.release()
+        self.thread.join(10)
+
+
+def run_program(
+    functions: Mapping[str, Any], others: Mapping[str, Any], kernel: str, arguments: Mapping[str, Any],
+    program: int, programs: int, seed: int,
+) -> list[tuple[Box, Tile]]:  # fmt: skip
+    """What one program stores. `functions` run as they are written, `others` are called as they are given."""
+    machine = Machine(seed)
+
+    def specialize(parts: list[tuple[Callable[..., None], tuple[object, ...]]], *_: object) -> None:
+        machine.run([partial(function, *args) for function, args in parts])
+
+    def arrive(barrier: Barrier, count: int = 1, pred: bool = True) -> None:
+        if pred:
+            barrier.arrive()
+
+    def expect(barrier: Barrier, num_bytes: int) -> None:
+        barrier.arrive(num_bytes)
+
+    def init(barrier: Barrier, count: int) -> None:
+        barrier.count = count
+
+    names: dict[str, Any] = {
+        "gl": SimpleNamespace(
+            program_id=lambda axis: program,
+            num_programs=lambda axis: programs,
+            constexpr=lambda value: value,
+            static_range=range,
+            static_assert=lambda condition: None,
+            minimum=lambda a, b: min(a, b) if isinstance(a, int) and isinstance(b, int) else ANYTHING,
+            where=lambda condition, a, b: a if condition else b,
+            zeros=lambda *_: Tile(),
+            fma=lambda part, scale, acc: acc + part,
+            allocate_shared_memory=machine.allocate,
+            warp_specialize=specialize,
+            int64=int,
+            float32=float,
+            **dict.fromkeys(
+                ("load", "arange", "expand_dims", "zeros_like", "NVMMADistributedLayout", "SliceLayout"),
+                lambda *_, **__: ANYTHING,
+            ),
+        ),
+        "mbarrier": SimpleNamespace(
+            MBarrierLayout=lambda: None,
+            init=init,
+            expect=expect,
+            arrive=arrive,
+            wait=lambda barrier, phase: machine.wait(lambda: barrier.phase & 1 != phase),
+        ),
+        "tma": SimpleNamespace(store_wait=machine.store_wait),
+        "async_load": machine.load,
+        "async_store": machine.store,
+        "fence_async_shared": machine.fence,
+        "barrier": lambda: None,
+        "_group_sum": machine.product,
+        **others,
+    }
+    for name, function in functions.items():
+        names[name] = FunctionType(function.fn.__code__, names, name, function.fn.__defaults__)
+    names[kernel](**arguments)
+    return machine.stores

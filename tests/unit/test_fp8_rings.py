@@ -1,0 +1,151 @@
+"""The barriers of the FP8 kernel with two rings: its text runs on `barrier_machine`, in many orders, without a GPU."""
+
+from __future__ import annotations
+
+import __future__
+
+import inspect
+import random
+import textwrap
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+
+pytest.importorskip("triton")
+
+from cluster.engine.kernels.triton import fp8_hopper, fp8_rings, linear_hopper
+from tests.unit.barrier_machine import ANYTHING, Box, Hazard, Tile, run_program
+
+
+class Shape(NamedTuple):
+    num_rows: int
+    outputs: int
+    num_groups: int
+    block_n: int
+    silu_mul: bool
+    x_stages: int
+    w_stages: int
+    lead: int
+    parts: int
+    programs: int
+
+
+FUNCTIONS: dict[str, Any] = {
+    **{
+        name: getattr(fp8_rings, name) for name in ("_next", "_produce_x", "_produce_w", "_consume", "fp8_rings_kernel")
+    },
+    "_tile_of": fp8_hopper._tile_of,
+    "_store": linear_hopper._store,
+    "_store_part": linear_hopper._store_part,
+}
+OTHERS: dict[str, Any] = {
+    "_halves": Tile.halves,
+    "_channel_scales": lambda *_: None,
+    "_scaled": lambda acc, *_: acc,
+    "_with_bias": lambda y, *_: y,
+    "silu_mul": Tile.__add__,
+}
+
+
+def matrix(name: str, rows: int, columns: int) -> SimpleNamespace:
+    return SimpleNamespace(name=name, block_type=SimpleNamespace(shape=[rows, columns]), dtype=None, layout=None)
+
+
+def stored(shape: Shape, seed: int, functions: dict[str, Any] = FUNCTIONS) -> list[tuple[Box, Tile]]:
+    """By all programs."""
+    arguments = {
+        "x_desc": matrix("x", 64, 128), "w_desc": matrix("w", 128, 128),
+        "out_desc": matrix("out", 64, 128 // shape.parts), "x_scale_ptr": ANYTHING, "w_scale_ptr": ANYTHING,
+        "bias_ptr": None, "M": shape.num_rows, "N": shape.outputs, "num_groups": shape.num_groups,
+        "stride_x_scale": 1, "BLOCK_N": shape.block_n, "GROUP_M": 2, "HAS_BIAS": False, "SILU_MUL": shape.silu_mul,
+        "SCALE_ROWS": 0, "X_STAGES": shape.x_stages, "W_STAGES": shape.w_stages, "LEAD": shape.lead,
+    }  # fmt: skip
+    found = []
+    for program in range(shape.programs):
+        found += run_program(functions, OTHERS, "fp8_rings_kernel", arguments, program, shape.programs, seed + program)
+    return found
+
+
+def expected(shape: Shape) -> dict[Box, tuple[tuple[Box, Box], ...]]:
+    """Products of each part of the result, in order."""
+    boxes: dict[Box, tuple[tuple[Box, Box], ...]] = {}
+    part = 128 // shape.parts
+    for row in range(0, -(-shape.num_rows // 128) * 128, 64):
+        for first in range(0, -(-shape.outputs // shape.block_n) * shape.block_n, 128):
+            starts = (first, first + shape.outputs) if shape.silu_mul else (first,)
+            products = tuple(
+                (("x", row, 128 * group), ("w", start, 128 * group))
+                for start in starts
+                for group in range(shape.num_groups)
+            )
+            for column in range(first, first + 128, part):
+                boxes["out", row, column] = products
+    return boxes
+
+
+def check(shape: Shape, seed: int, functions: dict[str, Any] = FUNCTIONS) -> None:
+    found = stored(shape, seed, functions)
+    wanted = expected(shape)
+    assert len(found) == len(wanted)
+    assert {box: tile.products for box, tile in found} == wanted
+    assert all(tile.columns[0] == box[2] % 128 for box, tile in found)
+
+
+def any_shape(random_: random.Random) -> Shape:
+    num_rows, block_n, silu_mul = random_.choice((1, 64, 65, 129, 300)), random_.choice((128, 256)), False
+    if block_n == 128:
+        silu_mul = random_.random() < 0.5
+    outputs, num_groups = random_.choice((40, 128, 300, 520)), random_.randint(1, 9)
+    tiles = -(-num_rows // 128) * -(-outputs // block_n)
+    w_stages = random_.randint(1, 6)
+    lead = min(random_.randint(0, w_stages - 1), num_groups)
+    return Shape(
+        num_rows, outputs, num_groups, block_n, silu_mul, random_.randint(1, w_stages), w_stages, lead,
+        random_.choice((1, 2, 4)), random_.randint(1, tiles),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_every_order_of_events_ends_and_multiplies_what_belongs_together(block: int) -> None:
+    random_ = random.Random(block)
+    for _ in range(30):
+        check(any_shape(random_), random_.randrange(1 << 30))
+
+
+def rewritten(name: str, *changes: tuple[str, str]) -> dict[str, Any]:
+    """The functions, one of them with other text."""
+    text = textwrap.dedent(inspect.getsource(FUNCTIONS[name].fn))
+    text = text[text.index("def ") :]
+    for old, new in changes:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    names: dict[str, Any] = {}
+    exec(compile(text, name, "exec", __future__.annotations.compiler_flag, dont_inherit=True), names)
+    return FUNCTIONS | {name: SimpleNamespace(fn=names[name])}
+
+
+ARRIVE = "mbarrier.arrive(done.index(w_stage), count=1)"
+X_OF_STAGE = "x = x_ring.index(x_stage)"
+MISTAKES: dict[str, tuple[str, list[tuple[str, str]]]] = {
+    "freed before its product": ("_consume", [(f"{ARRIVE}\n", "pass\n"), (X_OF_STAGE, f"{X_OF_STAGE}; {ARRIVE}")]),
+    "x waits for nobody at first": ("_produce_x", [("done_phase = 1", "done_phase = 0")]),
+    "x waits for an older group": ("_produce_x", [("(W_STAGES - X_STAGES) % W_STAGES", "0")]),
+    "W waits for one consumer": ("_produce_w", [("mbarrier.wait(done_1.index(stage), phase)", "pass")]),
+    "W is expected in part": ("_produce_w", [("HALVES * 128 * GROUP_K", "128 * GROUP_K")]),
+    "x counted as W": ("_consume", [("_next(x_stage, x_phase, X_STAGES)", "_next(x_stage, x_phase, W_STAGES)")]),
+    "stored over what leaves": ("_store_part", [("tma.store_wait(0)", "pass")]),
+    "no fence": ("_store_part", [("fence_async_shared()", "pass")]),
+    "ends before its stores": ("_consume", [("tma.store_wait(0)", "pass")]),
+    "waits for its own group": ("_consume", [("other_done.index(LEAD - 1)", "done.index(LEAD - 1)")]),
+    "the phase does not turn": ("_next", [("phase ^ 1", "phase")]),
+}
+
+
+@pytest.mark.parametrize(("name", "changes"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_in_the_protocol_is_found(name: str, changes: list[tuple[str, str]]) -> None:
+    random_ = random.Random(7)
+    functions = rewritten(name, *changes)
+    with pytest.raises((Hazard, AssertionError)):
+        for _ in range(60):
+            check(any_shape(random_), random_.randrange(1 << 30), functions)
