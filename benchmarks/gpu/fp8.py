@@ -147,7 +147,7 @@ def measure_layer(
         best_ms, _, best = ranked[0] if ranked else (math.nan, 0, unmeasured_plan(num_rows))
         own = next((plan for _, _, plan in ranked if plan.kind != "library"), unmeasured_plan(num_rows))
         cells.append(Cell(layer, num_rows, best, own, best_ms, fast, slow, math.nan, differs))
-        print(layer.name, num_rows, " ".join(f"{_short(plan)}={ms * 1e3:.1f}us" for ms, _, plan in ranked[:6]))
+        print(layer.name, num_rows, " ".join(f"{short(plan)}={ms * 1e3:.1f}us" for ms, _, plan in ranked[:6]))
         lowest = num_rows + 1
     del bench
     torch.cuda.empty_cache()
@@ -173,10 +173,14 @@ def with_bf16(ops: CudaOps, cells: list[Cell], deadline_s: float) -> list[Cell]:
     return [cell._replace(bf16=found.get((cell.layer.name, cell.num_rows), math.nan)) for cell in cells]
 
 
-def _short(plan: Fp8Plan) -> str:
+def short(plan: Fp8Plan) -> str:
+    """Its name in tables."""
     if plan.kind in ("library", "separate"):
         return plan.kind
     flags = f"{'s' if plan.swap else ''}{'p' if plan.persistent and plan.kind in ('tma', 'hopper') else ''}"
+    if plan.kind == "rings":
+        depths = f"{plan.num_stages}+{plan.x_stages}l{plan.lead}s{plan.store_parts}"
+        return f"rings{plan.block_m}x{plan.block_n}.{depths}g{plan.group_m}"
     return f"{plan.kind}{plan.block_m}x{plan.block_n}w{plan.num_warps}.{plan.num_stages}{flags}"
 
 
@@ -231,7 +235,7 @@ def _print_verdicts(verdicts: list[fp8_vet.Verdict]) -> None:
     good = len(verdicts) - len(bad)
     print(f"\nplans: {len(verdicts)} of {len(fp8_vet.all_jobs())} tried, {good} have the reference's bits")
     for v in bad:
-        print(f"  {'silu ' if v.silu_mul else ''}{_short(v.plan)}: {v.error or f'{v.differing} values differ'}")
+        print(f"  {'silu ' if v.silu_mul else ''}{short(v.plan)}: {v.error or f'{v.differing} values differ'}")
 
 
 def _print_cells(cells: list[Cell]) -> None:
@@ -243,7 +247,7 @@ def _print_cells(cells: list[Cell]) -> None:
         flops = 2 * c.num_rows * layer.out_features * layer.in_features
         num_bytes = layer.out_features * layer.in_features + c.num_rows * (layer.in_features + 2 * layer.out_features)
         print(
-            f"{layer.name:16s} {c.num_rows:4d}  {_short(c.plan):26s} {c.ours * 1e3:7.1f} {flops / c.ours / 1e9:8.0f} "
+            f"{layer.name:16s} {c.num_rows:4d}  {short(c.plan):26s} {c.ours * 1e3:7.1f} {flops / c.ours / 1e9:8.0f} "
             f"{num_bytes / c.ours / 1e6:6.0f}  {c.ours / c.fast:5.2f}  {c.ours / c.slow:5.2f}  {c.ours / c.bf16:5.2f}  "
             f"{c.library_differs}"
         )

@@ -17,6 +17,9 @@ def _fits(plan: Fp8Plan, *, silu_mul: bool) -> bool:
             used = plan.num_stages * 4 * GROUP * (plan.block_m + 64 * halves)
         case "hopper":
             used = plan.num_stages * GROUP * (128 + plan.block_n * halves)
+        case "rings":
+            used = GROUP * (plan.x_stages * 128 + plan.num_stages * plan.block_n * halves)
+            used += 128 * 128 * 2 // plan.store_parts + 1024  # that many bytes of fp32 results too: in more parts
         case "tma":
             store = plan.block_m * plan.block_n * 2 // plan.store_parts
             used = plan.num_stages * GROUP * (plan.block_m + plan.block_n * halves) + store
@@ -38,6 +41,18 @@ def _few_rows(num_rows: int, *, silu_mul: bool) -> Iterator[Fp8Plan]:
         yield Fp8Plan(kind="tma", block_m=block_m, block_n=block_n, num_stages=stages, swap=True, persistent=False)
 
 
+def rings(*, silu_mul: bool) -> Iterator[Fp8Plan]:
+    """Depths of the rings beside the buffers of the result, and how far the consumers are apart."""
+    wide = ((5, 3, 2, 2, 8), (5, 3, 2, 1, 8), (4, 4, 1, 1, 8), (5, 3, 2, 3, 8), (5, 3, 2, 2, 16), (4, 4, 1, 0, 8))
+    narrow = ((8, 4, 1, 3, 8), (6, 6, 1, 2, 8), (8, 4, 1, 3, 16))
+    for block_n, depths in ((128, wide),) if silu_mul else ((256, wide), (128, narrow)):
+        for num_stages, x_stages, store_parts, lead, group_m in depths:
+            yield Fp8Plan(
+                kind="rings", block_m=128, block_n=block_n, num_stages=num_stages, x_stages=x_stages, lead=lead,
+                store_parts=store_parts, group_m=group_m,
+            )  # fmt: skip
+
+
 def _many_rows(num_rows: int, *, silu_mul: bool) -> Iterator[Fp8Plan]:
     """Above 64 rows: arithmetic decides, then the shape of the last wave of tiles."""
     if num_rows > 64:
@@ -47,6 +62,7 @@ def _many_rows(num_rows: int, *, silu_mul: bool) -> Iterator[Fp8Plan]:
                     kind="hopper", block_m=128, block_n=block_n, num_stages=stages,
                     group_m=group_m, persistent=persistent,
                 )  # fmt: skip
+        yield from rings(silu_mul=silu_mul)
     tiles = ((128, 128, 8, 4), (64, 128, 4, 5), (128, 64, 8, 6), (64, 64, 4, 8), (64, 256, 8, 3))
     for block_m, block_n, warps, stages in tiles:
         if block_m > max(64, num_rows):

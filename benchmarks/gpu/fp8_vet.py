@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +45,7 @@ def all_jobs() -> list[Job]:
     """Every plan of every row count, each once, in a fixed order: those that could hang, for they wait on
     barriers of our own, come last."""
     jobs = {(silu, plan): None for rows in ROWS for silu in (False, True) for plan in candidates(rows, silu_mul=silu)}
-    return sorted(jobs, key=lambda job: job[1].kind in ("hopper", "stream"))
+    return sorted(jobs, key=lambda job: job[1].kind in ("hopper", "rings", "stream"))
 
 
 def vet_share(indices: list[int], report: Path) -> None:
@@ -105,12 +106,13 @@ def child_command(indices: list[int], report: Path) -> list[str]:
     return [sys.executable, "-m", "benchmarks.gpu", "fp8-vet", *map(str, indices), "--out", str(report)]
 
 
-def vet(processes: int, budget_s: float) -> list[Verdict]:
+def vet(processes: int, budget_s: float, is_wanted: Callable[[Job], bool] = lambda job: True) -> list[Verdict]:
     """The parent. Plans that nobody came to within the budget are missing from the result."""
     jobs = all_jobs()
     deadline = time.monotonic() + budget_s
     with tempfile.TemporaryDirectory() as directory:
-        parts = [list(range(start, len(jobs), processes)) for start in range(processes)]
+        indices = [index for index, job in enumerate(jobs) if is_wanted(job)]
+        parts = [indices[start::processes] for start in range(processes)]
         shares = [_Share(part, Path(directory) / f"{part[0]}.jsonl") for part in parts if part]
         while any(share.is_running() for share in shares) and time.monotonic() < deadline:
             time.sleep(0.1)

@@ -84,6 +84,10 @@ class LayerBench:
         self.hard_expected = self._reference(self.hard_x)
         self.hard_accumulators = self._reference(self.hard_x[:512], torch.float32)
 
+    def run(self, plan: LinearPlan, num_rows: int, index: int, out: torch.Tensor) -> None:
+        """The product of the first rows and one of the weights."""
+        self._run(self.x[:num_rows], index, out, plan)
+
     def _run(self, x: torch.Tensor, weight_index: int, out: torch.Tensor, plan: LinearPlan) -> None:
         self.ops.run_linear(x, self.weights[weight_index], None, out, plan, silu_mul=self.layer.silu_mul)
 

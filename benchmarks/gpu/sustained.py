@@ -2,7 +2,8 @@
 
 Each plan computes for a fraction of a second at a time, taking turns; turns of milliseconds (`tune`) run at clocks
 that a long prefill never sees. Bits are compared first. Prints TFLOP/s and the ratio to the table's plan; `--out` gets
-lines as `tables.make_table` reads them, the table's plan for its default cuBLAS.
+lines as `tables.make_table` reads them, the table's plan for its default cuBLAS. With `--fp8` the FP8 products of
+`sustained_fp8.py`, within a minute, and a table of them at the end.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import msgspec
 import torch
@@ -22,6 +25,7 @@ from benchmarks.gpu.shapes import FUSED_LAYERS, LAYERS, Layer
 from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.kernels.triton.plans import LinearPlan
 
+Plan = TypeVar("Plan", contravariant=True)
 ALL_LAYERS = {layer.name: layer for layer in (*LAYERS, *FUSED_LAYERS)}
 CALLS_AT_ONCE = 8  # between two looks at the clock
 
@@ -35,22 +39,31 @@ def plans_for(ops: CudaOps, layer: Layer, num_rows: int, most: int) -> list[Line
     return list(dict.fromkeys([mine, *by_kind]))[:most]
 
 
-def turn_ms(bench: LayerBench, plan: LinearPlan, num_rows: int, seconds: float) -> float:
+class Bench(Protocol[Plan]):
+    """A layer with weights and rows."""
+
+    out_features: int
+
+    @property
+    def weights(self) -> Sequence[object]: ...
+    def run(self, plan: Plan, num_rows: int, index: int, out: torch.Tensor) -> None: ...
+    def differing(self, plan: Plan, num_rows: int) -> int: ...
+
+
+def turn_ms(bench: Bench[Plan], plan: Plan, num_rows: int, seconds: float) -> float:
     """Milliseconds of one product over at least that time, weights taking turns so that L2 stays cold."""
-    outputs = bench.layer.out_features // 2 if bench.layer.silu_mul else bench.layer.out_features
-    x, out = bench.x[:num_rows], torch.empty((num_rows, outputs), device="cuda", dtype=torch.bfloat16)
+    out = torch.empty((num_rows, bench.out_features), device="cuda", dtype=torch.bfloat16)
     torch.cuda.synchronize()
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
         for _ in range(CALLS_AT_ONCE):
-            weight = bench.weights[count % len(bench.weights)]
-            bench.ops.run_linear(x, weight, None, out, plan, silu_mul=bench.layer.silu_mul)
+            bench.run(plan, num_rows, count % len(bench.weights), out)
             count += 1
         torch.cuda.synchronize()
     return 1e3 * (time.perf_counter() - start) / count
 
 
-def sound_plans(bench: LayerBench, plans: list[LinearPlan], num_rows: int) -> list[LinearPlan]:
+def sound_plans(bench: Bench[Plan], plans: list[Plan], num_rows: int) -> list[Plan]:
     found = []
     for plan in plans:
         try:
@@ -65,9 +78,7 @@ def sound_plans(bench: LayerBench, plans: list[LinearPlan], num_rows: int) -> li
     return found
 
 
-def measure(
-    bench: LayerBench, plans: list[LinearPlan], num_rows: int, seconds: float, rounds: int
-) -> list[list[float]]:
+def measure(bench: Bench[Plan], plans: list[Plan], num_rows: int, seconds: float, rounds: int) -> list[list[float]]:
     """Milliseconds per plan and round; the first round warms up and is not told."""
     times: list[list[float]] = [[] for _ in plans]
     for index in range(rounds + 1):
@@ -90,7 +101,13 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=10, help="plans of a cell")
     parser.add_argument("--budget", type=float, default=120.0, help="seconds; no cell is begun later")
     parser.add_argument("--out", type=Path, help="a file of JSON lines")
+    parser.add_argument("--fp8", action="store_true", help="FP8 products; other options but --budget are not read")
     options = parser.parse_args()
+    if options.fp8:
+        from benchmarks.gpu import sustained_fp8
+
+        sustained_fp8.run(min(options.budget, 60.0))
+        return
     deadline_s = time.monotonic() + options.budget
     ops = CudaOps(torch.device("cuda"))
     for name in options.layers:

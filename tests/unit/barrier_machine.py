@@ -1,18 +1,16 @@
-"""Runs the text of a warp-specialised Gluon kernel on one thread per partition, to see whether its barriers suffice.
+"""A multiprocessor as far as barriers are concerned.
 
-`run_program` gives a kernel's functions other globals: memory barriers with phases, a copy engine that finishes what it
-is asked for at any later time, buffers that know what lies in them, and products that name what they multiplied. Every
-wait is a point where another partition or the copy engine may go on, chosen by a seed. What is found: waits that never
-end, buffers overwritten while they are read or before they are stored, products of the wrong blocks.
+Memory barriers have phases, a copy engine finishes what it is asked for at any later time, buffers know what lies in
+them, and products name what they multiplied. Partitions are threads. Every wait is a point where another one or the
+copy engine may go on, chosen by a seed. What is found: waits that never end, buffers overwritten while they are read or
+before they are stored, products of no block.
 """
 
 from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Mapping
-from functools import partial
-from types import FunctionType, SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 Box = tuple[str, int, int]  # of a matrix: its name, first row, first column
@@ -95,21 +93,6 @@ class Tile:
         first, last = self.columns
         middle = (first + last) // 2
         return Tile(self.products, (first, middle)), Tile(self.products, (middle, last))
-
-
-class Anything:
-    """Scales, offsets and pointers: nothing that the barriers depend on."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *_, **__: self
-
-    def _same(self, *_: object) -> Anything:
-        return self
-
-    __add__ = __radd__ = __iadd__ = __mul__ = __rmul__ = __lt__ = __and__ = __sub__ = _same
-
-
-ANYTHING: Any = Anything()
 
 
 class Machine:
@@ -220,7 +203,7 @@ class _Turn:
         try:
             if not self._is_stopped:
                 self._partition()
-        except BaseException as error:  # noqa: BLE001: raised again by `go_on`
+        except BaseException as error:  # noqa: BLE001  (raised again by `go_on`)
             self._error = error
         self.has_ended = True
         self._gives_back.release()
@@ -242,64 +225,3 @@ class _Turn:
         self._is_stopped = True
         self._begin.release()
         self.thread.join(10)
-
-
-def run_program(
-    functions: Mapping[str, Any], others: Mapping[str, Any], kernel: str, arguments: Mapping[str, Any],
-    program: int, programs: int, seed: int,
-) -> list[tuple[Box, Tile]]:  # fmt: skip
-    """What one program stores. `functions` run as they are written, `others` are called as they are given."""
-    machine = Machine(seed)
-
-    def specialize(parts: list[tuple[Callable[..., None], tuple[object, ...]]], *_: object) -> None:
-        machine.run([partial(function, *args) for function, args in parts])
-
-    def arrive(barrier: Barrier, count: int = 1, pred: bool = True) -> None:
-        if pred:
-            barrier.arrive()
-
-    def expect(barrier: Barrier, num_bytes: int) -> None:
-        barrier.arrive(num_bytes)
-
-    def init(barrier: Barrier, count: int) -> None:
-        barrier.count = count
-
-    names: dict[str, Any] = {
-        "gl": SimpleNamespace(
-            program_id=lambda axis: program,
-            num_programs=lambda axis: programs,
-            constexpr=lambda value: value,
-            static_range=range,
-            static_assert=lambda condition: None,
-            minimum=lambda a, b: min(a, b) if isinstance(a, int) and isinstance(b, int) else ANYTHING,
-            where=lambda condition, a, b: a if condition else b,
-            zeros=lambda *_: Tile(),
-            fma=lambda part, scale, acc: acc + part,
-            allocate_shared_memory=machine.allocate,
-            warp_specialize=specialize,
-            int64=int,
-            float32=float,
-            **dict.fromkeys(
-                ("load", "arange", "expand_dims", "zeros_like", "NVMMADistributedLayout", "SliceLayout"),
-                lambda *_, **__: ANYTHING,
-            ),
-        ),
-        "mbarrier": SimpleNamespace(
-            MBarrierLayout=lambda: None,
-            init=init,
-            expect=expect,
-            arrive=arrive,
-            wait=lambda barrier, phase: machine.wait(lambda: barrier.phase & 1 != phase),
-        ),
-        "tma": SimpleNamespace(store_wait=machine.store_wait),
-        "async_load": machine.load,
-        "async_store": machine.store,
-        "fence_async_shared": machine.fence,
-        "barrier": lambda: None,
-        "_group_sum": machine.product,
-        **others,
-    }
-    for name, function in functions.items():
-        names[name] = FunctionType(function.fn.__code__, names, name, function.fn.__defaults__)
-    names[kernel](**arguments)
-    return machine.stores

@@ -17,11 +17,13 @@ from cluster.engine.kernels import fp8
 from cluster.engine.kernels.fp8 import Scaling
 from cluster.engine.kernels.triton import fp8_launch, launch
 from cluster.engine.kernels.triton.fp8_plans import REFERENCE_FP8, UNMEASURED_FP8, Fp8Plan
-from tests.unit.triton_compile import compiled_for_hopper, spilled_bytes, sum_layouts
+from tests.unit.triton_compile import compiled_for_hopper, innermost_loops, spilled_bytes, sum_layouts
 
 STREAM = Fp8Plan(kind="stream", block_m=8, num_stages=3)
 HOPPER = Fp8Plan(kind="hopper", block_m=128, block_n=256, num_stages=4)
 NARROW_HOPPER = Fp8Plan(kind="hopper", block_m=128, block_n=128, num_stages=4)
+RINGS = Fp8Plan(kind="rings", block_m=128, block_n=256, num_stages=5, x_stages=3, lead=2, store_parts=2)
+NARROW_RINGS = Fp8Plan(kind="rings", block_m=128, block_n=128, num_stages=4, x_stages=4, lead=2)
 CASES = {
     "reference": (REFERENCE_FP8, 0, False, 0),
     "few rows": (UNMEASURED_FP8[0][1], 0, True, 0),
@@ -29,12 +31,17 @@ CASES = {
     "hopper": (HOPPER, 0, False, 0),
     "hopper, SwiGLU": (NARROW_HOPPER, 0, True, 160),  # its epilogue alone spills
     "hopper, blocks": (NARROW_HOPPER, 128, False, 0),
+    "rings": (RINGS, 0, False, 0),
+    "rings, SwiGLU": (NARROW_RINGS, 0, True, 0),
+    "rings, blocks": (NARROW_RINGS, 128, False, 0),
     "stream": (STREAM, 0, False, 0),
     "stream, blocks, SwiGLU": (STREAM, 64, True, 0),
 }
 
 
-def start(plan: Fp8Plan, scale_rows: int, silu_mul: bool) -> None:
+def start(
+    plan: Fp8Plan, scale_rows: int, silu_mul: bool, dtype: torch.dtype = torch.bfloat16, *, has_bias: bool = False
+) -> None:
     num_rows, outputs, inputs = 40, 1024, 512
     scaling = Scaling.BLOCK if scale_rows else Scaling.CHANNEL
     rows = torch.zeros((num_rows, fp8.row_bytes(inputs, scaling)), dtype=torch.uint8)
@@ -42,8 +49,9 @@ def start(plan: Fp8Plan, scale_rows: int, silu_mul: bool) -> None:
     values = torch.zeros((weight_rows, inputs), dtype=torch.uint8).view(torch.float8_e4m3fn)
     scale = torch.ones((weight_rows // scale_rows, inputs // 128) if scale_rows else (weight_rows,))
     operands = fp8_launch.Fp8Operands(*fp8.split_rows(rows, inputs, scaling), values, scale, scale_rows)
-    out = torch.empty((num_rows, outputs), dtype=torch.bfloat16)
-    fp8_launch.run_linear(operands, None, out, plan, silu_mul=silu_mul, num_programs=4)
+    out = torch.empty((num_rows, outputs), dtype=dtype)
+    bias = torch.zeros(outputs, dtype=torch.bfloat16) if has_bias else None
+    fp8_launch.run_linear(operands, bias, out, plan, silu_mul=silu_mul, num_programs=4)
 
 
 @pytest.mark.parametrize(("plan", "scale_rows", "silu_mul", "spills"), CASES.values(), ids=CASES)
@@ -60,6 +68,29 @@ def test_products_run_on_wgmma_alone(
     assert "fma.rn.f32" not in ptx or scale_rows
     assert not re.search(r"(add|mul)\.f32", ptx)  # without .rn the assembler may fuse a product with a sum
     assert spilled_bytes(kernel) <= spills
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_the_loop_of_the_rings_has_products_and_sums_and_little_else(
+    dtype: torch.dtype, has_bias: bool, tmp_path: Path
+) -> None:
+    with compiled_for_hopper(tmp_path) as kernels:
+        start(RINGS, 0, False, dtype, has_bias=has_bias)
+    (kernel,) = kernels
+    loops = [loop for loop in innermost_loops(kernel) if "QGMMA" in loop]
+    assert len(loops) == 2  # one of each consumer
+    for loop in loops:
+        assert loop.count("QGMMA") == 8
+        assert loop.count("FADD") == 128
+        assert loop.count("\n") < 230
+        assert "R2UR" not in loop  # addresses stay in uniform registers
+        assert "LDL" not in loop
+        assert loop.count("WARPGROUP.DEPBAR") == 2  # four products in flight at a time: the assembler waits for no one
+    ptx = kernel.asm["ptx"]
+    assert "cp.async.bulk.tensor.2d.global.shared" in ptx
+    assert "st.global" not in ptx
+    assert spilled_bytes(kernel) == 0
 
 
 def test_a_tile_too_small_for_wgmma_would_run_on_another_instruction(tmp_path: Path) -> None:
@@ -79,6 +110,11 @@ def test_a_tile_too_small_for_wgmma_would_run_on_another_instruction(tmp_path: P
     [
         {"kind": "hopper", "block_m": 64, "block_n": 128},
         {"kind": "hopper", "block_m": 128, "block_n": 64},
+        {"kind": "rings", "block_m": 128, "block_n": 64},
+        {"kind": "rings", "block_m": 128, "block_n": 128, "store_parts": 4},
+        {"kind": "rings", "block_m": 128, "block_n": 128, "num_stages": 4, "x_stages": 5},
+        {"kind": "rings", "block_m": 128, "block_n": 128, "num_stages": 4, "x_stages": 0},
+        {"kind": "rings", "block_m": 128, "block_n": 128, "num_stages": 4, "lead": 4},
         {"kind": "stream", "block_m": 8, "block_n": 128},
         {"kind": "stream", "block_m": 128, "block_n": 64},
         {"kind": "tma", "block_m": 128, "block_n": 96},

@@ -15,6 +15,8 @@ LIBRARY = Fp8Plan(kind="library")
 OWN = Fp8Plan(block_n=128)
 HOPPER = Fp8Plan(kind="hopper", block_m=128, block_n=256, num_stages=4)
 
+RINGS = Fp8Plan(kind="rings", block_m=128, block_n=256, num_stages=5, x_stages=3, lead=2, store_parts=2)
+
 
 def entry(n: int, k: int, rows: int, plan: Fp8Plan, otherwise: Fp8Plan | None = None, silu: bool = False) -> Fp8Entry:
     return Fp8Entry(out_features=n, in_features=k, max_rows=rows, silu_mul=silu, plan=plan, otherwise=otherwise)
@@ -64,10 +66,11 @@ def test_a_device_without_a_table_runs_on_defaults() -> None:
     assert index.linear(4096, 4096, 10**5, silu_mul=False).kind == "chain"
 
 
-def test_block_scales_take_narrower_tiles() -> None:
-    assert fitting(HOPPER, 0, silu_mul=False) == HOPPER
-    assert fitting(HOPPER, 0, silu_mul=True) == msgspec.structs.replace(HOPPER, block_n=128)
-    assert fitting(HOPPER, 128, silu_mul=False) == msgspec.structs.replace(HOPPER, block_n=128)
+@pytest.mark.parametrize("plan", [HOPPER, RINGS], ids=lambda plan: plan.kind)
+def test_block_scales_take_narrower_tiles(plan: Fp8Plan) -> None:
+    assert fitting(plan, 0, silu_mul=False) == plan
+    assert fitting(plan, 0, silu_mul=True) == msgspec.structs.replace(plan, block_n=128)
+    assert fitting(plan, 128, silu_mul=False) == msgspec.structs.replace(plan, block_n=128)
     for scale_rows, silu_mul in ((128, True), (64, False)):
-        assert fitting(HOPPER, scale_rows, silu_mul=silu_mul).kind == "tma"
+        assert fitting(plan, scale_rows, silu_mul=silu_mul).kind == "tma"
     assert fitting(OWN, 64, silu_mul=True) == OWN

@@ -1,12 +1,12 @@
-"""The barriers of the FP8 kernel with two rings: its text runs on `barrier_machine`, in many orders, without a GPU."""
+"""The barriers of the FP8 kernel with two rings: its text runs on threads, in many orders, without a GPU."""
 
 from __future__ import annotations
 
-import __future__
-
 import inspect
 import random
+import runpy
 import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -15,7 +15,8 @@ import pytest
 pytest.importorskip("triton")
 
 from cluster.engine.kernels.triton import fp8_hopper, fp8_rings, linear_hopper
-from tests.unit.barrier_machine import ANYTHING, Box, Hazard, Tile, run_program
+from tests.unit.barrier_machine import Box, Hazard, Tile
+from tests.unit.gluon_on_threads import ANYTHING, run_program
 
 
 class Shape(NamedTuple):
@@ -106,22 +107,27 @@ def any_shape(random_: random.Random) -> Shape:
     )  # fmt: skip
 
 
+def check_many(count: int, seed: int, functions: dict[str, Any] = FUNCTIONS) -> None:
+    random_ = random.Random(seed)
+    for _ in range(count):
+        check(any_shape(random_), random_.randrange(1 << 30), functions)
+
+
 @pytest.mark.parametrize("block", range(10))
 def test_every_order_of_events_ends_and_multiplies_what_belongs_together(block: int) -> None:
-    random_ = random.Random(block)
-    for _ in range(30):
-        check(any_shape(random_), random_.randrange(1 << 30))
+    check_many(30, block)
 
 
-def rewritten(name: str, *changes: tuple[str, str]) -> dict[str, Any]:
+def rewritten(name: str, changes: list[tuple[str, str]], directory: Path) -> dict[str, Any]:
     """The functions, one of them with other text."""
     text = textwrap.dedent(inspect.getsource(FUNCTIONS[name].fn))
     text = text[text.index("def ") :]
     for old, new in changes:
         assert text.count(old) == 1, old
         text = text.replace(old, new)
-    names: dict[str, Any] = {}
-    exec(compile(text, name, "exec", __future__.annotations.compiler_flag, dont_inherit=True), names)
+    file = directory / "rewritten.py"
+    file.write_text(f"from __future__ import annotations\n{text}")
+    names = runpy.run_path(str(file))
     return FUNCTIONS | {name: SimpleNamespace(fn=names[name])}
 
 
@@ -143,9 +149,7 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]]]] = {
 
 
 @pytest.mark.parametrize(("name", "changes"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_in_the_protocol_is_found(name: str, changes: list[tuple[str, str]]) -> None:
-    random_ = random.Random(7)
-    functions = rewritten(name, *changes)
+def test_a_mistake_in_the_protocol_is_found(name: str, changes: list[tuple[str, str]], tmp_path: Path) -> None:
+    functions = rewritten(name, changes, tmp_path)
     with pytest.raises((Hazard, AssertionError)):
-        for _ in range(60):
-            check(any_shape(random_), random_.randrange(1 << 30), functions)
+        check_many(60, 7, functions)

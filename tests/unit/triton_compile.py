@@ -56,15 +56,41 @@ def compiled_for_hopper(directory: Path) -> Iterator[list[Any]]:
 
 def spilled_bytes(kernel: Any) -> int:
     """Stack that the assembler needed, of one thread."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        command = [str(tool), "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    usage = _inspected(kernel, "cuobjdump", "-res-usage")
     found = re.search(r"STACK:(\d+)", usage)
     assert found is not None, usage
     return int(found[1])
+
+
+def innermost_loops(kernel: Any) -> list[str]:
+    """Machine code between a backward branch and its target with no other loop inside, one instruction to a line."""
+    labels: dict[str, int] = {}
+    lines: list[str] = []
+    loops: list[tuple[int, int]] = []
+    for line in _inspected(kernel, "nvdisasm").splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label[1]] = len(lines)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            lines.append(instruction[1])
+            branch = re.search(r"BRA.*`\((\.L_\w+)\)", instruction[1])
+            if branch and branch[1] in labels:
+                loops.append((labels[branch[1]], len(lines)))
+    innermost = [
+        (first, last)
+        for first, last in loops
+        if not any((first, last) != other and first <= other[0] and other[1] <= last for other in loops)
+    ]
+    return ["\n".join(lines[first:last]) for first, last in innermost]
+
+
+def _inspected(kernel: Any, tool: str, *options: str) -> str:
+    """What a tool of the CUDA toolkit, as Triton brings it, says of the machine code."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [str(path), *options, file.name]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
 
 def sum_layouts(kernel: Any) -> list[str]:

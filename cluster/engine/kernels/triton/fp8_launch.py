@@ -211,18 +211,15 @@ def _run_rings(call: _Call) -> None:
 
     from cluster.engine.kernels.triton import fp8_rings
 
-    plan, out = call.plan, call.out_MN
-    x_desc, x_scale, w_desc, w_scale, bias, _, num_rows, out_features, num_groups, stride_x_scale, _ = _gluon_arguments(
-        call, 64, 128
-    )
+    plan, out, num_groups = call.plan, call.out_MN, call.shape[2] // GROUP
+    operands = _gluon_arguments(call, 64, 128)
     part = 128 // (plan.store_parts * (out.element_size() // 2))
     layout = NVMMASharedLayout(128, 8 * out.element_size(), 2)
-    out_desc = GluonTensorDescriptor.from_tensor(out, [64, part], layout)
+    operands[5] = GluonTensorDescriptor.from_tensor(out, [64, part], layout)
     programs = min(call.tiles, call.num_programs) if plan.persistent else call.tiles
     fp8_rings.fp8_rings_kernel[(programs,)](
-        x_desc, x_scale, w_desc, w_scale, bias, out_desc, num_rows, out_features, num_groups, stride_x_scale,
-        BLOCK_N=plan.block_n, GROUP_M=plan.group_m, HAS_BIAS=call.bias_N is not None, SILU_MUL=call.silu_mul,
-        SCALE_ROWS=call.operands.scale_rows, X_STAGES=plan.x_stages, W_STAGES=plan.num_stages,
+        *operands[:-1], BLOCK_N=plan.block_n, GROUP_M=plan.group_m, HAS_BIAS=call.bias_N is not None,
+        SILU_MUL=call.silu_mul, SCALE_ROWS=call.operands.scale_rows, X_STAGES=plan.x_stages, W_STAGES=plan.num_stages,
         LEAD=min(plan.lead, num_groups), enable_fp_fusion=False, num_warps=4,
     )  # fmt: skip
 
@@ -240,7 +237,7 @@ def _run_stream(call: _Call) -> None:
 
 
 def _gluon_arguments(call: _Call, box_m: int, box_n: int) -> list[object]:
-    """Boxes have that many rows of x and of W."""
+    """Boxes have that many rows of x and of W. The result comes sixth, its stride last."""
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
 

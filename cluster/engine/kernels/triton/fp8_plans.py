@@ -60,8 +60,8 @@ class Fp8Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def _check_rings(self) -> None:
         if self.block_m != 128 or self.block_n not in (128, 256) or self.store_parts not in (1, 2):
             raise ValueError(f"{self}: tiles of two rings are 128 x 128 and 128 x 256, stored in 1 or 2 parts")
-        if self.x_stages < 1 or not 0 <= self.lead < self.num_stages:
-            raise ValueError(f"{self}: a consumer must be able to take its lead alone: 0 <= lead < num_stages")
+        if not 1 <= self.x_stages <= self.num_stages or not 0 <= self.lead < self.num_stages:
+            raise ValueError(f"{self}: num_stages must be at least x_stages, and more than lead")
 
 
 REFERENCE_FP8 = Fp8Plan(num_stages=1)

@@ -1,0 +1,143 @@
+"""FP8 products under sustained load: the plan of the table against the kernel with two rings.
+
+`python -m benchmarks.gpu.sustained --fp8`, within its budget: plans are tried and compiled in processes of their own
+first, since one that hangs would take everything with it. Then each layer of an 8B model at 512 to 8,192 rows, plans
+taking turns of a twentieth of a second.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.gpu import fp8_candidates, fp8_vet, sustained
+from benchmarks.gpu.fp8 import short
+from benchmarks.gpu.fp8_layers import LAYERS, HardOperands, random_weights
+from benchmarks.gpu.shapes import Layer
+from cluster.engine.kernels.cuda_ops import CudaOps
+from cluster.engine.kernels.triton.fp8_plans import REFERENCE_FP8, Fp8Plan
+
+_ROWS = (8192, 2048, 4096, 1024, 512)  # what matters most comes first
+_COLD_BYTES = 200 << 20
+_TURN_S = 0.05
+_ROUNDS = 3
+_HARD_ROWS = 256
+
+
+class Cell(NamedTuple):
+    layer: Layer
+    num_rows: int
+    plans: list[Fp8Plan]  # the table's first
+    ms: list[float]
+
+    @property
+    def best(self) -> int:
+        return min(range(1, len(self.ms)), key=lambda index: self.ms[index], default=0)
+
+
+class Fp8LayerBench:
+    """One layer's weights and quantised rows. Of the kernel alone: what quantises its result is the same for all."""
+
+    def __init__(self, ops: CudaOps, layer: Layer) -> None:
+        self._fp8, self._silu_mul = ops.fp8, layer.silu_mul
+        self.out_features = layer.out_features // (2 if layer.silu_mul else 1)
+        self.weights = random_weights(ops.fp8, layer, _COLD_BYTES)
+        x = torch.randn((max(_ROWS), layer.in_features), device="cuda", dtype=torch.bfloat16)
+        self._rows = ops.fp8.quantized(x, self.weights[0])
+        self._hard = HardOperands(
+            ops.fp8, layer.out_features, layer.in_features, _HARD_ROWS, seed=4, reveals_order=True
+        )  # fmt: skip
+        self._expected = torch.empty((max(_ROWS), self.out_features), device="cuda", dtype=torch.bfloat16)
+        self.run(REFERENCE_FP8, max(_ROWS), 0, self._expected)
+
+    def run(self, plan: Fp8Plan, num_rows: int, index: int, out: torch.Tensor) -> None:
+        self._fp8.run_linear(self._rows[:num_rows], self.weights[index], None, out, plan, silu_mul=self._silu_mul)
+
+    def differing(self, plan: Fp8Plan, num_rows: int) -> int:
+        """Values that differ from the reference's, poisoned before; and of inputs that reveal another order."""
+        out = torch.full((num_rows, self.out_features), float("nan"), device="cuda", dtype=torch.bfloat16)
+        self.run(plan, num_rows, 0, out)
+        found = int((out != self._expected[:num_rows]).sum())
+        hard = [
+            self._hard.run(used, _HARD_ROWS, torch.bfloat16, silu_mul=self._silu_mul) for used in (plan, REFERENCE_FP8)
+        ]
+        return found + int((hard[0] != hard[1]).sum())
+
+
+def run(budget_s: float) -> None:
+    """Print each cell, then one table."""
+    start_s = time.monotonic()
+    verdicts = fp8_vet.vet(
+        max(2, min(14, os.cpu_count() or 2)), 0.6 * budget_s, lambda job: job[1].kind in ("hopper", "rings")
+    )
+    for verdict in verdicts:
+        if verdict.error or verdict.differing:
+            print(f"left out: {short(verdict.plan)}: {verdict.error or f'{verdict.differing} values differ'}")
+    sound = {(v.silu_mul, v.plan) for v in verdicts if not v.error and not v.differing}
+    print(f"{len(sound)} plans compiled and tried in {time.monotonic() - start_s:.0f} s", flush=True)
+    ops = CudaOps(torch.device("cuda"))
+    layers = [layer for layer in LAYERS if layer.name != "8b.gate_up"]  # SwiGLU is fused into it
+    cells: list[Cell] = []
+    for number, layer in enumerate(layers):
+        bench = Fp8LayerBench(ops, layer)
+        left_s = (budget_s - (time.monotonic() - start_s)) / (len(layers) - number)
+        deadline_s = time.monotonic() + left_s
+        for num_rows in _ROWS:
+            plans = _plans(ops, layer, num_rows, bench.out_features, sound)
+            if time.monotonic() + _TURN_S * len(plans) * (_ROUNDS + 1) > deadline_s:
+                print(f"no time left: {layer.name}, {num_rows} rows")
+                continue
+            plans = sustained.sound_plans(bench, plans, num_rows)
+            times = sustained.measure(bench, plans, num_rows, _TURN_S, _ROUNDS)
+            cells.append(Cell(layer, num_rows, plans, [statistics.median(found) for found in times]))
+            _print_cell(cells[-1])
+        del bench
+        torch.cuda.empty_cache()
+    _print_table(cells)
+    print(f"{time.monotonic() - start_s:.0f} s")
+
+
+def _plans(
+    ops: CudaOps, layer: Layer, num_rows: int, out_features: int, sound: set[fp8_vet.Job]
+) -> list[Fp8Plan]:  # fmt: skip
+    mine = ops.fp8.plans.linear(out_features, layer.in_features, num_rows, silu_mul=layer.silu_mul)
+    if mine.kind == "separate":
+        mine = Fp8Plan(kind="hopper", block_m=128, block_n=128, num_stages=4)
+    rings = [plan for plan in fp8_candidates.rings(silu_mul=layer.silu_mul) if (layer.silu_mul, plan) in sound]
+    return [mine, *rings]
+
+
+def _teraflops(cell: Cell, milliseconds: float) -> float:
+    return 2.0 * cell.num_rows * cell.layer.out_features * cell.layer.in_features / milliseconds / 1e9
+
+
+def _print_cell(cell: Cell) -> None:
+    ranked = sorted(zip(cell.ms, cell.plans, strict=True), key=lambda pair: pair[0])
+    found = " ".join(f"{short(plan)}={milliseconds * 1e3:.1f}us" for milliseconds, plan in ranked)
+    print(f"{cell.layer.name} {cell.num_rows}: {found}", flush=True)
+
+
+def _print_table(cells: list[Cell]) -> None:
+    """Ratios of time, new to old; a layer's products together say what a step of that many rows gains."""
+    print(
+        f"\n{'layer':16s} {'rows':>5s} {'table us':>9s} {'TFLOP/s':>8s} {'rings us':>9s} {'TFLOP/s':>8s}  ratio  plan"
+    )
+    for cell in cells:
+        old, new = cell.ms[0], cell.ms[cell.best]
+        print(
+            f"{cell.layer.name:16s} {cell.num_rows:5d} {old * 1e3:9.1f} {_teraflops(cell, old):8.0f} {new * 1e3:9.1f} "
+            f"{_teraflops(cell, new):8.0f}  {new / old:.3f}  {short(cell.plans[cell.best])}"
+        )
+    for num_rows in sorted({cell.num_rows for cell in cells}):
+        some = [cell for cell in cells if cell.num_rows == num_rows]
+        old, new = sum(cell.ms[0] for cell in some), sum(cell.ms[cell.best] for cell in some)
+        words = f"{len(some)} products at {num_rows} rows"
+        print(f"{words}: {old * 1e3:.0f} us, with rings {new * 1e3:.0f} us: {new / old:.3f}")
+    ratios = [math.log(cell.ms[cell.best] / cell.ms[0]) for cell in cells]
+    if ratios:
+        print(f"geomean of the ratios: {math.exp(sum(ratios) / len(ratios)):.3f}")
