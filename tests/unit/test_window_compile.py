@@ -14,17 +14,17 @@ pytest.importorskip("triton")
 from cluster.engine.kernels.triton import attention_launch
 from cluster.engine.kernels.triton.plans import AttentionPlan
 from tests.gpu.support import NUM_MULTIPROCESSORS, Paged
-from tests.unit.triton_compile import compiled_for_hopper
+from tests.unit.triton_compile import compiled_for_hopper, spilled_bytes
 
 CONTEXTS = [700, 600, 1]
+TILED = AttentionPlan(prefill_use_tma=True)
 
 
-def _compiled(directory: Path, window: int | None) -> dict[str, Any]:
+def _compiled(directory: Path, window: int | None, plan: AttentionPlan = TILED) -> dict[str, Any]:
     """Decode and prefill of one batch: every kernel by its name."""
     cache = Paged(CONTEXTS, num_heads=8, num_kv_heads=2, head_size=64, device="cpu")
     metadata = cache.metadata([0, 1, 2], [700, 2, 1], CONTEXTS)
     q = torch.cat([cache.q[0], cache.q[1][:2], cache.q[2]])
-    plan = AttentionPlan(prefill_use_tma=True)
     with compiled_for_hopper(directory) as kernels:
         attention_launch.run_attention(q, cache.layer, metadata, cache.scale, plan, NUM_MULTIPROCESSORS, window=window)
     return {kernel.metadata.name: kernel for kernel in kernels}
@@ -44,3 +44,16 @@ def test_a_window_is_compiled_in_only_where_there_is_one(tmp_path: Path) -> None
 def test_another_window_needs_no_other_kernel(tmp_path: Path) -> None:
     first, second = (_compiled(tmp_path, window) for window in (40, 512))
     assert {kernel.hash for kernel in first.values()} == {kernel.hash for kernel in second.values()}
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_looking_ahead_costs_no_registers(window: int | None, tmp_path: Path) -> None:
+    """And is compiled in only where it is asked for: the loop then loads no block id before it waits."""
+    kernels = []
+    for lookahead in (False, True):
+        plan = AttentionPlan(prefill_kind="hopper", prefill_lookahead=lookahead)
+        compiled = _compiled(tmp_path, window, plan)
+        assert compiled["list_tiles_kernel"].asm["ptx"].count("st.global") == 6 + lookahead
+        kernels.append(compiled["prefill_hopper_kernel"])
+    assert spilled_bytes(kernels[1]) <= spilled_bytes(kernels[0])
+    assert kernels[0].hash != kernels[1].hash

@@ -417,12 +417,13 @@ def prefill_kernel(
         tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=valid[:, None] & (offs_d < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["num_sequences", "max_rows"])
+@triton.jit(do_not_specialize=["num_sequences", "max_rows", "stride_table", "window"])
 def list_tiles_kernel(
-    tiles_ptr, query_start_ptr, context_len_ptr, num_sequences, max_rows,
-    ROWS_PER_TILE: tl.constexpr, BLOCK_B: tl.constexpr,
+    tiles_ptr, query_start_ptr, context_len_ptr, num_sequences, max_rows, table_ptr, stride_table, window,
+    ROWS_PER_TILE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """One record per program: sequence, first row in it, the sequence's first row of the step, its rows, its context.
+    """One record per program: sequence, first row in it, the sequence's first row of the step, its rows, its context;
+    with a block table also the cache block of the first key block that the tile's rows see in a window.
 
     Once per step instead of in every program of every layer. Sequences with more than max_rows rows have tiles,
     listed as `prefill_kernel` takes them; the records past the last tile have no rows.
@@ -441,7 +442,13 @@ def list_tiles_kernel(
         tl.store(tile_ptr, sequence)
         tl.store(tile_ptr + 1, tile * ROWS_PER_TILE)
         tl.store(tile_ptr + 2, row_start)
-        tl.store(tile_ptr + 3, tl.load(query_start_ptr + sequence + 1) - row_start)
-        tl.store(tile_ptr + 4, tl.load(context_len_ptr + sequence))
+        num_rows = tl.load(query_start_ptr + sequence + 1) - row_start
+        tl.store(tile_ptr + 3, num_rows)
+        context = tl.load(context_len_ptr + sequence)
+        tl.store(tile_ptr + 4, context)
+        if table_ptr is not None:
+            first_key = first_visible(context - num_rows + tile * ROWS_PER_TILE, window) // BLOCK_KV * BLOCK_KV
+            block_ptr = table_ptr + sequence.to(tl.int64) * stride_table + first_key // BLOCK_SIZE
+            tl.store(tile_ptr + 5, tl.load(block_ptr))
     else:
         tl.store(tile_ptr + 3, 0)

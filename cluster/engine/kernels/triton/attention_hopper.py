@@ -21,36 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from cluster.engine.kernels.triton.gluon_names import async_load, barrier
-
-
-@gluon.jit
-def _pair_sums(x):
-    left, right = gl.split(gl.reshape(x, [x.shape[0], x.shape[1], x.shape[2] // 2, 2]))
-    return left + right
-
-
-@gluon.jit
-def _lane_sums(p):
-    """`attention.lane_sums` of a (rows, 64) tile; the result's layout is the caller's business."""
-    x = gl.permute(gl.reshape(p, [p.shape[0], p.shape[1] // 8, 8]), [0, 2, 1])
-    x = _pair_sums(_pair_sums(_pair_sums(x)))
-    return gl.reshape(x, [p.shape[0], 8])
-
-
-@gluon.jit
-def _total(L, layout: gl.constexpr):
-    """`attention.total`: (rows, 8) -> (rows,) in a slice of `layout`."""
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [4, 1], [1, 0])
-    x = gl.reshape(gl.convert_layout(L, wide), [L.shape[0], 1, 8])
-    x = gl.reshape(_pair_sums(_pair_sums(_pair_sums(x))), [L.shape[0]])
-    return gl.convert_layout(x, gl.SliceLayout(1, layout))
-
-
-@gluon.jit
-def _wide(x, like, layout: gl.constexpr):
-    """(rows,) in any layout -> (rows, n) like `like`, whose layout is `layout`."""
-    x = gl.convert_layout(x, gl.SliceLayout(1, layout))
-    return gl.expand_dims(x, 1) + gl.zeros_like(like)
+from cluster.engine.kernels.triton.row_sums import lane_sums, total, wide
 
 
 @gluon.jit
@@ -65,14 +36,25 @@ def _first_visible(position, window):
 @gluon.jit
 def _produce(
     kv_desc, table_ptr, k_ring, v_ring, k_ready, v_ready, k_free, v_free, first_block, num_blocks, place_head,
-    rows_per_block, rows_of_kv, BLOCK_KV: gl.constexpr, BLOCK_SIZE: gl.constexpr, STAGES: gl.constexpr,
+    rows_per_block, rows_of_kv, first_id, BLOCK_KV: gl.constexpr, BLOCK_SIZE: gl.constexpr, STAGES: gl.constexpr,
+    LOOKAHEAD: gl.constexpr,
 ):  # fmt: skip
-    """Fill the rings in key order; a buffer is reused when both consumers have freed it."""
+    """Fill the rings in key order; a buffer is reused when both consumers have freed it.
+
+    With LOOKAHEAD the cache block of a key block is looked up while the one before it is on its way, that of the first
+    one, `first_id`, by who listed the tile.
+    """
+    next_id = first_id
     for i in range(num_blocks):
         stage = i % STAGES
         free_phase = (i // STAGES + 1) & 1
         start = (first_block + i) * BLOCK_KV
-        block = gl.load(table_ptr + start // BLOCK_SIZE)
+        if LOOKAHEAD:
+            block = next_id
+            next_block = first_block + gl.minimum(i + 1, num_blocks - 1)
+            next_id = gl.load(table_ptr + next_block * BLOCK_KV // BLOCK_SIZE)
+        else:
+            block = gl.load(table_ptr + start // BLOCK_SIZE)
         place = block * rows_per_block + place_head + start % BLOCK_SIZE
         mbarrier.wait(k_free.index(stage), free_phase)
         mbarrier.expect(k_ready.index(stage), kv_desc.block_type.nbytes)
@@ -162,7 +144,7 @@ def _consume(
     if window is not None:
         masked = masked | (whole_from > 0)
     m, alpha, p = _softmax(s, q_pos, first_block * BLOCK_KV, minus, scale_log2, masked, window, S_LAYOUT, BLOCK_KV)
-    l = gl.convert_layout(_lane_sums(p), L_LAYOUT)
+    l = gl.convert_layout(lane_sums(p), L_LAYOUT)
     p_operand = gl.convert_layout(p.to(q_ptr.dtype.element_ty), P_LAYOUT)
 
     for i in range(1, num_blocks):
@@ -170,7 +152,7 @@ def _consume(
         previous = (i - 1) % STAGES
         mbarrier.wait(k_ready.index(stage), (i // STAGES) & 1)
         s_token = warpgroup_mma(q_buffer, k_ring.index(stage).permute([1, 0]), zeros_s, use_acc=False, is_async=True)
-        acc = acc * _wide(alpha, acc, O_LAYOUT)
+        acc = acc * wide(alpha, acc, O_LAYOUT)
         mbarrier.wait(v_ready.index(previous), ((i - 1) // STAGES) & 1)
         acc_token = warpgroup_mma(p_operand, v_ring.index(previous), acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s_token])
@@ -183,14 +165,14 @@ def _consume(
         if window is not None:
             masked = masked | (i < whole_from)
         top, alpha, p = _softmax(s, q_pos, block * BLOCK_KV, before, scale_log2, masked, window, S_LAYOUT, BLOCK_KV)
-        sums = gl.convert_layout(_lane_sums(p), L_LAYOUT)
+        sums = gl.convert_layout(lane_sums(p), L_LAYOUT)
         acc = warpgroup_mma_wait(0, deps=[acc_token])
         barrier()
         mbarrier.arrive(v_free.index(previous), count=1)
         if new_split:  # alpha is 0 here, which clears l and acc for the split that begins
             M, L, O = _fold(M, L, O, m, l, acc, L_LAYOUT, O_LAYOUT)
         m = top
-        l = gl.fma(l, _wide(alpha, l, L_LAYOUT), sums)
+        l = gl.fma(l, wide(alpha, l, L_LAYOUT), sums)
         p_operand = gl.convert_layout(p.to(q_ptr.dtype.element_ty), P_LAYOUT)
 
     last = num_blocks - 1
@@ -198,11 +180,11 @@ def _consume(
     if (first_block + num_blocks) * BLOCK_KV > context:
         _zero_stale_values(v_ring.index(last % STAGES), (first_block + last) * BLOCK_KV, context, BLOCK_KV, D)
         barrier()
-    acc = acc * _wide(alpha, acc, O_LAYOUT)
+    acc = acc * wide(alpha, acc, O_LAYOUT)
     acc = warpgroup_mma(p_operand, v_ring.index(last % STAGES), acc)
     M, L, O = _fold(M, L, O, m, l, acc, L_LAYOUT, O_LAYOUT)
 
-    y = gl.div_rn(O, gl.expand_dims(_total(L, O_LAYOUT), 1) + gl.zeros_like(O)) + 0.0
+    y = gl.div_rn(O, gl.expand_dims(total(L, O_LAYOUT), 1) + gl.zeros_like(O)) + 0.0
     if out_ptr.dtype.element_ty == q_ptr.dtype.element_ty:
         # Back through q's buffer, whose last reader has ended, so that rows leave in pieces of 16 bytes.
         q_buffer.store(y.to(q_ptr.dtype.element_ty))
@@ -226,8 +208,8 @@ def _fold(M, L, O, m, l, acc, L_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr):
     shift = gl.where(top == float("-inf"), 0.0, top)
     a = gl.exp2(M - shift)
     b = gl.exp2(m - shift)
-    L = gl.fma(L, _wide(a, L, L_LAYOUT), l * _wide(b, l, L_LAYOUT))
-    O = gl.fma(O, _wide(a, O, O_LAYOUT), acc * _wide(b, acc, O_LAYOUT))
+    L = gl.fma(L, wide(a, L, L_LAYOUT), l * wide(b, l, L_LAYOUT))
+    O = gl.fma(O, wide(a, O, O_LAYOUT), acc * wide(b, acc, O_LAYOUT))
     return top, L, O
 
 
@@ -236,7 +218,7 @@ def prefill_hopper_kernel(
     q_ptr, kv_desc, out_ptr, tiles_ptr, table_ptr,
     window, scale_log2, stride_q, stride_out, stride_table, rows_per_block, rows_of_kv, rows_of_head,
     GROUP: gl.constexpr, D: gl.constexpr, BLOCK_KV: gl.constexpr, SPLIT_KEYS: gl.constexpr,
-    BLOCK_SIZE: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr, STAGES: gl.constexpr, LOOKAHEAD: gl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, KV heads): one tile of 128 rows from the list of `attention.list_tiles_kernel`.
 
@@ -249,6 +231,9 @@ def prefill_hopper_kernel(
     row_start = gl.load(tile_ptr + 2)
     num_rows = gl.load(tile_ptr + 3)
     context = gl.load(tile_ptr + 4)
+    first_id: gl.constexpr = 0
+    if LOOKAHEAD:
+        first_id = gl.load(tile_ptr + 5)
     if num_rows > 0:
         key_stop = gl.minimum(context - num_rows + first_row + ROWS_PER_TILE, context)
         first_block = _first_visible(context - num_rows + first_row, window) // BLOCK_KV
@@ -293,7 +278,8 @@ def prefill_hopper_kernel(
                     _produce,
                     (
                         kv_desc, table, k_ring, v_ring, k_ready, v_ready, k_free, v_free, first_block, num_blocks,
-                        kv_head * rows_of_head, rows_per_block, rows_of_kv, BLOCK_KV, BLOCK_SIZE, STAGES,
+                        kv_head * rows_of_head, rows_per_block, rows_of_kv, first_id, BLOCK_KV, BLOCK_SIZE, STAGES,
+                        LOOKAHEAD,
                     ),
                 ),
             ],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -61,6 +62,14 @@ def run_attention(
     return out
 
 
+class FirstBlock(NamedTuple):
+    """What decides which cache block a tile reads first."""
+
+    window: int | None
+    block_kv: int
+    block_size: int
+
+
 class WorkLists:
     """What the attention kernels of all layers of a step have to do, listed once, on the device.
 
@@ -70,17 +79,24 @@ class WorkLists:
     def __init__(self) -> None:
         self._newest: _StepLists | None = None
 
-    def tiles(self, metadata: AttentionMetadata, num_tiles: int, rows_per_tile: int, max_rows: int) -> torch.Tensor:
-        """(num_tiles, 8) int32: the records of `attention.list_tiles_kernel`."""
+    def tiles(
+        self, metadata: AttentionMetadata, num_tiles: int, rows_per_tile: int, max_rows: int,
+        first_block_of: FirstBlock | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """(num_tiles, 8) int32: the records of `attention.list_tiles_kernel`, with first cache blocks if asked for."""
         lists = self._of(metadata)
-        key = (num_tiles, rows_per_tile, max_rows)
+        key = (num_tiles, rows_per_tile, max_rows, first_block_of)
         found = lists.tiles.get(key)
         if found is None:
             num_sequences = metadata.context_len.shape[0]
             found = torch.empty((num_tiles, 8), dtype=torch.int32, device=metadata.context_len.device)
+            table = None if first_block_of is None else metadata.block_table
+            window, keys, block_size = first_block_of or (None, 0, 0)
             attention.list_tiles_kernel[(num_tiles,)](
                 found, metadata.query_start, metadata.context_len, num_sequences, max_rows,
-                ROWS_PER_TILE=rows_per_tile, BLOCK_B=_block_b(num_sequences), num_warps=1,
+                table, None if table is None else table.stride(0), window,
+                ROWS_PER_TILE=rows_per_tile, BLOCK_B=_block_b(num_sequences), BLOCK_KV=keys, BLOCK_SIZE=block_size,
+                num_warps=1,
             )  # fmt: skip
             lists.tiles[key] = found
         return found
@@ -114,7 +130,7 @@ class WorkLists:
 @dataclass(frozen=True, slots=True)
 class _StepLists:
     metadata: AttentionMetadata
-    tiles: dict[tuple[int, int, int], torch.Tensor]
+    tiles: dict[tuple[int, int, int, FirstBlock | None], torch.Tensor]
     splits: dict[tuple[int, int, int | None], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -233,9 +249,11 @@ def _run_prefill_hopper(call: _AttentionCall, plan: AttentionPlan, max_rows: int
     constants = call.constants(128)
     for unused in ("NUM_KV_HEADS", "BLOCK_D", "BLOCK_ROWS"):
         del constants[unused]
+    first_block = FirstBlock(call.window, keys, kv.shape[3]) if plan.prefill_lookahead else None
     attention_hopper.prefill_hopper_kernel[(num_tiles, kv.shape[2])](
-        call.q_THD, kv_rows, call.out, call.lists.tiles(metadata, num_tiles, rows_per_tile, max_rows),
+        call.q_THD, kv_rows, call.out, call.lists.tiles(metadata, num_tiles, rows_per_tile, max_rows, first_block),
         metadata.block_table, call.window, call.scale_log2, call.q_THD.stride(0), call.out.stride(0),
         metadata.block_table.stride(0), kv.stride(0) // head_size, kv.stride(1) // head_size,
-        kv.stride(2) // head_size, **constants, STAGES=plan.prefill_num_stages, num_warps=4,
+        kv.stride(2) // head_size, **constants, STAGES=plan.prefill_num_stages,
+        LOOKAHEAD=plan.prefill_lookahead, num_warps=4,
     )  # fmt: skip

@@ -59,3 +59,4 @@ class AttentionPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     prefill_num_warps: int = 4
     prefill_num_stages: int = 3
     prefill_use_tma: bool = False  # tiled only
+    prefill_lookahead: bool = False  # hopper only: cache blocks are looked up before their turn
