@@ -5,6 +5,7 @@ gemm, attention, decode-step, decode-step-fp8
 tune                           measure every GEMM plan, write the device's plan table to --out
 sweep-attention                time attention plans, as JSON lines in --out
 fp8                            try, time and compare FP8 products, write their plan table to --out
+fp8-chains                     FP8 products with chains of 1, 2 and 4 groups: time and error
 engine                         the whole engine on an 8B shape; --peer FILE adds ratios to a peer's figures
 engine-fp8                     the same with FP8 layers; --ours FILE has our bf16, which is measured here without it
 engine-defaults                our engine with torch's default products and attention; --ours FILE has our own
@@ -12,7 +13,8 @@ engine-profile                 where the engine's time goes, step by step and ke
 exactness                      every way to compute the same requests, bit for bit; --model, --quick
 compile-share, compile-engine  compile a share of the kernels of `tune` or an engine (for several processes); --model
 
-Prefill and decode on one GPU: `python -m benchmarks.gpu.split`.
+Prefill and decode on one GPU: `python -m benchmarks.gpu.split`. Products under sustained load, bf16 or FP8:
+`python -m benchmarks.gpu.sustained`.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from benchmarks.gpu import (
     engine,
     engine_profile,
     fp8,
+    fp8_chains,
     fp8_vet,
     record,
     record_engine,
@@ -35,7 +38,7 @@ from benchmarks.gpu import (
 )
 
 _WHAT = (
-    *("gemm", "attention", "decode-step", "decode-step-fp8", "tune", "sweep-attention", "fp8", "fp8-vet"),
+    *("gemm", "attention", "decode-step", "decode-step-fp8", "tune", "sweep-attention", "fp8", "fp8-vet", "fp8-chains"),
     *("engine", "engine-fp8", "engine-defaults", "engine-profile", "exactness", "compile-share", "compile-engine"),
 )
 
@@ -87,6 +90,8 @@ def main() -> None:
             sweeps.compile_share(*options.share)
         case "fp8":
             fp8.run(options.out, options.budget or 60)
+        case "fp8-chains":
+            fp8_chains.run(options.budget or 120)
         case "fp8-vet":
             fp8_vet.vet_share(options.share, options.out)
         case "compile-engine":

@@ -49,13 +49,14 @@ class HardOperands:
         self.weight = fp8.pack(w.view(torch.float8_e4m3fn), scale)
 
     def run(
-        self, plan: Fp8Plan, num_rows: int, dtype: torch.dtype, *, silu_mul: bool = False, promote: bool = True
-    ) -> torch.Tensor:
+        self, plan: Fp8Plan, num_rows: int, dtype: torch.dtype, *, silu_mul: bool = False, promote: bool = True,
+        chain: int = numbers.CHANNEL_CHAIN,
+    ) -> torch.Tensor:  # fmt: skip
         """The product of the first rows, written into poisoned memory."""
         features = self.weight.out_features // (2 if silu_mul else 1)
         out = torch.full((num_rows, features), float("nan"), device="cuda", dtype=dtype)
         self._fp8.run_linear(
-            self.rows[:num_rows], self.weight, None, out, plan, silu_mul=silu_mul, promote=promote
+            self.rows[:num_rows], self.weight, None, out, plan, silu_mul=silu_mul, promote=promote, chain=chain
         )  # fmt: skip
         return out
 

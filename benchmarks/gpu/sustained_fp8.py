@@ -20,6 +20,7 @@ from benchmarks.gpu.fp8 import short
 from benchmarks.gpu.fp8_layers import LAYERS, HardOperands, random_weights
 from benchmarks.gpu.shapes import Layer
 from cluster.engine.kernels.cuda_ops import CudaOps
+from cluster.engine.kernels.fp8 import CHANNEL_CHAIN
 from cluster.engine.kernels.triton.fp8_plans import REFERENCE_FP8, Fp8Plan
 
 _ROWS = (8192, 2048, 4096, 1024, 512)  # what matters most comes first
@@ -44,19 +45,24 @@ class Fp8LayerBench:
     """One layer's weights and quantised rows. Of the kernel alone: what quantises its result is the same for all."""
 
     def __init__(self, ops: CudaOps, layer: Layer) -> None:
+        self.layer = layer
         self._fp8, self._silu_mul = ops.fp8, layer.silu_mul
         self.out_features = layer.out_features // (2 if layer.silu_mul else 1)
         self.weights = random_weights(ops.fp8, layer, _COLD_BYTES)
         x = torch.randn((max(_ROWS), layer.in_features), device="cuda", dtype=torch.bfloat16)
-        self._rows = ops.fp8.quantized(x, self.weights[0])
+        self.rows = ops.fp8.quantized(x, self.weights[0])
         self._hard = HardOperands(
             ops.fp8, layer.out_features, layer.in_features, _HARD_ROWS, seed=4, reveals_order=True
         )  # fmt: skip
         self._expected = torch.empty((max(_ROWS), self.out_features), device="cuda", dtype=torch.bfloat16)
         self.run(REFERENCE_FP8, max(_ROWS), 0, self._expected)
 
-    def run(self, plan: Fp8Plan, num_rows: int, index: int, out: torch.Tensor) -> None:
-        self._fp8.run_linear(self._rows[:num_rows], self.weights[index], None, out, plan, silu_mul=self._silu_mul)
+    def run(
+        self, plan: Fp8Plan, num_rows: int, index: int, out: torch.Tensor, *, chain: int = CHANNEL_CHAIN
+    ) -> None:  # fmt: skip
+        self._fp8.run_linear(
+            self.rows[:num_rows], self.weights[index], None, out, plan, silu_mul=self._silu_mul, chain=chain
+        )  # fmt: skip
 
     def differing(self, plan: Fp8Plan, num_rows: int) -> int:
         """Values that differ from the reference's, poisoned before; and of inputs that reveal another order."""

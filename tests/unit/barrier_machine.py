@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 Box = tuple[str, int, int]  # of a matrix: its name, first row, first column
 
@@ -59,6 +59,9 @@ class Buffer:
             raise Hazard(f"{what} overwrites {self.holds}, which is being read")
         self.holds, self.is_fenced = what, False
 
+    def permute(self, order: list[int]) -> Buffer:
+        return self
+
     def store(self, tile: Tile) -> None:
         self.write(tile)
         self.writer = threading.get_ident()
@@ -93,6 +96,13 @@ class Tile:
         first, last = self.columns
         middle = (first + last) // 2
         return Tile(self.products, (first, middle)), Tile(self.products, (middle, last))
+
+
+class Product(NamedTuple):
+    """Of several pairs of operands, on its way."""
+
+    operands: list[tuple[Buffer, Buffer]]
+    products: tuple[tuple[Box, Box], ...]
 
 
 class Machine:
@@ -165,17 +175,26 @@ class Machine:
         for buffer in self.buffers:
             buffer.is_fenced = buffer.is_fenced or buffer.writer == threading.get_ident()
 
-    def product(self, x: Buffer, w: Buffer, zeros: Tile) -> Tile:
-        """Reads its operands until its end."""
-        holds: Any = x.holds, w.holds
+    def product(self, x: Buffer, w: Buffer, acc: Tile | Product, use_acc: bool, is_async: bool) -> Product:
+        """Reads its operands until it is waited for."""
+        before = acc if isinstance(acc, Product) else Product([], acc.products)
+        if not use_acc:
+            before = Product([], ())
         for buffer in (x, w):
             buffer.readers += 1
+        return Product([*before.operands, (x, w)], before.products)
+
+    def product_wait(self, most: int, deps: list[Product]) -> Tile:
+        (product,) = deps
         self.wait()
-        for buffer in (x, w):
-            buffer.readers -= 1
-        if not all(isinstance(box, tuple) for box in holds):
-            raise Hazard(f"a product of {holds}")
-        return Tile((holds,))
+        products = product.products
+        for x, w in product.operands:
+            if not isinstance(x.holds, tuple) or not isinstance(w.holds, tuple):
+                raise Hazard(f"a product of {x.holds} and {w.holds}")
+            products += ((x.holds, w.holds),)
+            x.readers -= 1
+            w.readers -= 1
+        return Tile(products)
 
     def allocate(self, dtype: object, shape: list[int], layout: object) -> Many:
         if dtype is int:

@@ -77,7 +77,8 @@ def run_program(
         "async_store": machine.store,
         "fence_async_shared": machine.fence,
         "barrier": lambda: None,
-        "_group_sum": machine.product,
+        "warpgroup_mma": machine.product,
+        "warpgroup_mma_wait": machine.product_wait,
         **others,
     }
     for name, function in functions.items():

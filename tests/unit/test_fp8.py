@@ -131,29 +131,34 @@ def test_shards_of_the_outputs_have_the_bits_of_the_whole(block_rows: int, magni
     assert first_difference((torch.cat(parts, dim=1),), (whole,)) is None
 
 
-def exact_product(rows: torch.Tensor, weight: tuple[torch.Tensor, torch.Tensor], inputs: int) -> torch.Tensor:
-    """One output element after the other: exact group sums, rounded once, added in ascending order."""
+def exact_product(
+    rows: torch.Tensor, weight: tuple[torch.Tensor, torch.Tensor], inputs: int, chain: int
+) -> torch.Tensor:
+    """One output element after the other: exact sums of `chain` groups, rounded once, added in ascending order."""
     values, scales = split_rows(rows, inputs, Scaling.CHANNEL)
     out = torch.empty((len(rows), len(weight[0])))
     for t in range(out.shape[0]):
         for n in range(out.shape[1]):
             acc = torch.tensor(0.0)
-            for start in range(0, inputs, 128):
-                pairs = zip(values[t, start : start + 128].tolist(), weight[0][n, start : start + 128].tolist())  # noqa: B905 - one is padded
+            for start in range(0, inputs, 128 * chain):
+                stop = start + 128 * chain
+                pairs = zip(values[t, start:stop].tolist(), weight[0][n, start:stop].tolist())  # noqa: B905 - one is padded
                 exact = sum((Fraction(a) * Fraction(b) for a, b in pairs), Fraction(0))
                 acc = acc + torch.tensor(rounded(exact) if exact else 0.0)
             out[t, n] = (acc * scales[t, 0]) * weight[1][n]
     return out
 
 
+@pytest.mark.parametrize("chain", [1, 2, 4])
 @pytest.mark.parametrize("magnitudes", [Magnitudes.WIDE, Magnitudes.CANCELLING])
-def test_the_product_is_that_of_exact_group_sums(magnitudes: Magnitudes) -> None:
+def test_the_product_is_that_of_exact_sums(magnitudes: Magnitudes, chain: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp8, "CHANNEL_CHAIN", chain)
     ops = get_ops("cpu", 1)
     generator = torch.Generator().manual_seed(6)
     rows = quantize_rows(draw(generator, 3, 450, magnitudes).bfloat16(), Scaling.CHANNEL)
     weight = quantize_weight(draw(generator, 9, 450, magnitudes))
     found = ops.linear(rows, ops.pack_fp8(*weight), out_dtype=torch.float32)
-    assert torch.equal(found, exact_product(rows, weight, 450))
+    assert torch.equal(found, exact_product(rows, weight, 450, chain))
 
 
 @pytest.mark.parametrize("block_rows", [0, 64])
@@ -185,6 +190,14 @@ def test_a_bf16_and_an_fp8_worker_have_different_fingerprints() -> None:
     assert fingerprint(ops, with_fp8=True) == fingerprint(get_ops("cpu", 3), with_fp8=True)
     assert fingerprint(ops, with_fp8=True) != fingerprint(ops)
     assert fingerprint(ops, with_fp8=True).split("/")[0] == fingerprint(ops).split("/")[0]
+
+
+def test_the_length_of_chains_is_in_the_fingerprint_of_an_fp8_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    ops = get_ops("cpu", 1)
+    before = fingerprint(ops), fingerprint(ops, with_fp8=True)
+    monkeypatch.setattr(fp8, "CHANNEL_CHAIN", 2)
+    assert fingerprint(ops) == before[0]
+    assert fingerprint(ops, with_fp8=True) != before[1]
 
 
 def test_mutants_run_fp8_layers() -> None:

@@ -17,7 +17,7 @@ from cluster.engine.kernels import fp8
 from cluster.engine.kernels.fp8 import Scaling
 from cluster.engine.kernels.triton import fp8_launch, launch
 from cluster.engine.kernels.triton.fp8_plans import REFERENCE_FP8, UNMEASURED_FP8, Fp8Plan
-from tests.unit.triton_compile import compiled_for_hopper, innermost_loops, spilled_bytes, sum_layouts
+from tests.unit.triton_compile import compiled_for_hopper, innermost_loops, machine_code, spilled_bytes, sum_layouts
 
 STREAM = Fp8Plan(kind="stream", block_m=8, num_stages=3)
 HOPPER = Fp8Plan(kind="hopper", block_m=128, block_n=256, num_stages=4)
@@ -40,9 +40,10 @@ CASES = {
 
 
 def start(
-    plan: Fp8Plan, scale_rows: int, silu_mul: bool, dtype: torch.dtype = torch.bfloat16, *, has_bias: bool = False
-) -> None:
-    num_rows, outputs, inputs = 40, 1024, 512
+    plan: Fp8Plan, scale_rows: int, silu_mul: bool, dtype: torch.dtype = torch.bfloat16, *, has_bias: bool = False,
+    inputs: int = 512, chain: int = 1,
+) -> None:  # fmt: skip
+    num_rows, outputs = 40, 1024
     scaling = Scaling.BLOCK if scale_rows else Scaling.CHANNEL
     rows = torch.zeros((num_rows, fp8.row_bytes(inputs, scaling)), dtype=torch.uint8)
     weight_rows = outputs * (2 if silu_mul else 1)
@@ -51,7 +52,7 @@ def start(
     operands = fp8_launch.Fp8Operands(*fp8.split_rows(rows, inputs, scaling), values, scale, scale_rows)
     out = torch.empty((num_rows, outputs), dtype=dtype)
     bias = torch.zeros(outputs, dtype=torch.bfloat16) if has_bias else None
-    fp8_launch.run_linear(operands, bias, out, plan, silu_mul=silu_mul, num_programs=4)
+    fp8_launch.run_linear(operands, bias, out, plan, silu_mul=silu_mul, num_programs=4, chain=chain)
 
 
 @pytest.mark.parametrize(("plan", "scale_rows", "silu_mul", "spills"), CASES.values(), ids=CASES)
@@ -68,6 +69,23 @@ def test_products_run_on_wgmma_alone(
     assert "fma.rn.f32" not in ptx or scale_rows
     assert not re.search(r"(add|mul)\.f32", ptx)  # without .rn the assembler may fuse a product with a sum
     assert spilled_bytes(kernel) <= spills
+
+
+@pytest.mark.parametrize("chain", [1, 2, 4])
+@pytest.mark.parametrize(
+    "plan",
+    [REFERENCE_FP8, UNMEASURED_FP8[0][1], CASES["tma"][0], HOPPER, NARROW_RINGS, STREAM],
+    ids=lambda plan: f"{plan.kind}{plan.block_n}",
+)
+def test_a_chain_begins_at_zero_and_stays_in_the_tensor_core(plan: Fp8Plan, chain: int, tmp_path: Path) -> None:
+    """13 groups: the last chain is filled up."""
+    with compiled_for_hopper(tmp_path) as kernels:
+        start(plan, 0, False, inputs=1664, chain=chain)
+    (kernel,) = kernels
+    assert "mma.sync" not in kernel.asm["ptx"]
+    products = re.findall(r"QGMMA.*", machine_code(kernel))
+    at_zero = [product for product in products if "RZ, !UPT" in product]
+    assert len(products) == 4 * chain * len(at_zero) > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

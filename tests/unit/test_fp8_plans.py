@@ -74,3 +74,13 @@ def test_block_scales_take_narrower_tiles(plan: Fp8Plan) -> None:
     for scale_rows, silu_mul in ((128, True), (64, False)):
         assert fitting(plan, scale_rows, silu_mul=silu_mul).kind == "tma"
     assert fitting(OWN, 64, silu_mul=True) == OWN
+
+
+def test_longer_chains_take_the_kernel_whose_rings_hold_them() -> None:
+    assert fitting(RINGS, 0, silu_mul=False, chain=2) == RINGS
+    for plan, chain in ((HOPPER, 2), (HOPPER, 4), (RINGS, 4)):
+        found = fitting(plan, 0, silu_mul=False, chain=chain)
+        assert (found.kind, found.block_n) == ("rings", 256)
+        assert found.x_stages >= chain
+    assert fitting(HOPPER, 0, silu_mul=True, chain=2).block_n == 128
+    assert fitting(OWN, 0, silu_mul=True, chain=4) == OWN

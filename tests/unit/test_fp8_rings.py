@@ -30,6 +30,7 @@ class Shape(NamedTuple):
     lead: int
     parts: int
     programs: int
+    chain: int = 1
 
 
 FUNCTIONS: dict[str, Any] = {
@@ -61,6 +62,7 @@ def stored(shape: Shape, seed: int, functions: dict[str, Any] = FUNCTIONS) -> li
         "bias_ptr": None, "M": shape.num_rows, "N": shape.outputs, "num_groups": shape.num_groups,
         "stride_x_scale": 1, "BLOCK_N": shape.block_n, "GROUP_M": 2, "HAS_BIAS": False, "SILU_MUL": shape.silu_mul,
         "SCALE_ROWS": 0, "X_STAGES": shape.x_stages, "W_STAGES": shape.w_stages, "LEAD": shape.lead,
+        "CHAIN": shape.chain,
     }  # fmt: skip
     found = []
     for program in range(shape.programs):
@@ -97,13 +99,14 @@ def any_shape(random_: random.Random) -> Shape:
     num_rows, block_n, silu_mul = random_.choice((1, 64, 65, 129, 300)), random_.choice((128, 256)), False
     if block_n == 128:
         silu_mul = random_.random() < 0.5
-    outputs, num_groups = random_.choice((40, 128, 300, 520)), random_.randint(1, 9)
+    chain = random_.choice((1, 1, 2, 4))
+    outputs, num_groups = random_.choice((40, 128, 300, 520)), chain * random_.randint(1, 9 // chain)
     tiles = -(-num_rows // 128) * -(-outputs // block_n)
-    w_stages = random_.randint(1, 6)
-    lead = min(random_.randint(0, w_stages - 1), num_groups)
+    w_stages = random_.randint(chain, 6)
+    lead = min(random_.randint(0, w_stages - 1), num_groups, w_stages // chain * chain)  # as it is launched
     return Shape(
-        num_rows, outputs, num_groups, block_n, silu_mul, random_.randint(1, w_stages), w_stages, lead,
-        random_.choice((1, 2, 4)), random_.randint(1, tiles),
+        num_rows, outputs, num_groups, block_n, silu_mul, random_.randint(chain, w_stages), w_stages, lead,
+        random_.choice((1, 2, 4)), random_.randint(1, tiles), chain,
     )  # fmt: skip
 
 
@@ -131,10 +134,14 @@ def rewritten(name: str, changes: list[tuple[str, str]], directory: Path) -> dic
     return FUNCTIONS | {name: SimpleNamespace(fn=names[name])}
 
 
-ARRIVE = "mbarrier.arrive(done.index(w_stage), count=1)"
-X_OF_STAGE = "x = x_ring.index(x_stage)"
+ARRIVE = "mbarrier.arrive(done.index({}), count=1)"
 MISTAKES: dict[str, tuple[str, list[tuple[str, str]]]] = {
-    "freed before its product": ("_consume", [(f"{ARRIVE}\n", "pass\n"), (X_OF_STAGE, f"{X_OF_STAGE}; {ARRIVE}")]),
+    "freed before its product": (
+        "_consume",
+        [(ARRIVE.format("w_first"), "pass"), ("w_first = w_stage", f"w_first = w_stage; {ARRIVE.format('w_stage')}")],
+    ),
+    "one group of a chain freed": ("_consume", [("for _ in gl.static_range(CHAIN)", "for _ in gl.static_range(1)")]),
+    "the second half on other x": ("_consume", [("x_again, _ = _next(x_again, 0, X_STAGES)", "pass")]),
     "x waits for nobody at first": ("_produce_x", [("done_phase = 1", "done_phase = 0")]),
     "x waits for an older group": ("_produce_x", [("(W_STAGES - X_STAGES) % W_STAGES", "0")]),
     "W waits for one consumer": ("_produce_w", [("mbarrier.wait(done_1.index(stage), phase)", "pass")]),
@@ -153,3 +160,11 @@ def test_a_mistake_in_the_protocol_is_found(name: str, changes: list[tuple[str, 
     functions = rewritten(name, changes, tmp_path)
     with pytest.raises((Hazard, AssertionError)):
         check_many(60, 7, functions)
+
+
+def test_a_lead_that_one_consumer_cannot_take_alone_would_never_end() -> None:
+    """Six stages hold one chain of four groups, so five groups are two chains. Launches shorten such a lead."""
+    shape = Shape(128, 128, 8, 128, False, 4, 6, 4, 1, 1, chain=4)
+    check(shape, 1)
+    with pytest.raises(Hazard, match="wait for ever"):
+        check(shape._replace(lead=5), 1)

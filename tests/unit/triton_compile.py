@@ -62,12 +62,17 @@ def spilled_bytes(kernel: Any) -> int:
     return int(found[1])
 
 
+def machine_code(kernel: Any) -> str:
+    """Disassembled."""
+    return _inspected(kernel, "nvdisasm")
+
+
 def innermost_loops(kernel: Any) -> list[str]:
     """Machine code between a backward branch and its target with no other loop inside, one instruction to a line."""
     labels: dict[str, int] = {}
     lines: list[str] = []
     loops: list[tuple[int, int]] = []
-    for line in _inspected(kernel, "nvdisasm").splitlines():
+    for line in machine_code(kernel).splitlines():
         if label := re.match(r"(\.L_\w+):", line):
             labels[label[1]] = len(lines)
         elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", line):

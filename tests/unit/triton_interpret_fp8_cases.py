@@ -60,6 +60,22 @@ def test_linear(plan: Fp8Plan, num_rows: int, block_rows: int) -> None:
     assert relative_error(gated, gate / (1 + torch.exp(-gate)) * up) < 1e-2  # gate and up as bf16
 
 
+@pytest.mark.parametrize("chain", [2, 4])
+@pytest.mark.parametrize("plan", PLANS)
+def test_longer_chains_are_filled_up_with_zeros(plan: Fp8Plan, chain: int) -> None:
+    """Three groups. What lies behind them in a row, its scale, is no number to multiply."""
+    x = exact_values(21, 300)
+    operands_, weight = operands(x, 192, 0)
+    product = x.double() @ weight.t()
+    out = torch.full((21, 192), torch.nan)
+    fp8_launch.run_linear(operands_, None, out, plan, num_programs=2, chain=chain)
+    assert relative_error(out, product) < 1e-5
+    gated = torch.full((21, 96), torch.nan)
+    fp8_launch.run_linear(operands_, None, gated, plan, silu_mul=True, num_programs=2, chain=chain)
+    gate, up = product.chunk(2, dim=1)
+    assert relative_error(gated, gate / (1 + torch.exp(-gate)) * up) < 1e-2
+
+
 def test_a_plan_for_the_copy_engine_falls_back_where_results_are_not_aligned() -> None:
     x = exact_values(3, 128)
     operands_, weight = operands(x, 5, 0)

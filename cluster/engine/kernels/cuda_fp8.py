@@ -121,13 +121,14 @@ class CudaFp8:
         *,
         silu_mul: bool,
         promote: bool = True,
+        chain: int = fp8.CHANNEL_CHAIN,
     ) -> None:
         """One plan on quantised rows into a given result; what the tuner and the tests call too."""
         if rows_TB.shape[0] == 0:
             return
         x_TP, x_scale_TS = fp8.split_rows(rows_TB, weight.in_features, weight.scaling)
         if plan.kind == "library":
-            is_plain = bias_N is None and not silu_mul and out_TN.dtype == torch.bfloat16
+            is_plain = bias_N is None and not silu_mul and out_TN.dtype == torch.bfloat16 and chain == 1
             if is_plain and weight.scaling is Scaling.CHANNEL:
                 library_linear(x_TP, x_scale_TS, weight, out_TN)
                 return
@@ -135,7 +136,7 @@ class CudaFp8:
         operands = fp8_launch.Fp8Operands(x_TP, x_scale_TS, weight.values_NP, weight.scale, weight.scale_rows)
         fp8_launch.run_linear(
             operands, bias_N, out_TN, plan,
-            silu_mul=silu_mul, num_programs=self._num_multiprocessors, promote=promote,
+            silu_mul=silu_mul, num_programs=self._num_multiprocessors, promote=promote, chain=chain,
         )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """FP8 layers on a CPU: no processor here multiplies e4m3, so their products are summed in float64.
 
-Slow, and right by construction: a group of 128 products of e4m3 numbers is a multiple of 2^-18 below 2^25,
-so that float64 holds every partial sum exactly and the order within a group does not matter. The rest is
+Slow, and right by construction: a group of 128 products of e4m3 numbers is a multiple of 2^-18 below 2^25 (four of
+them: 2^27), so that float64 holds every partial sum exactly and the order within a chain does not matter. The rest is
 fp32, one rounding at a time, in the order of docs/numerics.md. Here so that an FP8 model runs where there is
 no GPU, in tests above all; its bits are the CPU's own.
 """
@@ -113,10 +113,14 @@ def _product(rows_TB: torch.Tensor, weight: CpuFp8Weight) -> torch.Tensor:
     values_TP, x_scales_TS = fp8.split_rows(rows_TB, weight.in_features, weight.scaling)
     x_TP = values_TP.float().double()
     acc = torch.zeros((len(x_TP), weight.out_features))
+    chain = torch.zeros_like(acc, dtype=torch.float64)
     for group, values_NE in enumerate(weight.values_GNE):
-        part = (x_TP[:, group * GROUP : (group + 1) * GROUP] @ values_NE.double().t()).float()
+        part = x_TP[:, group * GROUP : (group + 1) * GROUP] @ values_NE.double().t()
         if weight.scaling is Scaling.BLOCK:
-            acc = fma(part, x_scales_TS[:, group, None] * weight.scale[None, :, group], acc)
-        else:
-            acc = acc + part
+            acc = fma(part.float(), x_scales_TS[:, group, None] * weight.scale[None, :, group], acc)
+            continue
+        chain += part
+        if (group + 1) % fp8.CHANNEL_CHAIN == 0 or group + 1 == len(weight.values_GNE):
+            acc = acc + chain.float()
+            chain.zero_()
     return acc if weight.scaling is Scaling.BLOCK else (acc * x_scales_TS) * weight.scale

@@ -104,14 +104,17 @@ def run_linear(
     silu_mul: bool = False,
     num_programs: int = 1,
     promote: bool = True,
+    chain: int = fp8.CHANNEL_CHAIN,
 ) -> None:
     """out = x Wᵀ (+ bias), or silu(gate) * up with W = [gate; up] of 2N rows.
 
     A plan whose kernel does not take these operands gives way to a chain: other speed, same bits. `promote`
-    False is another order of the sum, to be measured; chain and tma only.
+    False is another order of the sum, to be measured; chain and tma only. Another `chain` is, too: groups of each
+    sum of the tensor core, 1, 2 or 4; block scales, which belong to a group, make it 1.
     """
-    plan = fitting(plan, operands.scale_rows, silu_mul=silu_mul)
-    call = _Call(operands, bias_N, out_MN, plan, silu_mul, num_programs, promote)
+    chain = 1 if operands.scale_rows else chain
+    plan = fitting(plan, operands.scale_rows, silu_mul=silu_mul, chain=chain)
+    call = _Call(operands, bias_N, out_MN, plan, silu_mul, num_programs, promote, chain)
     match plan.kind:
         case "chain":
             _run_chain(call)
@@ -136,11 +139,18 @@ class _Call:
     silu_mul: bool
     num_programs: int
     promote: bool
+    chain: int
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """M, N, P."""
         return *self.out_MN.shape, self.operands.w_NP.shape[1]
+
+    @property
+    def num_groups(self) -> int:
+        """Of 128 features, with the zeros that fill the last chain up."""
+        padded = self.shape[2]
+        return -(-padded // (GROUP * self.chain)) * self.chain
 
     @property
     def tiles(self) -> int:
@@ -156,13 +166,13 @@ class _Call:
         return {
             "BLOCK_M": plan.block_m,
             "BLOCK_N": plan.block_n,
-            "GROUP_K": GROUP,
+            "GROUP_K": GROUP * self.chain,
             "GROUP_M": plan.group_m,
             "HAS_BIAS": self.bias_N is not None,
             "SILU_MUL": self.silu_mul,
             "SCALE_ROWS": self.operands.scale_rows,
             "num_warps": plan.num_warps,
-            "num_stages": plan.num_stages,
+            "num_stages": max(1, plan.num_stages // self.chain),
             "enable_fp_fusion": False,
         }
 
@@ -177,19 +187,21 @@ def _run_chain(call: _Call) -> None:
     fp8_linear.fp8_chain_kernel[(call.tiles,)](
         o.x_MP, o.x_scale_MS, o.w_NP, o.w_scale, call.bias, call.out_MN, *call.shape,
         o.x_MP.stride(0), o.x_scale_MS.stride(0), o.w_NP.stride(0), call.out_MN.stride(0),
-        SWAP=call.plan.swap, EVICT_FIRST=call.plan.evict_first, PROMOTE=call.promote, **call.constants(),
+        SWAP=call.plan.swap, EVICT_FIRST=call.plan.evict_first, PROMOTE=call.promote,
+        FILL_UP=call.num_groups * GROUP > call.shape[2], **call.constants(),
     )  # fmt: skip
 
 
 def _run_tma(call: _Call) -> None:
     o, plan, out = call.operands, call.plan, call.out_MN
     parts = plan.store_parts * (out.element_size() // 2)
-    x_desc = TensorDescriptor.from_tensor(o.x_MP, [plan.block_m, GROUP])
-    w_desc = TensorDescriptor.from_tensor(o.w_NP, [plan.block_n, GROUP])
+    x_desc = TensorDescriptor.from_tensor(o.x_MP, [plan.block_m, GROUP * call.chain])
+    w_desc = TensorDescriptor.from_tensor(o.w_NP, [plan.block_n, GROUP * call.chain])
     out_desc = TensorDescriptor.from_tensor(out, [plan.block_m, plan.block_n // parts])
     programs = min(call.tiles, call.num_programs) if plan.persistent else call.tiles
     fp8_linear.fp8_tma_kernel[(programs,)](
-        x_desc, o.x_scale_MS, w_desc, o.w_scale, call.bias, out_desc, *call.shape, o.x_scale_MS.stride(0),
+        x_desc, o.x_scale_MS, w_desc, o.w_scale, call.bias, out_desc, *out.shape, call.num_groups * GROUP,
+        o.x_scale_MS.stride(0),
         SWAP=plan.swap, STORE_PARTS=parts, FLATTEN=plan.flatten, PROMOTE=call.promote,
         OUT_DTYPE=getattr(triton.language, str(out.dtype).removeprefix("torch.")), **call.constants(),
     )  # fmt: skip
@@ -211,7 +223,7 @@ def _run_rings(call: _Call) -> None:
 
     from cluster.engine.kernels.triton import fp8_rings
 
-    plan, out, num_groups = call.plan, call.out_MN, call.shape[2] // GROUP
+    plan, out = call.plan, call.out_MN
     operands = _gluon_arguments(call, 64, 128)
     part = 128 // (plan.store_parts * (out.element_size() // 2))
     layout = NVMMASharedLayout(128, 8 * out.element_size(), 2)
@@ -220,7 +232,8 @@ def _run_rings(call: _Call) -> None:
     fp8_rings.fp8_rings_kernel[(programs,)](
         *operands[:-1], BLOCK_N=plan.block_n, GROUP_M=plan.group_m, HAS_BIAS=call.bias_N is not None,
         SILU_MUL=call.silu_mul, SCALE_ROWS=call.operands.scale_rows, X_STAGES=plan.x_stages, W_STAGES=plan.num_stages,
-        LEAD=min(plan.lead, num_groups), enable_fp_fusion=False, num_warps=4,
+        LEAD=min(plan.lead, call.num_groups, plan.num_stages // call.chain * call.chain), CHAIN=call.chain,
+        enable_fp_fusion=False, num_warps=4,
     )  # fmt: skip
 
 
@@ -231,7 +244,7 @@ def _run_stream(call: _Call) -> None:
     shared = plan.num_stages * 4 * GROUP * (plan.block_m + 64 * weights)
     most = 3 if plan.block_m * weights <= 32 else 2  # five accumulators must fit a thread's registers
     fp8_stream.fp8_stream_kernel[(call.tiles,)](
-        *_gluon_arguments(call, plan.block_m, 64), BLOCK_M=plan.block_m,
+        *_gluon_arguments(call, plan.block_m, 64), BLOCK_M=plan.block_m, CHAIN=call.chain,
         maxnreg=_STREAM_REGISTERS[min(most, max(1, _SHARED_BYTES // shared))], **_gluon_constants(call),
     )  # fmt: skip
 
@@ -245,12 +258,12 @@ def _gluon_arguments(call: _Call, box_m: int, box_n: int) -> list[object]:
     layout = NVMMASharedLayout(128, 8, 2)
     x_desc = GluonTensorDescriptor.from_tensor(o.x_MP, [box_m, GROUP], layout)
     w_desc = GluonTensorDescriptor.from_tensor(o.w_NP, [box_n, GROUP], layout)
-    num_rows, out_features, padded = call.shape
-    scalars = (num_rows, out_features, padded // GROUP, o.x_scale_MS.stride(0), call.out_MN.stride(0))
+    scalars = (*call.out_MN.shape, call.num_groups, o.x_scale_MS.stride(0), call.out_MN.stride(0))
     return [x_desc, o.x_scale_MS, w_desc, o.w_scale, call.bias, call.out_MN, *scalars]
 
 
 def _gluon_constants(call: _Call) -> dict[str, int | bool]:
     constants = call.constants()
     kept = ("GROUP_K", "HAS_BIAS", "SILU_MUL", "SCALE_ROWS", "enable_fp_fusion")
+    constants |= {"GROUP_K": GROUP}
     return {name: constants[name] for name in kept} | {"STAGES": call.plan.num_stages, "num_warps": 4}

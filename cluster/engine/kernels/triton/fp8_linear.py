@@ -108,11 +108,12 @@ def fp8_chain_kernel(
     stride_x, stride_x_scale, stride_w, stride_out,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_K: tl.constexpr, GROUP_M: tl.constexpr,
     SWAP: tl.constexpr, EVICT_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, SILU_MUL: tl.constexpr,
-    SCALE_ROWS: tl.constexpr, PROMOTE: tl.constexpr,
+    SCALE_ROWS: tl.constexpr, PROMOTE: tl.constexpr, FILL_UP: tl.constexpr,
 ):  # fmt: skip
     """One output tile per program, loads through pointers. SILU_MUL: W holds 2N rows, [gate; up].
 
-    SCALE_ROWS: rows of W that share a block scale; 0: one scale per row of W and of x. GROUP_K is 128.
+    SCALE_ROWS: rows of W that share a block scale; 0: one scale per row of W and of x. GROUP_K is 128, or a chain of
+    such groups, the last of which FILL_UP fills up with zeros.
     PROMOTE False leaves the accumulator in the tensor core from 0 to K: not the canonical order, here to
     be measured. Rows and columns past the end wrap around: their results are not stored.
     """
@@ -134,7 +135,10 @@ def fp8_chain_kernel(
         w_ptrs = w_rows[None, :] + offs_k[:, None]
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     up = acc
-    for group in range(K // GROUP_K):
+    num_groups = K // GROUP_K
+    if FILL_UP:
+        num_groups += 1
+    for group in range(num_groups):
         x_scale, w_scale, up_scale = None, None, None
         if SCALE_ROWS > 0:
             x_scale = tl.load(x_scale_rows + group)
@@ -142,11 +146,18 @@ def fp8_chain_kernel(
             w_scale = _block_scale(w_scale_ptr, column, group, K // GROUP_K, N - 1, SCALE_ROWS, BLOCK_N)
             if SILU_MUL:
                 up_scale = _block_scale(w_scale_ptr, column + N, group, K // GROUP_K, 2 * N - 1, SCALE_ROWS, BLOCK_N)
-        x = tl.load(x_ptrs + group * GROUP_K)
-        w = tl.load(w_ptrs + group * GROUP_K, eviction_policy=policy)
+        x_exists, w_exists, other = None, None, None
+        if FILL_UP:
+            exists = offs_k < K - group * GROUP_K
+            x_exists, w_exists, other = exists[None, :], exists[:, None], 0.0
+            if SWAP:
+                x_exists, w_exists = exists[:, None], exists[None, :]
+        x = tl.load(x_ptrs + group * GROUP_K, mask=x_exists, other=other)
+        w = tl.load(w_ptrs + group * GROUP_K, mask=w_exists, other=other, eviction_policy=policy)
         acc = _add_group(acc, x, w, x_scale, w_scale, SWAP, SCALE_ROWS, PROMOTE)
         if SILU_MUL:
-            w_up = tl.load(w_ptrs + (tl.cast(N, tl.int64) * stride_w + group * GROUP_K), eviction_policy=policy)
+            up_ptrs = w_ptrs + (tl.cast(N, tl.int64) * stride_w + group * GROUP_K)
+            w_up = tl.load(up_ptrs, mask=w_exists, other=other, eviction_policy=policy)
             up = _add_group(up, x, w_up, x_scale, up_scale, SWAP, SCALE_ROWS, PROMOTE)
     y = _finish(acc, up, x_scale_rows, w_scale_ptr, bias_ptr, offs_n, N, SWAP, HAS_BIAS, SILU_MUL, SCALE_ROWS)
     if SWAP:

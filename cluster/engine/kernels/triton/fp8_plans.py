@@ -67,14 +67,19 @@ class Fp8Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 REFERENCE_FP8 = Fp8Plan(num_stages=1)
 
 
-def fitting(plan: Fp8Plan, scale_rows: int, *, silu_mul: bool) -> Fp8Plan:
+def fitting(plan: Fp8Plan, scale_rows: int, *, silu_mul: bool, chain: int = 1) -> Fp8Plan:
     """`plan`, or its like where SwiGLU, which counts gate and up columns each, or block scales (`scale_rows` rows
-    of W to a scale, 0: none) leave the warp-group kernels too few registers."""
+    of W to a scale, 0: none) leave the warp-group kernels too few registers, or a chain of several groups does not
+    fit their rings."""
     if plan.kind not in ("hopper", "rings"):
         return plan
     if scale_rows not in (0, 128) or (scale_rows and silu_mul):
         return Fp8Plan(kind="tma", block_m=128, block_n=64, num_warps=8, num_stages=4)
-    return msgspec.structs.replace(plan, block_n=128) if scale_rows or silu_mul else plan
+    if scale_rows or silu_mul:
+        plan = msgspec.structs.replace(plan, block_n=128)
+    if chain > 1 and (plan.kind == "hopper" or chain > plan.x_stages):  # hopper frees a stage with each group
+        plan = Fp8Plan(kind="rings", block_m=128, block_n=plan.block_n, num_stages=4, group_m=plan.group_m)
+    return plan
 
 
 UNMEASURED_FP8: tuple[tuple[int, Fp8Plan], ...] = (

@@ -10,8 +10,8 @@ As `fp8_hopper.py`, with what a tile's start and end cost there taken off the te
   other one has products to do.
 
 Barriers: `ready` of a buffer completes when its bytes are there. Groups are counted on from tile to tile; group i of a
-consumer completes its `done[i % W_STAGES]` for the i / W_STAGES-th time. Who waits for it cannot miss a completion,
-for the next one but one needs what the waiting warp has yet to give:
+consumer completes its `done[i % W_STAGES]` for the i / W_STAGES-th time, with the other groups of its chain. Who waits
+for it cannot miss a completion, for the next one but one needs what the waiting warp has yet to give:
 
     W for group i            group i - W_STAGES of both consumers; group i needs that W
     x for group i            group i - X_STAGES of its consumer; group i - X_STAGES + W_STAGES >= i needs that x
@@ -24,9 +24,15 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
-from cluster.engine.kernels.triton.fp8_hopper import _group_sum, _tile_of, _with_bias, silu_mul
+from cluster.engine.kernels.triton.fp8_hopper import _tile_of, _with_bias, silu_mul
 from cluster.engine.kernels.triton.gluon_names import async_load, barrier
 from cluster.engine.kernels.triton.linear_hopper import _store
 
@@ -113,7 +119,7 @@ def _consume(
     x_ring, w_ring, x_ready, w_ready, done, other_done, x_scale_ptr, w_scale_ptr, bias_ptr, out_desc, buffer,
     M, N, num_groups, stride_x_scale, WHICH: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr,
     HALVES: gl.constexpr, HAS_BIAS: gl.constexpr, SILU_MUL: gl.constexpr, SCALE_ROWS: gl.constexpr,
-    X_STAGES: gl.constexpr, W_STAGES: gl.constexpr, LEAD: gl.constexpr,
+    X_STAGES: gl.constexpr, W_STAGES: gl.constexpr, LEAD: gl.constexpr, CHAIN: gl.constexpr,
 ):  # fmt: skip
     """Rows WHICH * 64 .. + 63 of each tile; 128 outputs at a time, so that sums and accumulators fit the registers."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
@@ -144,27 +150,42 @@ def _consume(
             second_w_scale = _channel_scales(w_scale_ptr, column + 128, N, SCALE_ROWS)
         acc = zeros
         second = zeros
-        for group in range(num_groups):
+        for group in range(0, num_groups, CHAIN):
             scale = x_scale
             if SCALE_ROWS > 0:
                 scale = gl.load(x_scale_rows + group) * gl.load(w_block_scales + group)
-            mbarrier.wait(x_ready.index(x_stage), x_phase)
-            mbarrier.wait(w_ready.index(w_stage), w_phase)
-            x = x_ring.index(x_stage)
-            part = _group_sum(x, w_ring.index(HALVES * w_stage), zeros)
+            x_first = x_stage
+            w_first = w_stage
+            part = zeros
+            for i in gl.static_range(CHAIN):
+                mbarrier.wait(x_ready.index(x_stage), x_phase)
+                mbarrier.wait(w_ready.index(w_stage), w_phase)
+                w = w_ring.index(HALVES * w_stage).permute([1, 0])
+                part = warpgroup_mma(x_ring.index(x_stage), w, part, use_acc=i > 0, is_async=True)
+                x_stage, x_phase = _next(x_stage, x_phase, X_STAGES)
+                w_stage, w_phase = _next(w_stage, w_phase, W_STAGES)
+            part = warpgroup_mma_wait(0, deps=[part])
             if HALVES == 2:
                 acc = acc + part
-                part = _group_sum(x, w_ring.index(HALVES * w_stage + 1), zeros)
+                x_again = x_first
+                w_again = w_first
+                part = zeros
+                for i in gl.static_range(CHAIN):
+                    w = w_ring.index(HALVES * w_again + 1).permute([1, 0])
+                    part = warpgroup_mma(x_ring.index(x_again), w, part, use_acc=i > 0, is_async=True)
+                    x_again, _ = _next(x_again, 0, X_STAGES)
+                    w_again, _ = _next(w_again, 0, W_STAGES)
+                part = warpgroup_mma_wait(0, deps=[part])
             barrier()
-            mbarrier.arrive(done.index(w_stage), count=1)
+            for _ in gl.static_range(CHAIN):
+                mbarrier.arrive(done.index(w_first), count=1)
+                w_first, _ = _next(w_first, 0, W_STAGES)
             if HALVES == 2:
                 second = second + part
             elif SCALE_ROWS > 0:
                 acc = gl.fma(part, gl.expand_dims(scale, 1) + gl.zeros_like(acc), acc)
             else:
                 acc = acc + part
-            x_stage, x_phase = _next(x_stage, x_phase, X_STAGES)
-            w_stage, w_phase = _next(w_stage, w_phase, W_STAGES)
         y = _scaled(acc, x_scale, w_scale, LAYOUT, SCALE_ROWS)
         y = _with_bias(y, bias_ptr, columns, N, HAS_BIAS)
         if SILU_MUL:
@@ -182,14 +203,17 @@ def fp8_rings_kernel(
     x_desc, x_scale_ptr, w_desc, w_scale_ptr, bias_ptr, out_desc, M, N, num_groups, stride_x_scale,
     BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr, HAS_BIAS: gl.constexpr, SILU_MUL: gl.constexpr,
     SCALE_ROWS: gl.constexpr, X_STAGES: gl.constexpr, W_STAGES: gl.constexpr, LEAD: gl.constexpr,
+    CHAIN: gl.constexpr,
 ):  # fmt: skip
-    """Tiles of 128 rows and BLOCK_N outputs, shared out among the programs, each of which has one at least; LEAD is at
-    most `num_groups`. Boxes: 64 x 128 of x, 128 x 128 of W, 64 x a part (1, 2 or 4 to 128
-    columns) of the result. Shapes and scales as in `fp8_hopper.py`."""
+    """Tiles of 128 rows and BLOCK_N outputs, shared out among the programs, each of which has one at least.
+    `num_groups` is a multiple of CHAIN, groups past the end of K read zeros; LEAD is at most that many. Boxes: 64 x 128
+    of x, 128 x 128 of W, 64 x a part (1, 2 or 4 to 128 columns) of the result. Shapes and scales as in
+    `fp8_hopper.py`."""
     gl.static_assert(SCALE_ROWS == 0 or (SCALE_ROWS == 128 and BLOCK_N == 128 and not SILU_MUL))
     gl.static_assert(BLOCK_N == 128 or not SILU_MUL)
     gl.static_assert(X_STAGES <= W_STAGES)
-    gl.static_assert(LEAD < W_STAGES)
+    gl.static_assert(CHAIN <= X_STAGES and (SCALE_ROWS == 0 or CHAIN == 1))
+    gl.static_assert((LEAD + CHAIN - 1) // CHAIN * CHAIN <= W_STAGES)
     HALVES: gl.constexpr = 2 if SILU_MUL else BLOCK_N // 128
     GROUP_K: gl.constexpr = x_desc.block_type.shape[1]
     PART: gl.constexpr = out_desc.block_type.shape[1]
@@ -217,7 +241,7 @@ def fp8_rings_kernel(
                 (
                     x_ring_0, w_ring, x_ready_0, w_ready, done_0, done_1, x_scale_ptr, w_scale_ptr, bias_ptr,
                     out_desc, buffers.index(0), M, N, num_groups, stride_x_scale, gl.constexpr(0), BLOCK_N, GROUP_M,
-                    HALVES, HAS_BIAS, SILU_MUL, SCALE_ROWS, X_STAGES, W_STAGES, LEAD,
+                    HALVES, HAS_BIAS, SILU_MUL, SCALE_ROWS, X_STAGES, W_STAGES, LEAD, CHAIN,
                 ),
             ),
             (
@@ -225,7 +249,7 @@ def fp8_rings_kernel(
                 (
                     x_ring_1, w_ring, x_ready_1, w_ready, done_1, done_0, x_scale_ptr, w_scale_ptr, bias_ptr,
                     out_desc, buffers.index(1), M, N, num_groups, stride_x_scale, gl.constexpr(1), BLOCK_N, GROUP_M,
-                    HALVES, HAS_BIAS, SILU_MUL, SCALE_ROWS, X_STAGES, W_STAGES, LEAD,
+                    HALVES, HAS_BIAS, SILU_MUL, SCALE_ROWS, X_STAGES, W_STAGES, LEAD, CHAIN,
                 ),
             ),
             (

@@ -52,6 +52,25 @@ def _start(w_ring, x_ring, slot, zeros, WHICH: gl.constexpr, WEIGHTS: gl.constex
 
 
 @gluon.jit
+def _start_chain(w_ring, x_ring, slot, zeros, WHICH: gl.constexpr, WEIGHTS: gl.constexpr, CHAIN: gl.constexpr):
+    """The sum of CHAIN groups, on its way."""
+    part = _start(w_ring, x_ring, slot, zeros, WHICH, WEIGHTS)
+    for i in gl.static_range(1, CHAIN):
+        w = w_ring.index(WEIGHTS * (slot + i) + WHICH)
+        part = warpgroup_mma(w, x_ring.index(slot + i).permute([1, 0]), part, is_async=True)
+    return part
+
+
+@gluon.jit
+def _add_chains(acc, w_ring, x_ring, slot, zeros, WHICH: gl.constexpr, WEIGHTS: gl.constexpr, CHAIN: gl.constexpr):
+    """The sums of a stage, 4 / CHAIN of them, into an accumulator of channels."""
+    for first in gl.static_range(0, 4, CHAIN):
+        part = _start_chain(w_ring, x_ring, slot + first, zeros, WHICH, WEIGHTS, CHAIN)
+        acc = acc + warpgroup_mma_wait(0, deps=[part])
+    return acc
+
+
+@gluon.jit
 def _add(acc, part, x_scale_rows, w_scale_ptr, group, num_groups, SCALE_ROWS: gl.constexpr):
     """One group's sum into the accumulator, outputs along axis 0; its 64 outputs lie in one row of blocks."""
     if SCALE_ROWS > 0:
@@ -77,7 +96,7 @@ def _scaled(acc, x_scale, w_scale_ptr, columns, N, SCALE_ROWS: gl.constexpr):
 def _consume(
     x_ring, w_ring, ready, free, x_scale_ptr, w_scale_ptr, bias_ptr, out_ptr, M, N, num_groups, stride_x_scale,
     stride_out, BLOCK_M: gl.constexpr, HAS_BIAS: gl.constexpr, SILU_MUL: gl.constexpr, SCALE_ROWS: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, CHAIN: gl.constexpr,
 ):  # fmt: skip
     WEIGHTS: gl.constexpr = 2 if SILU_MUL else 1
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 32])
@@ -101,29 +120,36 @@ def _consume(
             mbarrier.wait(ready.index(stage), (index // STAGES) & 1)
             slot = stage * 4
             group = batch * 4
-            a0 = _start(w_ring, x_ring, slot, zeros, 0, WEIGHTS)
-            a1 = _start(w_ring, x_ring, slot + 1, zeros, 0, WEIGHTS)
-            a2 = _start(w_ring, x_ring, slot + 2, zeros, 0, WEIGHTS)
-            a3 = _start(w_ring, x_ring, slot + 3, zeros, 0, WEIGHTS)
-            if SILU_MUL:
-                b0 = _start(w_ring, x_ring, slot, zeros, 1, WEIGHTS)
-                b1 = _start(w_ring, x_ring, slot + 1, zeros, 1, WEIGHTS)
-                b2 = _start(w_ring, x_ring, slot + 2, zeros, 1, WEIGHTS)
-                b3 = _start(w_ring, x_ring, slot + 3, zeros, 1, WEIGHTS)
-                a0, a1, a2, a3, b0, b1, b2, b3 = warpgroup_mma_wait(0, deps=[a0, a1, a2, a3, b0, b1, b2, b3])
+            if CHAIN > 1:
+                acc = _add_chains(acc, w_ring, x_ring, slot, zeros, 0, WEIGHTS, CHAIN)
+                if SILU_MUL:
+                    up = _add_chains(up, w_ring, x_ring, slot, zeros, 1, WEIGHTS, CHAIN)
+                barrier()
+                mbarrier.arrive(free.index(stage), count=1)
             else:
-                a0, a1, a2, a3 = warpgroup_mma_wait(0, deps=[a0, a1, a2, a3])
-            barrier()
-            mbarrier.arrive(free.index(stage), count=1)
-            acc = _add(acc, a0, x_scale_rows, w_scales, group, num_groups, SCALE_ROWS)
-            acc = _add(acc, a1, x_scale_rows, w_scales, group + 1, num_groups, SCALE_ROWS)
-            acc = _add(acc, a2, x_scale_rows, w_scales, group + 2, num_groups, SCALE_ROWS)
-            acc = _add(acc, a3, x_scale_rows, w_scales, group + 3, num_groups, SCALE_ROWS)
-            if SILU_MUL:
-                up = _add(up, b0, x_scale_rows, up_scales, group, num_groups, SCALE_ROWS)
-                up = _add(up, b1, x_scale_rows, up_scales, group + 1, num_groups, SCALE_ROWS)
-                up = _add(up, b2, x_scale_rows, up_scales, group + 2, num_groups, SCALE_ROWS)
-                up = _add(up, b3, x_scale_rows, up_scales, group + 3, num_groups, SCALE_ROWS)
+                a0 = _start(w_ring, x_ring, slot, zeros, 0, WEIGHTS)
+                a1 = _start(w_ring, x_ring, slot + 1, zeros, 0, WEIGHTS)
+                a2 = _start(w_ring, x_ring, slot + 2, zeros, 0, WEIGHTS)
+                a3 = _start(w_ring, x_ring, slot + 3, zeros, 0, WEIGHTS)
+                if SILU_MUL:
+                    b0 = _start(w_ring, x_ring, slot, zeros, 1, WEIGHTS)
+                    b1 = _start(w_ring, x_ring, slot + 1, zeros, 1, WEIGHTS)
+                    b2 = _start(w_ring, x_ring, slot + 2, zeros, 1, WEIGHTS)
+                    b3 = _start(w_ring, x_ring, slot + 3, zeros, 1, WEIGHTS)
+                    a0, a1, a2, a3, b0, b1, b2, b3 = warpgroup_mma_wait(0, deps=[a0, a1, a2, a3, b0, b1, b2, b3])
+                else:
+                    a0, a1, a2, a3 = warpgroup_mma_wait(0, deps=[a0, a1, a2, a3])
+                barrier()
+                mbarrier.arrive(free.index(stage), count=1)
+                acc = _add(acc, a0, x_scale_rows, w_scales, group, num_groups, SCALE_ROWS)
+                acc = _add(acc, a1, x_scale_rows, w_scales, group + 1, num_groups, SCALE_ROWS)
+                acc = _add(acc, a2, x_scale_rows, w_scales, group + 2, num_groups, SCALE_ROWS)
+                acc = _add(acc, a3, x_scale_rows, w_scales, group + 3, num_groups, SCALE_ROWS)
+                if SILU_MUL:
+                    up = _add(up, b0, x_scale_rows, up_scales, group, num_groups, SCALE_ROWS)
+                    up = _add(up, b1, x_scale_rows, up_scales, group + 1, num_groups, SCALE_ROWS)
+                    up = _add(up, b2, x_scale_rows, up_scales, group + 2, num_groups, SCALE_ROWS)
+                    up = _add(up, b3, x_scale_rows, up_scales, group + 3, num_groups, SCALE_ROWS)
             index += 1
         x_scale = gl.load(x_scale_rows)
         y = _scaled(acc, x_scale, w_scale_ptr, columns, N, SCALE_ROWS)
@@ -141,10 +167,10 @@ def _consume(
 def fp8_stream_kernel(
     x_desc, x_scale_ptr, w_desc, w_scale_ptr, bias_ptr, out_ptr, M, N, num_groups, stride_x_scale, stride_out,
     BLOCK_M: gl.constexpr, GROUP_K: gl.constexpr, HAS_BIAS: gl.constexpr, SILU_MUL: gl.constexpr,
-    SCALE_ROWS: gl.constexpr, STAGES: gl.constexpr,
+    SCALE_ROWS: gl.constexpr, STAGES: gl.constexpr, CHAIN: gl.constexpr,
 ):  # fmt: skip
     """Tiles of 64 outputs and BLOCK_M rows, the weight on the tall side. Boxes: BLOCK_M x 128 of x, 64 x 128 of
-    W. SCALE_ROWS is 0 or a multiple of 64."""
+    W. SCALE_ROWS is 0 or a multiple of 64. CHAIN groups are summed in one go: 1, or per channel 2 or 4."""
     WEIGHTS: gl.constexpr = 2 if SILU_MUL else 1
     x_ring = gl.allocate_shared_memory(x_desc.dtype, [4 * STAGES, BLOCK_M, GROUP_K], x_desc.layout)
     w_ring = gl.allocate_shared_memory(w_desc.dtype, [4 * WEIGHTS * STAGES, 64, GROUP_K], w_desc.layout)
@@ -159,7 +185,7 @@ def fp8_stream_kernel(
                 _consume,
                 (
                     x_ring, w_ring, ready, free, x_scale_ptr, w_scale_ptr, bias_ptr, out_ptr, M, N, num_groups,
-                    stride_x_scale, stride_out, BLOCK_M, HAS_BIAS, SILU_MUL, SCALE_ROWS, STAGES,
+                    stride_x_scale, stride_out, BLOCK_M, HAS_BIAS, SILU_MUL, SCALE_ROWS, STAGES, CHAIN,
                 ),
             ),
             (
