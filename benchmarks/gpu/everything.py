@@ -27,7 +27,7 @@ from benchmarks.gpu.record_exactness import MODELS
 
 PYTHON = sys.executable
 COMPILE_SHARES = 6
-TESTS = ("attention", "mla", "linear", "fp8", "moe", "small_ops", "admission", "engine", "demo_model")
+TESTS = ("attention", "mla", "linear", "fp8", "fp8_chains", "moe", "small_ops", "admission", "engine", "demo_model")
 END_S = 10.0  # for a command to end after an interrupt: what it has by then is recorded
 
 

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -222,8 +222,13 @@ def _write(cells: list[Cell], out: Path) -> None:
         )
         for cell in cells
     )
+    write_table(entries, out)
+
+
+def write_table(entries: Sequence[Fp8Entry], out: Path) -> None:
+    """The plan table of this device, to be put beside the committed ones."""
     name = torch.cuda.get_device_name()
-    table = Fp8Table(device=name, versions=library_versions(), linear=entries)
+    table = Fp8Table(device=name, versions=library_versions(), linear=tuple(entries))
     head = json.dumps(msgspec.to_builtins(msgspec.structs.replace(table, linear=())), indent=1)
     lines = ",\n  ".join(json.dumps(msgspec.to_builtins(entry)) for entry in entries)
     text = head.replace('"linear": []', f'"linear": [\n  {lines}\n ]')

@@ -101,12 +101,14 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=10, help="plans of a cell")
     parser.add_argument("--budget", type=float, default=120.0, help="seconds; no cell is begun later")
     parser.add_argument("--out", type=Path, help="a file of JSON lines")
-    parser.add_argument("--fp8", action="store_true", help="FP8 products; other options but --budget are not read")
+    parser.add_argument(
+        "--fp8", action="store_true", help="FP8 products; of the others --budget and --out, a directory then"
+    )
     options = parser.parse_args()
     if options.fp8:
         from benchmarks.gpu import sustained_fp8
 
-        sustained_fp8.run(min(options.budget, 60.0))
+        sustained_fp8.run(min(options.budget, 60.0), options.out)
         return
     deadline_s = time.monotonic() + options.budget
     ops = CudaOps(torch.device("cuda"))

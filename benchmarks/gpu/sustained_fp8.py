@@ -2,7 +2,7 @@
 
 `python -m benchmarks.gpu.sustained --fp8`, within its budget: plans are tried and compiled in processes of their own
 first, since one that hangs would take everything with it. Then each layer of an 8B model at 512 to 8,192 rows, plans
-taking turns of a twentieth of a second.
+taking turns of a twentieth of a second. `--out DIR` gets the device's table with the plans that were faster.
 """
 
 from __future__ import annotations
@@ -11,22 +11,25 @@ import math
 import os
 import statistics
 import time
+from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import torch
 
 from benchmarks.gpu import fp8_candidates, fp8_vet, sustained
-from benchmarks.gpu.fp8 import short
+from benchmarks.gpu.fp8 import short, write_table
 from benchmarks.gpu.fp8_layers import LAYERS, HardOperands, random_weights
 from benchmarks.gpu.shapes import Layer
 from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.kernels.fp8 import CHANNEL_CHAIN
 from cluster.engine.kernels.triton.fp8_plans import REFERENCE_FP8, Fp8Plan
+from cluster.engine.kernels.triton.fp8_table import Fp8Entry
 
 _ROWS = (8192, 2048, 4096, 1024, 512)  # what matters most comes first
 _COLD_BYTES = 200 << 20
 _TURN_S = 0.05
-_ROUNDS = 3
+_ROUNDS = 2
 _HARD_ROWS = 256
 
 
@@ -75,7 +78,7 @@ class Fp8LayerBench:
         return found + int((hard[0] != hard[1]).sum())
 
 
-def run(budget_s: float) -> None:
+def run(budget_s: float, out: Path | None) -> None:
     """Print each cell, then one table."""
     start_s = time.monotonic()
     verdicts = fp8_vet.vet(
@@ -105,7 +108,25 @@ def run(budget_s: float) -> None:
         del bench
         torch.cuda.empty_cache()
     _print_table(cells)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_table(with_faster_plans(ops.fp8.plans.entries(), cells), out)
     print(f"{time.monotonic() - start_s:.0f} s")
+
+
+def with_faster_plans(entries: list[Fp8Entry], cells: list[Cell]) -> list[Fp8Entry]:
+    """A table's entries, those of the measured shapes and rows with the fastest plan."""
+    faster = {}
+    for cell in cells:
+        outputs = cell.layer.out_features // (2 if cell.layer.silu_mul else 1)
+        if cell.ms[cell.best] < cell.ms[0]:
+            key = outputs, cell.layer.in_features, cell.num_rows, cell.layer.silu_mul
+            faster[key] = cell.plans[cell.best]
+    found = []
+    for entry in entries:
+        plan = faster.get((entry.out_features, entry.in_features, entry.max_rows, entry.silu_mul))
+        found.append(entry if plan is None else msgspec.structs.replace(entry, plan=plan, otherwise=None))
+    return found
 
 
 def _plans(

@@ -121,27 +121,6 @@ def test_one_chain_in_the_tensor_core_differs(hard: HardOperands) -> None:
     assert num_differing(hard.run(REFERENCE_FP8, 300, torch.float32, promote=False), expected) > 10_000
 
 
-@pytest.mark.parametrize("chain", [2, 4])
-@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: f"{plan.kind}{plan.block_n}")
-def test_every_kernel_sums_longer_chains_alike(
-    hard: HardOperands, revealing: HardOperands, plan: Fp8Plan, chain: int
-) -> None:
-    """K is 13 groups, so the last chain of both lengths is filled up."""
-    for layer in (hard, revealing):
-        for num_rows in (1, 70, 300):
-            for silu_mul, dtype in ((False, torch.float32), (True, torch.bfloat16)):
-                found, expected = (
-                    layer.run(used, num_rows, dtype, silu_mul=silu_mul, chain=chain) for used in (plan, REFERENCE_FP8)
-                )
-                assert bits_equal(found, expected), (num_rows, silu_mul)
-
-
-@pytest.mark.parametrize("chain", [2, 4])
-def test_longer_chains_are_another_definition(hard: HardOperands, chain: int) -> None:
-    expected = hard.run(REFERENCE_FP8, 300, torch.float32, chain=1)
-    assert num_differing(hard.run(REFERENCE_FP8, 300, torch.float32, chain=chain), expected) > 10_000
-
-
 @pytest.mark.parametrize("silu_mul", [False, True])
 @pytest.mark.parametrize("num_rows", [1, 3, 17, 64, 100, 200, 1000, 4096])
 def test_every_candidate_has_the_reference_bits(
