@@ -51,6 +51,7 @@ class Connection:
         self._connected = False
         self._draining = False
         self.num_drains = 0
+        self.num_promised = 0
         self._is_closing = False
         self._last_error = "not connected yet"
         self._silent_ticks = 0
@@ -73,6 +74,16 @@ class Connection:
     @property
     def last_error(self) -> str:
         return "" if self._connected else self._last_error
+
+    @contextmanager
+    def promised(self) -> Iterator[None]:
+        self.num_promised += 1
+        try:
+            yield
+        finally:
+            self.num_promised -= 1
+            if self._draining:
+                self._outbox.wake.set()  # to say that nothing more comes
 
     async def prefill(self, request: Request) -> AsyncGenerator[PrefillEvent, None]:
         with self._open(request, None) as inbox:
@@ -179,7 +190,9 @@ class Connection:
                 self._introduce(convert.info_from_pb(frame.hello))
             if frame.HasField("load"):
                 self._load = convert.load_from_pb(frame.load, () if self._load is None else self._load.histograms)
-            self.num_drains += frame.draining and not self._draining
+            if frame.draining and not self._draining:
+                self.num_drains += 1
+                self._outbox.wake.set()
             self._draining = frame.draining
             for event in frame.events:
                 self._deliver(event)
@@ -214,7 +227,15 @@ class Connection:
     async def _write_frames(self, call: _Call) -> None:
         await call.write(pb.RouterFrame(protocol_version=limits.PROTOCOL_VERSION))
         while True:
-            await call.write(await self._outbox.next_frame())
+            frame = await self._outbox.next_frame()
+            frame.settled = self._has_settled
+            await call.write(frame)
+
+    @property
+    def _has_settled(self) -> bool:
+        """Nothing more will be submitted to the process at the other end. What is placed without a promise is in the
+        outbox already."""
+        return self._connected and self._draining and not self.num_promised and not self._outbox.has_submits
 
     async def _tick(self) -> None:
         """Send a heartbeat when there is nothing else to send, and notice a silent worker."""
@@ -248,6 +269,10 @@ class _Outbox:
     def release(self, key: _Key) -> None:
         self._releases.append(key)
         self.wake.set()
+
+    @property
+    def has_submits(self) -> bool:
+        return bool(self._submits)
 
     def clear(self) -> None:
         self._submits.clear()

@@ -31,9 +31,9 @@ from tests.integration.worker_processes import (
     prefill,
     split,
     start,
-    until,
 )
 from tests.unit.model_factory import random_model, save_safetensors
+from tests.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 LENGTHS = (1, 15, 16, 17, 31, 32, 33, 64, 96, 130, 200)
@@ -213,6 +213,32 @@ async def test_stopped_worker_is_noticed(model: Path, key_file: Path) -> None:
     finally:
         await connection.close()
         assert await worker.stop() == 0
+
+
+@pytest.mark.slow
+async def test_a_hand_over_survives_that_both_workers_are_stopped_in_its_midst(
+    model: Path, key_file: Path, pair: tuple[Connection, Connection]
+) -> None:
+    """SIGTERM to both once the first token is there, as when a whole deployment is deleted."""
+    workers = [await start(role, model, key_file) for role in (Role.PREFILL, Role.DECODE)]
+    connections = [await connected(worker) for worker in workers]
+    try:
+        request, answer = make_request("last", 120), Answer()
+        with connections[1].promised():
+            result = await prefill(connections[0], request)
+            answer.add(result.first)
+            for worker in workers:
+                worker.process.send_signal(signal.SIGTERM)
+            await until(lambda: not any(connection.is_ready for connection in connections))
+            assert all(connection.last_error == "" for connection in connections), "they drain, and are there"
+            await decode(connections[1], continued(request, result), result.kv, answer)
+        assert answer == await alone(pair[1], make_request("not-last", 120, salt=b"apart"))
+        assert [await worker.stop() for worker in workers] == [0, 0]
+    finally:
+        for connection in connections:
+            await connection.close()
+        for worker in workers:
+            await worker.stop(signal.SIGKILL)
 
 
 @pytest.mark.slow

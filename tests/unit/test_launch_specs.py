@@ -19,7 +19,7 @@ from cluster.launch.specs import process_specs
 from cluster.launch.topology import plan_topology, with_ports
 from cluster.model_files.source import ModelSource, SourceKind
 from cluster.router import config as router_config
-from cluster.rpc.base import EventSink, Inspection
+from cluster.rpc.base import EventSink, Inspection, RouterSession
 from cluster.types import FinishReason, Request, Role, SamplingParams, TokenChunk, WorkerInfo, WorkerLoad
 
 MODEL = ModelSource(SourceKind.GGUF, Path("/models/tiny.gguf"), name="tiny", revision="abc")
@@ -132,6 +132,12 @@ class FakeWorker:
 
     def drain(self, timeout_s: float | None) -> int:
         raise AssertionError("the process drains the worker, not its router")
+
+    def attach(self, session: RouterSession) -> None:
+        raise AssertionError("a router in this process has no session")
+
+    def settle(self, session: RouterSession) -> None:
+        raise AssertionError("a router in this process has no session")
 
     async def inspect(self, token_ids: tuple[int, ...], cache_salt: bytes) -> Inspection:
         raise AssertionError("not asked")
