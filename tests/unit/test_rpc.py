@@ -30,6 +30,7 @@ from cluster.types import (
     WorkerLoad,
 )
 from tests.waiting import until
+from tests.worker_info import worker_info
 
 
 class FakeWorker:
@@ -46,17 +47,7 @@ class FakeWorker:
         self.unsettled: set[RouterSession] = set()
 
     def info(self) -> WorkerInfo:
-        return WorkerInfo(
-            engine_id=self.engine_id,
-            role=self.role,
-            model_name="m",
-            model_digest="d",
-            numeric_fingerprint="f",
-            max_model_len=100,
-            vocab_size=10,
-            block_size=16,
-            num_blocks=4,
-        )
+        return worker_info(engine_id=self.engine_id, role=self.role)
 
     def load(self) -> WorkerLoad:
         return WorkerLoad(num_running=len(self.sinks), num_waiting=0, num_free_blocks=4, num_blocks=4)

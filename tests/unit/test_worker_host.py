@@ -11,19 +11,9 @@ import pytest
 from cluster.control.host import WorkerHost
 from cluster.control.messages import Cancel, Command, News, PeerAnswer, PeerQuestion, Submit
 from cluster.errors import Overloaded
-from cluster.types import FinishReason, Request, Role, SamplingParams, TokenChunk, WorkerInfo, WorkerLoad
+from cluster.types import FinishReason, Request, SamplingParams, TokenChunk
+from tests.worker_info import IDLE, worker_info
 
-INFO = WorkerInfo(
-    engine_id="e",
-    role=Role.DECODE,
-    model_name="m",
-    model_digest="d",
-    numeric_fingerprint="f",
-    max_model_len=128,
-    vocab_size=10,
-    block_size=16,
-    num_blocks=4,
-)
 REQUEST = Request(request_id="r", token_ids=(1, 2), sampling=SamplingParams(max_tokens=4, seed=0))
 
 
@@ -44,8 +34,7 @@ class FakeDriver:
 
     def turn(self, now: float) -> News:
         ended, self._ended = tuple(self._ended), []
-        load = WorkerLoad(num_running=0, num_waiting=0, num_free_blocks=4, num_blocks=4)
-        return News(events=ended, load=load, num_held=self.num_held)
+        return News(events=ended, load=IDLE, num_held=self.num_held)
 
     def idle_s(self, now: float) -> float:
         return 0.01
@@ -73,7 +62,7 @@ async def nobody(question: PeerQuestion) -> PeerAnswer:
 @asynccontextmanager
 async def running_host() -> AsyncIterator[tuple[WorkerHost, FakeDriver]]:
     driver = FakeDriver()
-    host = WorkerHost(INFO, driver, max_requests=8, drain_timeout_s=30.0, ask=nobody)
+    host = WorkerHost(worker_info(), driver, max_requests=8, drain_timeout_s=30.0, ask=nobody)
     host.start()
     try:
         yield host, driver
