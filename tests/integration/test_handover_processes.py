@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 from collections.abc import AsyncIterable, AsyncIterator
 from contextlib import AsyncExitStack
 from functools import partial
@@ -213,6 +214,35 @@ async def test_stopped_worker_is_noticed(model: Path, key_file: Path) -> None:
     finally:
         await connection.close()
         assert await worker.stop() == 0
+
+
+@pytest.mark.slow
+async def test_workers_meet_over_ipv6(model: Path, key_file: Path, pair: tuple[Connection, Connection]) -> None:
+    """As in a pod with an IPv6 address: they listen on all of them and say theirs."""
+    if not has_ipv6_loopback():
+        pytest.skip("this machine has no ::1")
+    settings = {"host": "::", "advertised_host": "::1", "allow_plaintext_network": True}
+    workers = [await start(role, model, key_file, **settings) for role in (Role.PREFILL, Role.DECODE)]
+    connections = [await connected(worker) for worker in workers]
+    try:
+        answer = await split(connections[0], connections[1], make_request("six", 120))
+        assert answer == await alone(pair[1], make_request("not-six", 120, salt=b"apart"))
+        load = connections[1].load
+        assert load is not None
+        assert load.kv_transfers > 0
+        assert load.kv_transfer_failures == 0
+    finally:
+        for connection in connections:
+            await connection.close()
+        assert [await worker.stop() for worker in workers] == [0, 0]
+
+
+def has_ipv6_loopback() -> bool:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
 
 
 @pytest.mark.slow
