@@ -11,13 +11,13 @@ import asyncio
 import struct
 import zlib
 from collections import Counter
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import msgspec
 
-from cluster.errors import HandshakeMismatch, InvalidRequest, TandemError, WorkerLost
+from cluster.errors import HandshakeMismatch, InvalidRequest, Overloaded, TandemError, WorkerLost
 from cluster.rpc.base import PrefillEvent
 from cluster.tokenizer import IncrementalDetokenizer
 from cluster.types import (
@@ -120,6 +120,8 @@ class FakeWorker:
         self.counts: Counter[str] = Counter()
         self.is_closed = False
         self.num_drains = 0
+        self.num_promised = 0
+        self.is_draining = False
         self.histograms: tuple[HistogramReading, ...] = ()
         self.holds_decode: asyncio.Event | None = None  # decode waits for it before its first chunk
         self.peers: list[FakeWorker] = []  # of which a decode worker reads
@@ -150,7 +152,7 @@ class FakeWorker:
 
     @property
     def is_ready(self) -> bool:
-        return self.is_up
+        return self.is_up and not self.is_draining
 
     @property
     def last_error(self) -> str:
@@ -159,6 +161,14 @@ class FakeWorker:
     @property
     def is_idle(self) -> bool:
         return not self.running and not self.leased
+
+    @contextmanager
+    def promised(self) -> Iterator[None]:
+        self.num_promised += 1
+        try:
+            yield
+        finally:
+            self.num_promised -= 1
 
     async def prefill(self, request: Request) -> AsyncGenerator[PrefillEvent, None]:
         key = (request.request_id, request.attempt)
@@ -178,6 +188,9 @@ class FakeWorker:
                 await self.holds_decode.wait()
             if kv is not None and self.mismatch is not None:
                 yield self._failed(request, self.mismatch)
+                return
+            if self.is_draining and not self.num_promised:
+                yield self._failed(request, Overloaded("this worker is shutting down"))
                 return
             for peer in self.peers if kv is not None else ():
                 peer.leased.discard((request.request_id, request.attempt))

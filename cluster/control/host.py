@@ -23,7 +23,7 @@ from cluster.control.messages import (
 )
 from cluster.engine.loop import Driver, EngineThread
 from cluster.errors import InvalidRequest, Overloaded, WorkerLost
-from cluster.rpc.base import EventSink, Inspection
+from cluster.rpc.base import EventSink, Inspection, RouterSession
 from cluster.types import FinishReason, PrefillResult, Request, TokenChunk, WorkerInfo, WorkerLoad
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ class WorkerHost:
         self._loop = asyncio.get_running_loop()
         self._thread = EngineThread(driver, self._publish, self._on_thread_exit)
         self._sinks: dict[_Key, EventSink] = {}
+        self._unsettled: set[RouterSession] = set()
         self._load = WorkerLoad(
             num_running=0, num_waiting=0, num_free_blocks=info.num_blocks, num_blocks=info.num_blocks
         )
@@ -73,7 +74,7 @@ class WorkerHost:
         key = (request.request_id, request.attempt)
         if key in self._sinks:
             raise InvalidRequest(f"request {key[0]} attempt {key[1]} is running already", param="request_id")
-        if self.is_draining:
+        if self.is_draining and not self._unsettled:
             raise Overloaded("this worker is shutting down")
         if len(self._sinks) >= self._max_requests:
             raise Overloaded(f"this worker has {self._max_requests} requests already")
@@ -97,8 +98,17 @@ class WorkerHost:
         if self._drain_timer is not None:
             self._drain_timer.cancel()
         self._drain_timer = self._loop.call_later(bound_s, self._cancel_all)
+        for session in self._unsettled:
+            session.on_drain()
         self._check_drained()
         return len(self._sinks)
+
+    def attach(self, session: RouterSession) -> None:
+        self._unsettled.add(session)
+
+    def settle(self, session: RouterSession) -> None:
+        self._unsettled.discard(session)
+        self._check_drained()
 
     async def inspect(self, token_ids: tuple[int, ...], cache_salt: bytes) -> Inspection:
         """Raises `WorkerLost` if the engine thread does not answer in time."""
@@ -165,12 +175,18 @@ class WorkerHost:
         self._thread.send(await self._ask(question))
 
     def _check_drained(self) -> None:
-        if self.is_draining and not self._sinks and not self._num_held:
+        if self.is_draining and not self._sinks and not self._num_held and not self._unsettled:
             self.drained.set()
 
     def _cancel_all(self) -> None:
         """The drain has taken too long: what still runs is cancelled, leases and loads are given up."""
-        logger.warning("drain: %d requests and %d hand-overs did not end in time", len(self._sinks), self._num_held)
+        logger.warning(
+            "drain: %d requests and %d hand-overs did not end in time, %d routers had more to send",
+            len(self._sinks),
+            self._num_held,
+            len(self._unsettled),
+        )
+        self._unsettled.clear()
         for key in self._sinks:
             self._thread.send(Cancel(*key))
         self._loop.call_later(1.0, self.drained.set)

@@ -21,6 +21,7 @@ from typing import Protocol
 import msgspec
 import torch
 
+from cluster.addresses import join_address
 from cluster.control.draft_model import load_draft_model
 from cluster.control.driver import WorkerDriver
 from cluster.control.handshake import HandshakeClient, HandshakeServer
@@ -152,16 +153,18 @@ async def serving(worker: LoadedWorker) -> AsyncIterator[ServedWorker]:
         handshake = answerer.answer
     async with WorkerServer(host, host, handshake) as server:
         address = await server.listen(config.host, config.port)
-        port = address.rpartition(":")[2]
-        worker.parts.set_endpoint(
-            worker.driver, f"{config.advertised_host}:{port}" if config.advertised_host else address
-        )
+        worker.parts.set_endpoint(worker.driver, _endpoint(config.advertised_host, address))
         host.start()
         try:
             yield ServedWorker(address, host, server)
         finally:
             await server.close(LAST_FRAMES_S)
             await host.close()
+
+
+def _endpoint(advertised_host: str, address: str) -> str:
+    """Where peers reach what listens at `address`."""
+    return join_address(advertised_host, int(address.rpartition(":")[2])) if advertised_host else address
 
 
 def main(parts: RoleParts, arguments: list[str] | None = None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 from cluster.errors import TandemError, WorkerLost
@@ -32,6 +33,7 @@ class EmbeddedConnection:
         self.address = "in this process"
         self.role = Role.DECODE
         self.num_drains = 0  # the process ends with it
+        self.num_promised = 0
         self._worker = worker
         self._is_closed = False
 
@@ -50,6 +52,9 @@ class EmbeddedConnection:
     @property
     def last_error(self) -> str:
         return "the connection was closed" if self._is_closed else ""
+
+    def promised(self) -> AbstractContextManager[None]:
+        return nullcontext()  # what is placed here is submitted at once
 
     def prefill(self, request: Request) -> AsyncGenerator[PrefillEvent, None]:
         raise AssertionError("a monolithic deployment has no prefill pool")

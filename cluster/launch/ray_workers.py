@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from cluster.addresses import join_address
 from cluster.config import ClusterConfig, is_loopback
 from cluster.launch.pools import Members
 from cluster.launch.ray_cluster import RayCluster
@@ -22,7 +23,7 @@ from cluster.launch.specs import (
     router_config,
     worker_config,
 )
-from cluster.launch.topology import Topology, WorkerGroup, join_address
+from cluster.launch.topology import Topology, WorkerGroup
 from cluster.launch.view import Serving
 from cluster.model_files.demo import DEMO_NAME
 from cluster.model_files.source import ModelSource
@@ -92,7 +93,7 @@ class RayWorker(RayGroup):
             config, model=plan.model_reference, host=self._listen_host, cluster_key_file=key_file
         )
         if self._listen_host != self.group.host:
-            config = msgspec.structs.replace(config, advertised_host=_bracketed(self.group.host))
+            config = msgspec.structs.replace(config, advertised_host=self.group.host)
         files[f"{self.name}.json"] = encode(config)
         command = (self.group.role.value, "--config", f"{place.directory}/{self.name}.json")
         return Order(self.name, command, process_environment(self.group), files)
@@ -126,7 +127,3 @@ class RayRouter(RayGroup):
 
     def _followed_files(self) -> AsyncIterator[Files]:
         return self._blueprint.members.changes()
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host

@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from cluster.addresses import join_address
 from cluster.config import ClusterConfig, PoolSettings
 from cluster.errors import ConfigError
 from cluster.types import Role
@@ -131,10 +132,6 @@ def next_group(like: WorkerGroup, present: Sequence[WorkerGroup], first_port: in
     if port > MAX_PORT:
         raise ConfigError(f"{like.role.value}-{index} would need port {port}, the highest is {MAX_PORT}")
     return replace(like, name=f"{like.role.value}-{index}", port=port)
-
-
-def join_address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _groups(role: Role, pool: PoolSettings, num_threads: int) -> Iterator[WorkerGroup]:

@@ -6,10 +6,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from cluster.addresses import join_address
 from cluster.config import ClusterConfig
 from cluster.launch.external_parts import describe_parts, parts_of
 from cluster.launch.ray_plan import placement_request, spans_nodes
-from cluster.launch.topology import Rank, Topology, join_address
+from cluster.launch.topology import Rank, Topology
 
 
 def topology_table(topology: Topology, config: ClusterConfig) -> Group:

@@ -22,6 +22,7 @@ from typing import Protocol
 
 import msgspec
 
+from cluster.addresses import join_address
 from cluster.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class DnsSource:
 
     async def _resolve(self) -> frozenset[str]:
         found = await asyncio.get_running_loop().getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
-        return frozenset(_join(str(address[0]), self._port) for *_, address in found)
+        return frozenset(join_address(str(address[0]), self._port) for *_, address in found)
 
 
 class FileSource:
@@ -148,7 +149,3 @@ def bounded(addresses: frozenset[str], origin: str) -> frozenset[str]:
         return addresses
     log.warning("%s has %d addresses, only the first %d are used", origin, len(addresses), MAX_ADDRESSES)
     return frozenset(sorted(addresses)[:MAX_ADDRESSES])
-
-
-def _join(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

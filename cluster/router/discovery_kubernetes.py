@@ -18,6 +18,7 @@ from pathlib import Path
 import httpx
 import msgspec
 
+from cluster.addresses import join_address
 from cluster.router.discovery import API_HOST_VARIABLE, OnAddresses, bounded
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def in_cluster_api() -> httpx.AsyncClient:
     """A client for the API server of the pod this process runs in."""
     host, port = os.environ[API_HOST_VARIABLE], os.environ.get("KUBERNETES_SERVICE_PORT", "443")
     tls = ssl.create_default_context(cafile=str(SERVICE_ACCOUNT / "ca.crt"))
-    url = f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
+    url = f"https://{join_address(host, int(port))}"
     return httpx.AsyncClient(base_url=url, verify=tls, timeout=REQUEST_TIMEOUT_S, trust_env=False, auth=_TokenFile())
 
 
@@ -123,7 +124,7 @@ class EndpointSliceSource:
 
     def _addresses(self, slices: _SliceList) -> frozenset[str]:
         return frozenset(
-            f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+            join_address(address, port)
             for each in slices.items
             for port in self._ports(each)
             for endpoint in each.endpoints or ()

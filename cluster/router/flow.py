@@ -145,13 +145,15 @@ class Flow:
         return bool(journey.emitted) or (pair is not None and journey.computing_at not in pair.engine_ids)
 
     async def _attempt(self, journey: _Journey, pair: WorkerPair, deliver: Deliver) -> None:
-        if pair.prefill is None:
-            journey.computing_at = pair.engine_ids[1]
-            with pair.decode.counted() as connection:
-                await _relay(connection.decode(_request_now(journey), None), journey, deliver)
-            return
-        with pair.prefill.counted() as prefill:
-            await self._split_attempt(journey, pair, prefill, deliver)
+        # The prefill worker gets its part before anything is awaited, so it needs no promise.
+        with pair.decode.connection.promised():
+            if pair.prefill is None:
+                journey.computing_at = pair.engine_ids[1]
+                with pair.decode.counted() as connection:
+                    await _relay(connection.decode(_request_now(journey), None), journey, deliver)
+                return
+            with pair.prefill.counted() as prefill:
+                await self._split_attempt(journey, pair, prefill, deliver)
 
     async def _split_attempt(
         self, journey: _Journey, pair: WorkerPair, prefill: WorkerConnection, deliver: Deliver

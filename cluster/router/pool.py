@@ -109,7 +109,7 @@ class WorkerPool:
         return bool(returning)
 
     async def close_retired(self) -> None:
-        idle = [worker for worker in self._retired if not worker.num_in_flight]
+        idle = [worker for worker in self._retired if not worker.num_in_flight and not worker.connection.num_promised]
         self._retired = [worker for worker in self._retired if worker not in idle]
         await asyncio.gather(*(worker.connection.close() for worker in idle))
 

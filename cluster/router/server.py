@@ -18,6 +18,7 @@ import msgspec
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from cluster.addresses import join_address
 from cluster.errors import StartupError
 from cluster.router.config import RouterConfig
 from cluster.router.endpoints import Endpoints
@@ -143,14 +144,14 @@ def bind(host: str, port: int) -> socket.socket:
                 f"port {port} on {host} is already taken; stop the process that uses it or choose another port "
                 "(router.port, 0 chooses a free one)"
             ) from error
-        raise StartupError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+        raise StartupError(f"cannot listen on {join_address(host, port)}: {error.strerror}") from error
     listener.setblocking(False)
     return listener
 
 
 def url_of(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"http://{join_address(host, port)}"
 
 
 async def run_router(

@@ -8,6 +8,7 @@ in a test.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import msgspec
@@ -38,6 +39,7 @@ class WorkerConnection(Protocol):
     address: str
     role: Role
     num_drains: int  # how often a worker has begun to drain, over all processes at this address
+    num_promised: int  # callers inside `promised`
 
     @property
     def info(self) -> WorkerInfo | None:
@@ -55,6 +57,11 @@ class WorkerConnection(Protocol):
     @property
     def last_error(self) -> str:
         """Why there is no connection (for logs and /health); empty while there is one."""
+        ...
+
+    def promised(self) -> AbstractContextManager[None]:
+        """Entered when work is placed on this worker that will be submitted later: until it is left, a drain of the
+        worker waits, and takes it. Enter it without awaiting anything between finding the worker ready and this."""
         ...
 
     def prefill(self, request: Request) -> AsyncGenerator[PrefillEvent, None]:
@@ -116,15 +123,36 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
     kv_digests: tuple[int, ...] = ()  # uint64 per KV head, over all layers and num_digest_tokens tokens
 
 
+class RouterSession(Protocol):
+    """A router's session, as its worker knows it."""
+
+    def on_drain(self) -> None:
+        """A drain has begun: the router is to learn of it now, not with the next heartbeat."""
+        ...
+
+
 class WorkerAdmin(Protocol):
-    """What operators and tools ask of a worker process; also offered to `server.py`."""
+    """What operators and tools ask of a worker process; also offered to `server.py`.
+
+    A router places a request on two workers and comes to the second one when the first has computed the
+    prompt. So a drain has two parts: routers place nothing more, and each says when it has settled, that
+    is, when nothing of what it had placed is still to come. Until then its submits are accepted.
+    """
 
     @property
     def is_draining(self) -> bool: ...
 
     def drain(self, timeout_s: float | None) -> int:
-        """Refuse new requests from now on; cancel what still runs after `timeout_s` (None: the worker's
-        own bound). Returns the number of requests that run now. Idempotent."""
+        """End when routers have settled and nothing runs; cancel what still runs after `timeout_s` (None: the
+        worker's own bound). Returns the number of requests that run now. Idempotent."""
+        ...
+
+    def attach(self, session: RouterSession) -> None:
+        """A router may submit from now on."""
+        ...
+
+    def settle(self, session: RouterSession) -> None:
+        """It submits nothing more. Idempotent; called at the end of the session at the latest."""
         ...
 
     async def inspect(self, token_ids: tuple[int, ...], cache_salt: bytes) -> Inspection: ...

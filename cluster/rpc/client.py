@@ -20,6 +20,7 @@ import grpc.aio
 from cluster.errors import InvalidRequest, WorkerLost
 from cluster.rpc import convert, limits
 from cluster.rpc.base import PrefillEvent
+from cluster.rpc.outbox import Outbox
 from cluster.rpc.pb.serving.v1 import worker_pb2 as pb
 from cluster.types import PrefillResult, PrefillStarted, Request, Role, TokenChunk, WorkerInfo, WorkerLoad
 
@@ -51,11 +52,12 @@ class Connection:
         self._connected = False
         self._draining = False
         self.num_drains = 0
+        self.num_promised = 0
         self._is_closing = False
         self._last_error = "not connected yet"
         self._silent_ticks = 0
         self._inboxes: dict[_Key, _Inbox] = {}
-        self._outbox = _Outbox()
+        self._outbox = Outbox()
         self._task = asyncio.get_running_loop().create_task(self._run(), name=f"worker {address}")
 
     @property
@@ -73,6 +75,16 @@ class Connection:
     @property
     def last_error(self) -> str:
         return "" if self._connected else self._last_error
+
+    @contextmanager
+    def promised(self) -> Iterator[None]:
+        self.num_promised += 1
+        try:
+            yield
+        finally:
+            self.num_promised -= 1
+            if self._draining:
+                self._outbox.wake.set()  # to say that nothing more comes
 
     async def prefill(self, request: Request) -> AsyncGenerator[PrefillEvent, None]:
         with self._open(request, None) as inbox:
@@ -179,7 +191,9 @@ class Connection:
                 self._introduce(convert.info_from_pb(frame.hello))
             if frame.HasField("load"):
                 self._load = convert.load_from_pb(frame.load, () if self._load is None else self._load.histograms)
-            self.num_drains += frame.draining and not self._draining
+            if frame.draining and not self._draining:
+                self.num_drains += 1
+                self._outbox.wake.set()
             self._draining = frame.draining
             for event in frame.events:
                 self._deliver(event)
@@ -214,7 +228,15 @@ class Connection:
     async def _write_frames(self, call: _Call) -> None:
         await call.write(pb.RouterFrame(protocol_version=limits.PROTOCOL_VERSION))
         while True:
-            await call.write(await self._outbox.next_frame())
+            frame = await self._outbox.next_frame()
+            frame.settled = self._has_settled
+            await call.write(frame)
+
+    @property
+    def _has_settled(self) -> bool:
+        """Nothing more will be submitted to the process at the other end. What is placed without a promise is in the
+        outbox already."""
+        return self._connected and self._draining and not self.num_promised and not self._outbox.has_submits
 
     async def _tick(self) -> None:
         """Send a heartbeat when there is nothing else to send, and notice a silent worker."""
@@ -224,56 +246,6 @@ class Connection:
             if self._silent_ticks >= limits.MAX_SILENT_TICKS:
                 raise WorkerLost(f"nothing heard for {limits.HEARTBEAT_S * limits.MAX_SILENT_TICKS:g} s")
             self._outbox.wake.set()
-
-
-class _Outbox:
-    """What waits to be written; merged into one frame while the stream is busy."""
-
-    def __init__(self) -> None:
-        self.wake = asyncio.Event()
-        self._submits: dict[_Key, pb.Submit] = {}
-        self._cancels: list[_Key] = []
-        self._releases: list[_Key] = []
-
-    def submit(self, request: Request, kv: bytes | None) -> None:
-        message = pb.Submit(request=convert.request_to_pb(request), kv=kv)
-        self._submits[request.request_id, request.attempt] = message
-        self.wake.set()
-
-    def cancel(self, key: _Key) -> None:
-        if self._submits.pop(key, None) is None:  # else it never left this process
-            self._cancels.append(key)
-            self.wake.set()
-
-    def release(self, key: _Key) -> None:
-        self._releases.append(key)
-        self.wake.set()
-
-    def clear(self) -> None:
-        self._submits.clear()
-        self._cancels.clear()
-        self._releases.clear()
-
-    async def next_frame(self) -> pb.RouterFrame:
-        """Wait for news or a heartbeat. A frame holds at most MAX_FRAME_ENTRIES tokens (or one request)."""
-        await self.wake.wait()
-        self.wake.clear()
-        frame = pb.RouterFrame(cancels=map(_ref, self._cancels), releases=map(_ref, self._releases))
-        self._cancels.clear()
-        self._releases.clear()
-        entries = 0
-        while self._submits and entries < limits.MAX_FRAME_ENTRIES:
-            key = next(iter(self._submits))
-            entries += len(self._submits[key].request.token_ids)
-            if not frame.submits or entries <= limits.MAX_FRAME_ENTRIES:
-                frame.submits.append(self._submits.pop(key))
-        if self._submits:
-            self.wake.set()
-        return frame
-
-
-def _ref(key: _Key) -> pb.RequestRef:
-    return pb.RequestRef(request_id=key[0], attempt=key[1])
 
 
 async def _next(inbox: _Inbox) -> _Event:

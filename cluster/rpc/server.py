@@ -15,6 +15,7 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from cluster.addresses import join_address
 from cluster.errors import StartupError
 from cluster.rpc import convert, limits
 from cluster.rpc.base import WorkerAdmin, WorkerService
@@ -45,7 +46,7 @@ class WorkerServer:
 
     async def listen(self, host: str, port: int) -> str:
         """Bind (port 0: any free one), serve, and return "host:port". `StartupError` names a taken port."""
-        target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        target = join_address(host, port)
         try:
             bound = self._server.add_insecure_port(target)
         except RuntimeError as error:

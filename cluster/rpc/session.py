@@ -57,6 +57,7 @@ class Session:
     async def serve(self, context: _Context) -> None:
         """Until the router leaves, falls silent or breaks a rule. Cancels what still runs on the way out."""
         ended: _SessionEnded | None = None
+        self._admin.attach(self)
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._read_frames(context))
@@ -71,9 +72,13 @@ class Session:
         finally:
             for key in tuple(self._running):
                 self._service.cancel(*key)
+            self._admin.settle(self)
         await self._last_write_ends()
         if ended is not None and ended.status is not grpc.StatusCode.OK:
             await context.abort(ended.status, str(ended))
+
+    def on_drain(self) -> None:
+        self._pending.wake.set()
 
     async def _read_frames(self, context: _Context) -> None:
         first = await context.read()
@@ -91,6 +96,8 @@ class Session:
                 self._service.cancel(ref.request_id, ref.attempt)
             for ref in frame.releases:
                 self._service.release(ref.request_id, ref.attempt)
+            if frame.settled:
+                self._admin.settle(self)
             frame = await context.read()
             if not isinstance(frame, worker_pb2.RouterFrame):
                 raise _SessionEnded(grpc.StatusCode.OK, "")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 from collections.abc import AsyncIterable, AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 
@@ -31,9 +32,9 @@ from tests.integration.worker_processes import (
     prefill,
     split,
     start,
-    until,
 )
 from tests.unit.model_factory import random_model, save_safetensors
+from tests.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 LENGTHS = (1, 15, 16, 17, 31, 32, 33, 64, 96, 130, 200)
@@ -83,6 +84,22 @@ async def pair(workers: dict[Role, WorkerProcess]) -> AsyncIterator[tuple[Connec
         await eventually(partial(is_idle, worker))
     for connection in connections:
         await connection.close()
+
+
+@asynccontextmanager
+async def own_workers(
+    model: Path, key_file: Path, **settings: object
+) -> AsyncIterator[tuple[list[WorkerProcess], tuple[Connection, Connection]]]:
+    """A prefill and a decode worker for one test; killed at its end if they still run."""
+    async with AsyncExitStack() as stack:
+        workers = []
+        for role in (Role.PREFILL, Role.DECODE):
+            workers.append(await start(role, model, key_file, **settings))
+            stack.push_async_callback(workers[-1].stop, signal.SIGKILL)
+        connections = (await connected(workers[0]), await connected(workers[1]))
+        for connection in connections:
+            stack.push_async_callback(connection.close)
+        yield workers, connections
 
 
 async def test_tokens_and_logprob_bits_are_those_of_one_process(pair: tuple[Connection, Connection]) -> None:
@@ -213,6 +230,49 @@ async def test_stopped_worker_is_noticed(model: Path, key_file: Path) -> None:
     finally:
         await connection.close()
         assert await worker.stop() == 0
+
+
+@pytest.mark.slow
+async def test_workers_meet_over_ipv6(model: Path, key_file: Path, pair: tuple[Connection, Connection]) -> None:
+    """As in a pod with an IPv6 address: they listen on all of them and say theirs."""
+    if not has_ipv6_loopback():
+        pytest.skip("this machine has no ::1")
+    settings = {"host": "::", "advertised_host": "::1", "allow_plaintext_network": True}
+    async with own_workers(model, key_file, **settings) as (workers, connections):
+        answer = await split(*connections, make_request("six", 120))
+        assert answer == await alone(pair[1], make_request("not-six", 120, salt=b"apart"))
+        load = connections[1].load
+        assert load is not None
+        assert load.kv_transfers > 0
+        assert load.kv_transfer_failures == 0
+        assert [await worker.stop() for worker in workers] == [0, 0]
+
+
+def has_ipv6_loopback() -> bool:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+async def test_a_hand_over_survives_that_both_workers_are_stopped_in_its_midst(
+    model: Path, key_file: Path, pair: tuple[Connection, Connection]
+) -> None:
+    """SIGTERM to both once the first token is there, as when a whole deployment is deleted."""
+    async with own_workers(model, key_file) as (workers, connections):
+        request, answer = make_request("last", 120), Answer()
+        with connections[1].promised():
+            result = await prefill(connections[0], request)
+            answer.add(result.first)
+            for worker in workers:
+                worker.process.send_signal(signal.SIGTERM)
+            await until(lambda: not any(connection.is_ready for connection in connections))
+            assert all(connection.last_error == "" for connection in connections), "they drain, and are there"
+            await decode(connections[1], continued(request, result), result.kv, answer)
+        assert answer == await alone(pair[1], make_request("not-last", 120, salt=b"apart"))
+        assert [await worker.stop() for worker in workers] == [0, 0]
 
 
 @pytest.mark.slow

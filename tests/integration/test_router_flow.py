@@ -14,6 +14,7 @@ from cluster.errors import HandshakeMismatch, NumericalError, Overloaded, Transf
 from cluster.types import Role
 from tests.fakes import FakeWorker, expected_tokens
 from tests.integration.router_harness import RunningRouter, http_client, running_router
+from tests.waiting import until
 
 TEXT = "/v1/completions"
 PROMPT = list(range(1, 40))
@@ -90,6 +91,18 @@ async def test_no_worker_left_is_one_typed_error_at_the_end_of_the_stream() -> N
         health = await client.get("/health")
         assert health.status_code == 503
         assert "connection refused" in health.json()["error"]["message"]
+
+
+async def test_a_decode_worker_that_drains_while_its_prompt_is_computed_takes_it_still() -> None:
+    decode, prefill = [decode_worker()], [prefill_worker()]
+    prefill[0].prefill_s = 0.5
+    async with running_router(decode, prefill) as router, http_client(router) as client:
+        answer = asyncio.create_task(client.post(TEXT, json=request_body(5)))
+        await until(lambda: bool(prefill[0].running))
+        decode[0].is_draining = True
+        assert (await answer).json()["choices"][0]["token_ids"] == expected_tokens(PROMPT, 11, 5)
+        assert decode[0].num_promised == 0
+        assert (await client.post(TEXT, json=request_body(5))).status_code == 503
 
 
 async def test_no_ready_worker_is_503_with_retry_after() -> None:

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from cluster.router.config import RouterConfig
 from cluster.router.server import bind
-from cluster.rpc.base import EventSink, Inspection
+from cluster.rpc.base import EventSink, Inspection, RouterSession
 from cluster.rpc.server import WorkerServer
 from cluster.tokenizer.token_bytes import byte_level_bytes
 from cluster.types import Request, Role, WorkerInfo, WorkerLoad
@@ -65,6 +65,12 @@ class ServedFake:
 
     def drain(self, timeout_s: float | None) -> int:
         return 0
+
+    def attach(self, session: RouterSession) -> None:
+        pass
+
+    def settle(self, session: RouterSession) -> None:
+        pass
 
     async def inspect(self, token_ids: tuple[int, ...], cache_salt: bytes) -> Inspection:
         raise NotImplementedError

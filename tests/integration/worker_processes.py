@@ -20,6 +20,7 @@ from cluster.process_events import Failed, ProcessEvent, Ready, parse
 from cluster.rpc import admin
 from cluster.rpc.client import Connection, connect
 from cluster.types import PrefillResult, Request, Role, SamplingParams, TokenChunk, TokenLogprob
+from tests.waiting import until
 
 START_TIMEOUT_S = 150.0  # kernels may have to be built and admitted first
 BLOCK_SIZE = 16
@@ -149,12 +150,6 @@ async def connected(worker: WorkerProcess) -> Connection:
     connection = connect(worker.address, worker.role)
     await until(lambda: connection.is_ready)
     return connection
-
-
-async def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110  # the state of another object is awaited
-            await asyncio.sleep(0.01)
 
 
 async def eventually(condition: Callable[[], Awaitable[bool]], timeout_s: float = 30.0) -> None:

@@ -147,6 +147,13 @@ def test_configs_are_those_of_the_processes(name: str) -> None:
         assert config.cluster_key_file == "/var/run/secrets/tandem/cluster-key"
 
 
+def test_pods_listen_on_ipv6_where_asked(tmp_path: Path) -> None:
+    manifests = render(changed(read_values("cpu-demo"), listenHost="::"))
+    assert [json.loads(_config(manifests, role))["host"] for role in ("router", "prefill", "decode")] == ["::"] * 3
+    on_ray = cluster_config(render(changed(read_values("kuberay"), listenHost="::")), tmp_path)
+    assert on_ray.router.host == "::"
+
+
 def test_the_quantization_reaches_the_workers() -> None:
     for value, expected in (("", None), ("fp8", "fp8")):
         manifests = render(changed(read_values("cpu-demo"), model__quantization=value))

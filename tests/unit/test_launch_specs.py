@@ -19,8 +19,9 @@ from cluster.launch.specs import process_specs
 from cluster.launch.topology import plan_topology, with_ports
 from cluster.model_files.source import ModelSource, SourceKind
 from cluster.router import config as router_config
-from cluster.rpc.base import EventSink, Inspection
-from cluster.types import FinishReason, Request, Role, SamplingParams, TokenChunk, WorkerInfo, WorkerLoad
+from cluster.rpc.base import EventSink, Inspection, RouterSession
+from cluster.types import FinishReason, Request, SamplingParams, TokenChunk, WorkerInfo, WorkerLoad
+from tests.worker_info import IDLE, worker_info
 
 MODEL = ModelSource(SourceKind.GGUF, Path("/models/tiny.gguf"), name="tiny", revision="abc")
 
@@ -104,20 +105,10 @@ class FakeWorker:
         self.refusal: Overloaded | None = None
 
     def info(self) -> WorkerInfo:
-        return WorkerInfo(
-            engine_id="e",
-            role=Role.DECODE,
-            model_name="m",
-            model_digest="d",
-            numeric_fingerprint="f",
-            max_model_len=128,
-            vocab_size=10,
-            block_size=16,
-            num_blocks=4,
-        )
+        return worker_info()
 
     def load(self) -> WorkerLoad:
-        return WorkerLoad(num_running=0, num_waiting=0, num_free_blocks=4, num_blocks=4)
+        return IDLE
 
     def submit(self, request: Request, kv: bytes | None, sink: EventSink) -> None:
         if self.refusal is not None:
@@ -132,6 +123,12 @@ class FakeWorker:
 
     def drain(self, timeout_s: float | None) -> int:
         raise AssertionError("the process drains the worker, not its router")
+
+    def attach(self, session: RouterSession) -> None:
+        raise AssertionError("a router in this process has no session")
+
+    def settle(self, session: RouterSession) -> None:
+        raise AssertionError("a router in this process has no session")
 
     async def inspect(self, token_ids: tuple[int, ...], cache_salt: bytes) -> Inspection:
         raise AssertionError("not asked")

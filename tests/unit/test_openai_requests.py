@@ -15,19 +15,9 @@ from cluster.router.config import RouterConfig, read_config
 from cluster.router.endpoints import split_prompts
 from cluster.router.job import Job, Prompt, chat_job, check_prompt_ids, completion_job, fit_max_tokens
 from cluster.router.openai import ChatRequest, CompletionRequest, check_supported, decode_body, plain_messages
-from cluster.types import Role, WorkerInfo
+from tests.worker_info import worker_info
 
-LIMITS = WorkerInfo(
-    engine_id="e",
-    role=Role.DECODE,
-    model_name="m",
-    model_digest="d",
-    numeric_fingerprint="f",
-    max_model_len=100,
-    vocab_size=50,
-    block_size=16,
-    num_blocks=4,
-)
+LIMITS = worker_info(vocab_size=50)
 
 json_values = st.recursive(
     st.none()

@@ -20,6 +20,7 @@ from cluster.router.membership import Membership
 from cluster.router.pool import WorkerPool
 from cluster.types import Role
 from tests.fakes import FakeWorker
+from tests.waiting import until
 
 WAIT_S = 10.0
 
@@ -182,11 +183,6 @@ async def test_a_worker_that_leaves_keeps_its_requests_and_gets_no_more(tmp_path
         (tmp_path / "new").write_text(json.dumps(addresses))
         (tmp_path / "new").replace(tmp_path / "members")
 
-    async def until(condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(WAIT_S):
-            while not condition():  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
-
     pool = WorkerPool(prefill=None, decode=[])
     publish("10.0.0.1:1")
     sources = {Role.DECODE: [FileSource(tmp_path / "members", pause_s=0.01)]}
@@ -209,6 +205,13 @@ async def test_a_worker_that_leaves_keeps_its_requests_and_gets_no_more(tmp_path
         await until(lambda: len(pool.decode) == 1)
     await until(lambda: made["10.0.0.1:1"].is_closed)
     assert len(pool.workers) == 1
+    [second] = pool.decode
+    with second.connection.promised():
+        publish()
+        await until(lambda: not pool.decode)
+        await asyncio.sleep(0.3)
+        assert not made["10.0.0.2:1"].is_closed, "a request that was placed there is still to come"
+    await until(lambda: made["10.0.0.2:1"].is_closed)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     await pool.close()

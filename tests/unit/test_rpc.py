@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Callable
+from collections.abc import AsyncIterable, AsyncIterator
 from contextlib import asynccontextmanager
 
 import grpc
@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.errors import InvalidRequest, StartupError, WorkerLost
 from cluster.rpc import convert, limits
-from cluster.rpc.base import EventSink, Inspection
+from cluster.rpc.base import EventSink, Inspection, RouterSession
 from cluster.rpc.client import Connection, connect
 from cluster.rpc.pb.serving.v1 import worker_pb2 as pb
 from cluster.rpc.server import WorkerServer
@@ -29,6 +29,8 @@ from cluster.types import (
     WorkerInfo,
     WorkerLoad,
 )
+from tests.waiting import until
+from tests.worker_info import worker_info
 
 
 class FakeWorker:
@@ -42,19 +44,10 @@ class FakeWorker:
         self.handles: dict[str, bytes | None] = {}
         self.cancelled: list[tuple[str, int]] = []
         self.released: list[tuple[str, int]] = []
+        self.unsettled: set[RouterSession] = set()
 
     def info(self) -> WorkerInfo:
-        return WorkerInfo(
-            engine_id=self.engine_id,
-            role=self.role,
-            model_name="m",
-            model_digest="d",
-            numeric_fingerprint="f",
-            max_model_len=100,
-            vocab_size=10,
-            block_size=16,
-            num_blocks=4,
-        )
+        return worker_info(engine_id=self.engine_id, role=self.role)
 
     def load(self) -> WorkerLoad:
         return WorkerLoad(num_running=len(self.sinks), num_waiting=0, num_free_blocks=4, num_blocks=4)
@@ -73,7 +66,15 @@ class FakeWorker:
 
     def drain(self, timeout_s: float | None) -> int:
         self.is_draining = True
+        for session in self.unsettled:
+            session.on_drain()
         return len(self.sinks)
+
+    def attach(self, session: RouterSession) -> None:
+        self.unsettled.add(session)
+
+    def settle(self, session: RouterSession) -> None:
+        self.unsettled.discard(session)
 
     async def inspect(self, token_ids: tuple[int, ...], cache_salt: bytes) -> Inspection:
         return Inspection(num_blocks=4, num_free=4, num_owned=0, num_digest_tokens=len(token_ids))
@@ -88,22 +89,22 @@ def make_chunk(index: int, *tokens: int, request_id: str = "r1", finish: FinishR
     return TokenChunk(request_id=request_id, attempt=0, index=index, token_ids=tokens, finish_reason=finish)
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110  # the state of another object is awaited
-            await asyncio.sleep(0.005)
-
-
 @asynccontextmanager
 async def connected(worker: FakeWorker) -> AsyncIterator[tuple[Connection, WorkerServer, str]]:
     async with WorkerServer(worker, worker) as server:
         address = await server.listen("127.0.0.1", 0)
-        connection = connect(address, worker.role)
-        try:
-            await until(lambda: connection.is_ready)
+        async with connection_to(address, worker.role) as connection:
             yield connection, server, address
-        finally:
-            await connection.close()
+
+
+@asynccontextmanager
+async def connection_to(address: str, role: Role) -> AsyncIterator[Connection]:
+    connection = connect(address, role)
+    try:
+        await until(lambda: connection.is_ready)
+        yield connection
+    finally:
+        await connection.close()
 
 
 async def test_decode_streams_in_order_and_the_handle_arrives() -> None:
@@ -236,6 +237,53 @@ async def test_draining_is_seen_by_the_router_and_by_health_checks(monkeypatch: 
         await server.set_serving(False)
         await until(lambda: not connection.is_ready)
         assert (await health.Check(request)).status == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def test_a_router_settles_when_what_it_promised_has_come_and_not_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "HEARTBEAT_S", 60.0)  # nothing here waits for one
+    worker = FakeWorker()
+    async with connected(worker) as (connection, _, address), connection_to(address, worker.role):
+        await until(lambda: len(worker.unsettled) == 2)
+        with connection.promised():
+            worker.drain(None)
+            await until(lambda: not connection.is_ready and len(worker.unsettled) == 1)
+            stream = connection.decode(make_request(), b"kv")
+            first = asyncio.ensure_future(anext(stream))
+            await until(lambda: bool(worker.sinks))
+            assert len(worker.unsettled) == 1
+        await until(lambda: not worker.unsettled)
+        worker.sinks["r1", 0](make_chunk(0, 1, finish=FinishReason.STOP))
+        assert (await first).finish_reason is FinishReason.STOP
+
+
+async def test_a_session_that_ends_has_settled() -> None:
+    worker = FakeWorker()
+    async with connected(worker) as (connection, _, _):
+        with connection.promised():
+            worker.drain(None)
+            await until(lambda: not connection.is_ready)
+            assert worker.unsettled
+            await connection.close()
+            await until(lambda: not worker.unsettled)
+
+
+async def test_a_worker_that_is_back_is_not_told_that_its_router_has_settled() -> None:
+    """The drain of the process before it is none of its own."""
+    first, second = FakeWorker(), FakeWorker(engine_id="engine-2")
+    async with connected(first) as (connection, server, address):
+        first.drain(None)
+        await until(lambda: not first.unsettled)
+        await server.close()
+        async with WorkerServer(second, second) as again:
+            await again.listen("127.0.0.1", int(address.rpartition(":")[2]))
+            await until(lambda: connection.is_ready)
+            with connection.promised():
+                stream = connection.decode(make_request(), None)
+                pending = asyncio.ensure_future(anext(stream))
+                await until(lambda: bool(second.sinks))
+                assert second.unsettled
+                second.sinks["r1", 0](make_chunk(0, 1, finish=FinishReason.STOP))
+                await pending
 
 
 async def test_a_taken_port_is_named() -> None:

@@ -7,7 +7,7 @@
   "model_path" (include "tandem.modelPath" .)
   "prefill" (list (include "tandem.source" (dict "root" . "role" "prefill")))
   "decode" (list (include "tandem.source" (dict "root" . "role" "decode")))
-  "host" "0.0.0.0"
+  "host" $values.listenHost
   "port" (int $values.router.port)
   "drain_timeout_s" $values.router.drainTimeoutSeconds
   "log_level" $values.logging.level
@@ -21,7 +21,7 @@
 {{- $config := dict
   "model" (include "tandem.modelPath" .root)
   "model_name" $values.model.name
-  "host" "0.0.0.0"
+  "host" $values.listenHost
   "port" (int $pool.port)
   "engine" $pool.engine
   "cluster_key_file" "/var/run/secrets/tandem/cluster-key"

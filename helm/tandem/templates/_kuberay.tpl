@@ -20,7 +20,7 @@ go without a restart of the others). */}}
 -}}
 {{- $config := dict
   "model" $model
-  "router" (merge (dict "host" "0.0.0.0" "port" (int $values.router.port)) $values.router.config)
+  "router" (merge (dict "host" $values.listenHost "port" (int $values.router.port)) $values.router.config)
   "connector" $values.connector
   "security" (dict "allow_plaintext_network" $values.security.allowPlaintextNetwork "cluster_key_file" "/var/run/secrets/tandem/cluster-key")
   "logging" (dict "level" $values.logging.level)

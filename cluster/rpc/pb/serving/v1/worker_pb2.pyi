@@ -25,16 +25,18 @@ class RequestRef(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class RouterFrame(_message.Message):
-    __slots__ = ("protocol_version", "submits", "cancels", "releases")
+    __slots__ = ("protocol_version", "submits", "cancels", "releases", "settled")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     SUBMITS_FIELD_NUMBER: _ClassVar[int]
     CANCELS_FIELD_NUMBER: _ClassVar[int]
     RELEASES_FIELD_NUMBER: _ClassVar[int]
+    SETTLED_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     submits: _containers.RepeatedCompositeFieldContainer[Submit]
     cancels: _containers.RepeatedCompositeFieldContainer[RequestRef]
     releases: _containers.RepeatedCompositeFieldContainer[RequestRef]
-    def __init__(self, protocol_version: _Optional[int] = ..., submits: _Optional[_Iterable[_Union[Submit, _Mapping]]] = ..., cancels: _Optional[_Iterable[_Union[RequestRef, _Mapping]]] = ..., releases: _Optional[_Iterable[_Union[RequestRef, _Mapping]]] = ...) -> None: ...
+    settled: bool
+    def __init__(self, protocol_version: _Optional[int] = ..., submits: _Optional[_Iterable[_Union[Submit, _Mapping]]] = ..., cancels: _Optional[_Iterable[_Union[RequestRef, _Mapping]]] = ..., releases: _Optional[_Iterable[_Union[RequestRef, _Mapping]]] = ..., settled: _Optional[bool] = ...) -> None: ...
 
 class Event(_message.Message):
     __slots__ = ("chunk", "prefill_started", "prefill_result")

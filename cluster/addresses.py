@@ -1,0 +1,9 @@
+"""How host and port become one address, for sockets, gRPC and URLs alike."""
+
+from __future__ import annotations
+
+
+def join_address(host: str, port: int) -> str:
+    """`host:port`, with the brackets that an IPv6 address needs there (and may have already)."""
+    is_bare_ipv6 = ":" in host and not host.startswith("[")
+    return f"[{host}]:{port}" if is_bare_ipv6 else f"{host}:{port}"
