@@ -1,4 +1,4 @@
-"""Plans are admitted by comparison: what fails or differs gives way, by name; what is admitted is launched as before."""
+"""Plans are admitted by comparison: what fails or differs gives way, by name."""
 
 from __future__ import annotations
 
@@ -76,6 +76,10 @@ def one_ulp_off(inputs: torch.Tensor) -> torch.Tensor:
     return changed
 
 
+def filled_with(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda inputs: torch.full_like(inputs, value)
+
+
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
@@ -128,9 +132,8 @@ def test_other_bits_give_way_and_at_last_the_reference_serves(caplog: pytest.Log
 
 def test_zeros_of_two_signs_differ_and_payloads_of_nan_do_not() -> None:
     for value, other, expected in ((0.0, -0.0, SECOND), (float("nan"), -float("nan"), WANTED)):
-        trial = FakeTrial({plan: (lambda x, v=v: torch.full_like(x, v)) for plan, v in (
-            (REFERENCE, value), (SECOND, value), (WANTED, other),
-        )})  # fmt: skip
+        values = {REFERENCE: value, SECOND: value, WANTED: other}
+        trial = FakeTrial({plan: filled_with(value) for plan, value in values.items()})
         assert served(PlanAdmission(CPU), trial) == expected
 
 
