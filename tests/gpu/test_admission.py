@@ -1,8 +1,11 @@
-"""Whatever plan serves, the bits are the same: over all probes, and for every entry of the device's table."""
+"""Whatever plan serves, the bits are the same: over all probes, and for every entry of the device's table; a plan that
+has others, or does not start, is named and does not serve."""
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +17,8 @@ from cluster.engine.kernels.probes import Magnitudes, draw
 from cluster.engine.kernels.registry import describe_difference
 from cluster.engine.kernels.triton.plans import REFERENCE_LINEAR, AttentionPlan, LinearPlan
 from cluster.engine.kernels.triton.table import LinearEntry, PlanIndex, PlanTable
-from tests.gpu.support import num_differing
+from tests.gpu.support import bits_equal, num_differing
+from tests.gpu.support_admission import OPERATIONS, TooLarge, name_plans, plant, plant_mistake, with_references
 
 SWAPPED = LinearPlan(block_m=32, block_n=64, block_k=128, num_stages=3, swap=True)
 COPY_ENGINE = LinearPlan(kind="tma", block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3)
@@ -83,3 +87,48 @@ def test_library_products_of_the_table_equal_the_chain() -> None:
                         found[n, k, count, name, dtype] = differing
         torch.cuda.empty_cache()
     assert not found
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_plans_are_admitted_and_tried_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ops = name_plans(CudaOps(torch.device("cuda"), residual_dtype=torch.float32))
+    first = OPERATIONS[name](ops)
+    assert ops.admission.refusals == []
+    monkeypatch.setattr(ops.admission, "_refusal", None)  # nothing is left to be tried
+    assert bits_equal(OPERATIONS[name](ops), first)
+    assert bits_equal(OPERATIONS[name](with_references(ops)), first)
+
+
+@pytest.mark.parametrize("fault", ["too large", "other bits"])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_faulty_plan_is_named_and_another_one_serves(
+    name: str, fault: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ops = name_plans(CudaOps(torch.device("cuda"), residual_dtype=torch.float32))
+    expected = OPERATIONS[name](with_references(CudaOps(torch.device("cuda"), residual_dtype=torch.float32)))
+    if fault == "too large":
+        plant(name, TooLarge(), monkeypatch)
+    else:
+        plant_mistake(name, tmp_path, monkeypatch)
+    assert bits_equal(OPERATIONS[name](ops), expected)
+    reason = "OutOfResources: out of resource: shared memory" if fault == "too large" else "values differ, first at"
+    assert warnings_of(caplog)
+    assert all(reason in text for text in warnings_of(caplog))
+
+
+def test_our_own_plans_of_the_table_are_admitted_on_the_shapes_of_an_8b_model(caplog: pytest.LogCaptureFixture) -> None:
+    """A refusal would be a slower step. The library's depend on its version."""
+    ops = CudaOps(torch.device("cuda"))
+    for n, k, is_swiglu in ((6144, 4096, False), (4096, 4096, False), (28672, 4096, True), (4096, 14336, False)):
+        weight = ops.pack_linear(torch.randn((n, k), device="cuda", dtype=torch.bfloat16) * k**-0.5)
+        for num_rows in (1, 16, 64, 256, 1024, 8192):
+            x = torch.randn((num_rows, k), device="cuda", dtype=torch.bfloat16)
+            if is_swiglu:
+                ops.linear_silu_mul(x, weight)
+            else:
+                ops.linear(x, weight)
+    assert [text for text in warnings_of(caplog) if "the plan cublaslt" not in text] == []

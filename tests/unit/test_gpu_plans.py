@@ -29,7 +29,7 @@ def test_the_smallest_bound_that_holds_the_rows_serves_and_the_largest_all_above
 
 
 def test_an_unmeasured_weight_takes_the_nearest_one_s_plans() -> None:
-    """The library's too: it is compared before it serves a product, see test_library_admission in tests/gpu."""
+    """The library's too: it is compared before it serves a product, see test_admission in tests/gpu."""
     own = LinearPlan(block_n=128)
     linear = (entry(4096, 4096, 16, own), entry(4096, 4096, 512, LIBRARY), entry(100, 100, 16, own))
     index = PlanIndex(PlanTable(device="x", linear=linear))

@@ -9,9 +9,11 @@ import torch
 from cluster.engine.kernels import fp8
 from cluster.engine.kernels.fp8 import Scaling
 from cluster.engine.kernels.ops import LinearWeight
+from cluster.engine.kernels.plan_admission import PlanAdmission
 from cluster.engine.kernels.triton import fp8_launch
 from cluster.engine.kernels.triton.fp8_plans import Fp8Plan, unmeasured_plan
 from cluster.engine.kernels.triton.fp8_table import load_fp8_plans
+from cluster.engine.kernels.triton.fp8_trials import Fp8Trial
 from cluster.errors import ConfigError
 
 
@@ -45,10 +47,11 @@ class CudaFp8Weight:
 
 
 class CudaFp8:
-    """The FP8 part of `CudaOps`. Owns nothing but the plans of its device."""
+    """The FP8 part of `CudaOps`. Owns nothing but the plans of its device; `admission`: verdicts on them."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, admission: PlanAdmission | None = None) -> None:
         self._device = device
+        self.admission = admission or PlanAdmission(device)
         self._capability = torch.cuda.get_device_capability(device)
         self._num_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         self.plans = load_fp8_plans(torch.cuda.get_device_name(device))
@@ -78,7 +81,7 @@ class CudaFp8:
         plan = self.plans.linear(
             weight.out_features, weight.in_features, x.shape[0], silu_mul=False, takes_library=is_plain
         )
-        self.run_linear(self.quantized(x, weight), weight, bias_N, out, plan, silu_mul=False)
+        self._serve_linear(self.quantized(x, weight), weight, bias_N, out, plan, silu_mul=False)
         return out
 
     def linear_silu_mul(self, x: torch.Tensor, gate_up: CudaFp8Weight, input_of: LinearWeight | None) -> torch.Tensor:
@@ -91,7 +94,7 @@ class CudaFp8:
         if plan.kind == "separate":
             plan = unmeasured_plan(x.shape[0])
         out = torch.empty((x.shape[0], features), dtype=torch.bfloat16, device=x.device)
-        self.run_linear(self.quantized(x, gate_up), gate_up, None, out, plan, silu_mul=True)
+        self._serve_linear(self.quantized(x, gate_up), gate_up, None, out, plan, silu_mul=True)
         return self.quantized(out, input_of)
 
     def rms_norm(
@@ -111,6 +114,35 @@ class CudaFp8:
             return x
         return fp8_launch.quantize(x, weight.scaling)
 
+    def _serve_linear(
+        self,
+        rows_TB: torch.Tensor,
+        weight: CudaFp8Weight,
+        bias_N: torch.Tensor | None,
+        out_TN: torch.Tensor,
+        plan: Fp8Plan,
+        *,
+        silu_mul: bool,
+    ) -> None:
+        """`plan`, or what is admitted in its place."""
+        num_rows = rows_TB.shape[0]
+        if num_rows == 0:
+            return
+
+        def run(rows_TB: torch.Tensor, out_TN: torch.Tensor, plan: Fp8Plan) -> None:
+            self.run_linear(rows_TB, weight, bias_N, out_TN, plan, silu_mul=silu_mul)
+
+        shape = (weight.out_features, weight.in_features)
+        call = ("fp8", shape, weight.scale_rows, bias_N is None, num_rows, out_TN.dtype, silu_mul, plan)
+        plan = self.admission.serving(
+            call, plan,
+            lambda: Fp8Trial(
+                run, shape, weight.scaling, weight.scale_rows, bias_N is not None, num_rows, out_TN.dtype, silu_mul,
+                self._device,
+            ),
+        )  # fmt: skip
+        run(rows_TB, out_TN, plan)
+
     def run_linear(
         self,
         rows_TB: torch.Tensor,
@@ -123,7 +155,7 @@ class CudaFp8:
         promote: bool = True,
         chain: int = fp8.CHANNEL_CHAIN,
     ) -> None:
-        """One plan on quantised rows into a given result; what the tuner and the tests call too."""
+        """One plan on quantised rows into a given result; what the tuner and the tests call too. Not admitted."""
         if rows_TB.shape[0] == 0:
             return
         x_TP, x_scale_TS = fp8.split_rows(rows_TB, weight.in_features, weight.scaling)

@@ -1,17 +1,19 @@
-"""Operations on an NVIDIA GPU: Triton kernels, and cuBLASLt without split-K where its bits were admitted.
+"""Operations on an NVIDIA GPU: Triton kernels, and cuBLASLt without split-K, by plans whose bits were admitted.
 
-Nothing here waits for the device, and every choice of a kernel depends on shapes known on the host,
-so a step can be captured into a CUDA graph; kernels are then chosen at capture, per batch size.
+Nothing here waits for the device, but the first call that wants a plan (`plan_admission.py`), and every choice of a
+kernel depends on shapes known on the host, so a step can be captured into a CUDA graph; kernels are then chosen at
+capture, per batch size.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from cluster.engine.kernels import cuda_plans
 from cluster.engine.kernels.cuda_fp8 import CudaFp8, CudaFp8Weight
-from cluster.engine.kernels.library_admission import LibraryAdmission, library_linear
 from cluster.engine.kernels.ops import (
     AttentionMetadata,
     ExpertChoice,
@@ -20,10 +22,11 @@ from cluster.engine.kernels.ops import (
     HeadWeight,
     LinearWeight,
 )
+from cluster.engine.kernels.plan_admission import PlanAdmission
 from cluster.engine.kernels.triton import attention_launch, latent_launch, launch, moe_launch
 from cluster.engine.kernels.triton.latent_launch import LatentPlan
 from cluster.engine.kernels.triton.moe_plans import MoePlan, MoeShape, load_moe_plan_index
-from cluster.engine.kernels.triton.plans import LinearPlan
+from cluster.engine.kernels.triton.plans import AttentionPlan, LinearPlan
 from cluster.engine.kernels.triton.table import load_plan_index, unmeasured_plan
 
 
@@ -107,11 +110,11 @@ class CudaOps:
         self.residual_dtype: torch.dtype = residual_dtype
         self.plans = load_plan_index(torch.cuda.get_device_name(device))
         self.pdl = pdl
-        self.library = LibraryAdmission()
+        self.admission = PlanAdmission(device)
         self._lists = attention_launch.WorkLists()
         self.moe_plans = load_moe_plan_index(torch.cuda.get_device_name(device))
         self.latent_plan = LatentPlan()
-        self.fp8 = CudaFp8(device)
+        self.fp8 = CudaFp8(device, self.admission)
         self._num_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         torch.backends.cuda.preferred_blas_library("cublaslt")
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (False, False)
@@ -139,7 +142,7 @@ class CudaOps:
             return self.fp8.linear(x_TK, weight, bias_N, out_dtype)
         out = torch.empty((x_TK.shape[0], weight.out_features), dtype=out_dtype, device=x_TK.device)
         plan = self.plans.linear(weight.out_features, weight.in_features, x_TK.shape[0], silu_mul=False)
-        self.run_linear(x_TK, weight, bias_N, out, plan, silu_mul=False)
+        self._serve_linear(x_TK, weight, bias_N, out, plan, silu_mul=False)
         return out
 
     def linear_silu_mul(
@@ -150,7 +153,7 @@ class CudaOps:
         features = gate_up.out_features // 2
         out = torch.empty((x_TK.shape[0], features), dtype=torch.bfloat16, device=x_TK.device)
         plan = self.plans.linear(features, gate_up.in_features, x_TK.shape[0], silu_mul=True)
-        self.run_linear(x_TK, gate_up, None, out, plan, silu_mul=True)
+        self._serve_linear(x_TK, gate_up, None, out, plan, silu_mul=True)
         return self.fp8.quantized(out, input_of)
 
     def run_linear(
@@ -163,15 +166,51 @@ class CudaOps:
         *,
         silu_mul: bool,
     ) -> None:
-        """One plan into a given result; what the tuner and the admission call too."""
+        """One plan into a given result, for the tuner and the tests. Only the library's products are compared."""
+        if plan.kind == "cublaslt":
+            self._serve_linear(x_TK, weight, bias_N, out_TN, plan, silu_mul=silu_mul)
+        else:
+            self._launch_linear(x_TK, out_TN, plan, weight=weight, bias_N=bias_N, silu_mul=silu_mul)
+
+    def _serve_linear(
+        self,
+        x_TK: torch.Tensor,
+        weight: LinearWeight,
+        bias_N: torch.Tensor | None,
+        out_TN: torch.Tensor,
+        plan: LinearPlan,
+        *,
+        silu_mul: bool,
+    ) -> None:
+        """`plan`, or what is admitted in its place."""
+        assert isinstance(weight, CudaLinearWeight)
+        num_rows = x_TK.shape[0]
+        if num_rows == 0:
+            return
+        if plan.kind == "cublaslt" and (bias_N is not None or silu_mul):  # it has neither
+            plan = unmeasured_plan(num_rows)
+        launch_plan = partial(self._launch_linear, weight=weight, bias_N=bias_N, silu_mul=silu_mul)
+        plan = cuda_plans.linear_plan(
+            self.admission, launch_plan, weight.weight_NK, bias_N, num_rows, out_TN.dtype, plan, silu_mul=silu_mul
+        )
+        launch_plan(x_TK, out_TN, plan)
+
+    def _launch_linear(
+        self,
+        x_TK: torch.Tensor,
+        out_TN: torch.Tensor,
+        plan: LinearPlan,
+        *,
+        weight: LinearWeight,
+        bias_N: torch.Tensor | None,
+        silu_mul: bool,
+    ) -> None:
         assert isinstance(weight, CudaLinearWeight)
         if x_TK.shape[0] == 0:
             return
         if plan.kind == "cublaslt":
-            if bias_N is None and not silu_mul and self.library.admits(weight.weight_NK, x_TK.shape[0], out_TN.dtype):
-                library_linear(x_TK, weight.weight_NK, out_TN)
-                return
-            plan = unmeasured_plan(x_TK.shape[0])
+            launch.run_library_linear(x_TK, weight.weight_NK, out_TN)
+            return
         launch.run_linear(
             launch.aligned(x_TK), weight.weight_NK, bias_N, out_TN, plan,
             silu_mul=silu_mul, num_programs=self._num_multiprocessors, pdl=self._pdl(x_TK),
@@ -230,10 +269,18 @@ class CudaOps:
         *,
         window: int | None = None,
     ) -> torch.Tensor:
-        return attention_launch.run_attention(
-            q_THD, kv_N2GSD, metadata, scale, self.plans.attention, self._num_multiprocessors, window=window,
-            pdl=self._pdl(q_THD), lists=self._lists,
-        )  # fmt: skip
+        def run(
+            q_THD: torch.Tensor, kv_N2GSD: torch.Tensor, metadata: AttentionMetadata, plan: AttentionPlan
+        ) -> torch.Tensor:
+            return attention_launch.run_attention(
+                q_THD, kv_N2GSD, metadata, scale, plan, self._num_multiprocessors, window=window,
+                pdl=self._pdl(q_THD), lists=self._lists,
+            )  # fmt: skip
+
+        plan = self.plans.attention
+        if q_THD.shape[0]:
+            plan = cuda_plans.attention_plan(self.admission, run, q_THD, kv_N2GSD, metadata, window, plan)
+        return run(q_THD, kv_N2GSD, metadata, plan)
 
     def pack_heads(self, weight_HNK: torch.Tensor) -> CudaHeadWeight:
         return CudaHeadWeight(launch.aligned(weight_HNK.to(self.device)))
@@ -311,13 +358,22 @@ class CudaOps:
         """`plan`: for the tuner and the tests, instead of the one the table has."""
         assert isinstance(gate_up, CudaExpertWeight)
         assert isinstance(down, CudaExpertWeight)
-        num_rows, top_k = experts_TJ.shape
-        shape = MoeShape(num_experts=down.num_experts, top_k=top_k, hidden=down.out_features, features=down.in_features)
-        return moe_launch.run_experts(
-            x_TK, experts_TJ, gate_up.weight_ENK, down.weight_ENK, plan or self.moe_plans.plan(shape, num_rows),
-            first_expert=first_expert, num_programs=self._num_multiprocessors, out_dtype=self.residual_dtype,
-            pdl=self._pdl(x_TK),
-        )  # fmt: skip
+        gate_up_ENK, down_EKF = gate_up.weight_ENK, down.weight_ENK
+
+        def run(x_TK: torch.Tensor, experts_TJ: torch.Tensor, plan: MoePlan) -> torch.Tensor:
+            return moe_launch.run_experts(
+                x_TK, experts_TJ, gate_up_ENK, down_EKF, plan, first_expert=first_expert,
+                num_programs=self._num_multiprocessors, out_dtype=self.residual_dtype, pdl=self._pdl(x_TK),
+            )  # fmt: skip
+
+        if plan is None:
+            num_rows, top_k = experts_TJ.shape
+            num_experts, hidden, features = down_EKF.shape
+            shape = MoeShape(num_experts=num_experts, top_k=top_k, hidden=hidden, features=features)
+            plan = self.moe_plans.plan(shape, num_rows)
+            if num_rows:
+                plan = cuda_plans.experts_plan(self.admission, run, x_TK, shape, first_expert, plan)
+        return run(x_TK, experts_TJ, plan)
 
     def moe_combine(self, rows_TJK: torch.Tensor, weights_TJ: torch.Tensor) -> torch.Tensor:
         return moe_launch.run_combine(rows_TJK, weights_TJ, self.residual_dtype, pdl=self._pdl(rows_TJK))

@@ -50,16 +50,26 @@ def run_attention(
     if num_rows == 0:
         return out
     call = _AttentionCall(q_THD, kv_N2GSD, metadata, out, scale / math.log(2.0), window, pdl, lists or WorkLists())
-    split_rows_max = max(1, plan.split_block_rows // call.group) if call.num_sequences <= _FEW_SEQUENCES else 1
-    if metadata.num_rows_max <= split_rows_max:
-        _run_split(call, plan, metadata.num_rows_max, num_multiprocessors)
-    elif call.num_sequences == 1:
-        _run_prefill(call, plan, 0)
-    else:
-        if metadata.num_rows_min <= 1:
-            _run_split(call, plan, 1, num_multiprocessors)
-        _run_prefill(call, plan, 1)
+    split_rows, tiled_above = paths(plan, metadata, call.group)
+    if split_rows:
+        _run_split(call, plan, split_rows, num_multiprocessors)
+    if tiled_above is not None:
+        _run_prefill(call, plan, tiled_above)
     return out
+
+
+def paths(plan: AttentionPlan, metadata: AttentionMetadata, group: int) -> tuple[int, int | None]:
+    """Rows of a sequence up to which the split kernels serve it (0: none), and above which the tiled one does (None:
+    there are no such sequences). `group`: query heads of a KV head."""
+    if plan.few_rows_kind == "tiled":
+        return 0, 0
+    num_sequences = metadata.context_len.shape[0]
+    split_rows_max = max(1, plan.split_block_rows // group) if num_sequences <= _FEW_SEQUENCES else 1
+    if metadata.num_rows_max <= split_rows_max:
+        return metadata.num_rows_max, None
+    if num_sequences == 1:
+        return 0, 0
+    return (1 if metadata.num_rows_min <= 1 else 0), 1
 
 
 class FirstBlock(NamedTuple):

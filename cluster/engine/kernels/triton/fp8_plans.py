@@ -14,7 +14,7 @@ import msgspec
 _WGMMA_ROWS = 64  # the tall side of every wgmma instruction
 
 
-class Fp8Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Fp8Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, cache_hash=True):
     """One way to compute an FP8 GEMM; every step along K is one group of 128.
 
     `block_m` counts rows of x and `block_n` outputs of a tile (of each half, with SwiGLU). `swap` puts the

@@ -95,6 +95,14 @@ def run_linear(
     )  # fmt: skip
 
 
+def run_library_linear(x_TK: torch.Tensor, w_NK: torch.Tensor, out_TN: torch.Tensor) -> None:
+    """out = x Wᵀ by cuBLASLt, whose bits depend on the shape."""
+    if out_TN.dtype == x_TK.dtype:
+        torch.mm(x_TK, w_NK.t(), out=out_TN)
+    else:
+        torch.mm(x_TK, w_NK.t(), out_dtype=out_TN.dtype, out=out_TN)
+
+
 def run_rms_norm(
     x_TK: torch.Tensor,
     update_TK: torch.Tensor | None,

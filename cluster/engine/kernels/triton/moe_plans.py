@@ -13,7 +13,7 @@ from cluster.engine.kernels.triton.table import file_stem
 Kind = Literal["few", "grouped"]  # few: at most a tile of rows in all, nothing is grouped
 
 
-class GroupedPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class GroupedPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, cache_hash=True):
     """One grouped GEMM. The rows of a tile are the `MoePlan`'s."""
 
     block_n: int = 64
@@ -27,7 +27,7 @@ class GroupedPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     persistent: bool = False  # as many programs as multiprocessors; grouped only
 
 
-class MoePlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class MoePlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, cache_hash=True):
     """Both GEMMs of a step."""
 
     kind: Kind

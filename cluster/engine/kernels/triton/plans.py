@@ -19,7 +19,7 @@ def block_kv(head_size: int) -> int:
     return 64
 
 
-class LinearPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class LinearPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, cache_hash=True):
     """One way to compute a GEMM. `swap` puts the weight on the wide side of the instruction (few rows).
 
     stream (`linear_stream.py`): rows of a tile are 8 or more with `swap`, else 64, or a multiple of 16 up to 32 for
@@ -47,9 +47,10 @@ class LinearPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 REFERENCE_LINEAR = LinearPlan(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=1)
 
 
-class AttentionPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class AttentionPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, cache_hash=True):
     """Tiles of the two attention paths."""
 
+    few_rows_kind: Literal["split", "tiled"] = "split"  # tiled: sequences of few rows go the way of all others
     split_block_rows: int = 64  # rows x grouped heads of a sequence served by the split kernels
     split_num_warps: int = 4
     split_num_stages: int = 3
@@ -60,3 +61,6 @@ class AttentionPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     prefill_num_stages: int = 3
     prefill_use_tma: bool = False  # tiled only
     prefill_lookahead: bool = False  # hopper only: cache blocks are looked up before their turn
+
+
+REFERENCE_ATTENTION = AttentionPlan(few_rows_kind="tiled", prefill_block_rows=16, prefill_num_stages=1)

@@ -98,8 +98,7 @@ def file_stem(device_name: str) -> str:
 
 def load_plan_index(device_name: str) -> PlanIndex:
     """The committed plans of this device, else those of one with the same multiprocessors, else defaults that
-    run on any. Speed differs, bits do not: where a plan names cuBLASLt, each product is compared first
-    (`library_admission.py`).
+    run on any. Speed differs, bits do not: a plan is tried on this machine before it serves (`plan_admission.py`).
     """
     found = find_table(device_name, "")
     return PlanIndex(PlanTable(device=device_name) if found is None else msgspec.json.decode(found, type=PlanTable))

@@ -1,0 +1,77 @@
+"""Which admitted plan serves a call of `CudaOps`: how its operations are tried."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from cluster.engine.kernels.ops import AttentionMetadata
+from cluster.engine.kernels.plan_admission import PlanAdmission
+from cluster.engine.kernels.triton import attention_launch
+from cluster.engine.kernels.triton.attention_trials import AttentionTrial
+from cluster.engine.kernels.triton.moe_plans import MoePlan, MoeShape
+from cluster.engine.kernels.triton.plans import AttentionPlan, LinearPlan
+from cluster.engine.kernels.triton.trials import ExpertsTrial, LinearTrial
+
+
+def linear_plan(
+    admission: PlanAdmission,
+    run: Callable[[torch.Tensor, torch.Tensor, LinearPlan], None],
+    weight_NK: torch.Tensor,
+    bias_N: torch.Tensor | None,
+    num_rows: int,
+    out_dtype: torch.dtype,
+    plan: LinearPlan,
+    *,
+    silu_mul: bool,
+) -> LinearPlan:
+    """`run`: x and a result to be filled, by a plan."""
+    call = ("linear", weight_NK.shape, bias_N is None, num_rows, out_dtype, silu_mul, plan)
+    return admission.serving(
+        call, plan, lambda: LinearTrial(run, weight_NK, bias_N, num_rows, out_dtype, silu_mul)
+    )  # fmt: skip
+
+
+def attention_plan(
+    admission: PlanAdmission,
+    run: Callable[[torch.Tensor, torch.Tensor, AttentionMetadata, AttentionPlan], torch.Tensor],
+    q_THD: torch.Tensor,
+    kv_N2GSD: torch.Tensor,
+    metadata: AttentionMetadata,
+    window: int | None,
+    plan: AttentionPlan,
+) -> AttentionPlan:
+    """Each of the paths that sequences of this step take is admitted by itself."""
+    num_heads, num_sequences = q_THD.shape[1], metadata.context_len.shape[0]
+    _, _, num_kv_heads, block_size, head_size = kv_N2GSD.shape
+    cache_shape = (num_kv_heads, block_size, head_size)
+
+    def admitted(plan: AttentionPlan, split_rows: int) -> AttentionPlan:
+        call = ("attention", num_heads, cache_shape, q_THD.dtype, window, num_sequences, split_rows, plan)
+        return admission.serving(
+            call, plan,
+            lambda: AttentionTrial(
+                run, plan, num_heads, cache_shape, q_THD.dtype, window, split_rows, num_sequences, q_THD.device
+            ),
+        )  # fmt: skip
+
+    group = num_heads // num_kv_heads
+    split_rows, tiled_above = attention_launch.paths(plan, metadata, group)
+    if split_rows:
+        plan = admitted(plan, split_rows)
+        _, tiled_above = attention_launch.paths(plan, metadata, group)
+    return plan if tiled_above is None else admitted(plan, 0)
+
+
+def experts_plan(
+    admission: PlanAdmission,
+    run: Callable[[torch.Tensor, torch.Tensor, MoePlan], torch.Tensor],
+    x_TK: torch.Tensor,
+    shape: MoeShape,
+    first_expert: int,
+    plan: MoePlan,
+) -> MoePlan:
+    """`run`: rows and their experts, by a plan."""
+    call = ("experts", shape, x_TK.dtype, len(x_TK), plan)
+    return admission.serving(call, plan, lambda: ExpertsTrial(run, shape, first_expert, len(x_TK), x_TK))

@@ -1,0 +1,124 @@
+"""Trials (`plan_admission.py`) of the two attention paths, on small caches of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import msgspec
+import torch
+
+from cluster.engine.kernels.ops import AttentionMetadata
+from cluster.engine.kernels.triton.plans import REFERENCE_ATTENTION, SPLIT_KEYS, AttentionPlan
+
+# Of the sequences: contexts that end before, at and after a split's edge, and rows that are not whole tiles.
+_CONTEXTS = (2 * SPLIT_KEYS + 77, 70, SPLIT_KEYS + 1, 2, 64, 900, SPLIT_KEYS, 640)
+_FEW_ROWS = (16, 3, 1, 1, 9, 16, 2, 5)
+_MANY_ROWS = (300, 65, 200, 2, 64, 3, 130, 33)
+_LONGER_BY_WINDOW = (0, 5)  # sequences some of whose keys lie before the window
+_MAX_WINDOW = 4096  # one that is longer hides nothing here
+_UNBOUNDED = 1 << 20  # rows
+
+_PLAIN_PREFILL = {
+    name: getattr(REFERENCE_ATTENTION, name)
+    for name in REFERENCE_ATTENTION.__struct_fields__
+    if name.startswith("prefill_")
+}
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionInputs:
+    """`metadata` is padded to the sequences of the step, `unpadded` is not."""
+
+    q_THD: torch.Tensor
+    kv_N2GSD: torch.Tensor
+    metadata: AttentionMetadata
+    unpadded: AttentionMetadata
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionTrial:
+    """`split_rows`: no sequence has more rows, and the split kernels serve them; 0: all have several, and the tiled
+    kernel serves.
+
+    `run`: q, one layer's cache, metadata, as they are served. Results are compared with those of the tiled kernel in
+    its plainest form: a row has the same bits however it is computed.
+    """
+
+    run: Callable[[torch.Tensor, torch.Tensor, AttentionMetadata, AttentionPlan], torch.Tensor]
+    wanted: AttentionPlan
+    num_heads: int
+    cache_shape: tuple[int, int, int]  # KV heads, block size, head size
+    dtype: torch.dtype
+    window: int | None
+    split_rows: int
+    num_sequences: int
+    device: torch.device
+
+    @property
+    def subject(self) -> str:
+        num_kv_heads, block_size, head_size = self.cache_shape
+        rows = f"up to {self.split_rows} rows of a sequence" if self.split_rows else "many rows of a sequence"
+        window = "" if self.window is None else f", window {self.window}"
+        shape = f"{self.num_heads} heads on {num_kv_heads} x {head_size}, blocks of {block_size}"
+        return f"attention, {shape}, {rows}, {self.num_sequences} sequences{window}"
+
+    @property
+    def others(self) -> Sequence[AttentionPlan]:
+        """Only the part of this path changes: the other one has a verdict of its own."""
+        if not self.split_rows:
+            return (msgspec.structs.replace(self.wanted, **_PLAIN_PREFILL),)
+        one_stage = msgspec.structs.replace(self.wanted, split_num_warps=4, split_num_stages=1)
+        return one_stage, msgspec.structs.replace(self.wanted, few_rows_kind="tiled")
+
+    def scope(self, plan: AttentionPlan) -> Hashable:
+        sequences = max(4, (self.num_sequences - 1).bit_length())  # the sizes that kernels are compiled for
+        shape = (self.num_heads, self.cache_shape, self.dtype, self.window)
+        return "attention", *shape, self.split_rows, sequences
+
+    def draw(self, seed: int, plan: AttentionPlan) -> AttentionInputs:
+        """Blocks lie in any order, and what no row may read is NaN."""
+        generator = torch.Generator(device=self.device).manual_seed(seed)
+        num_kv_heads, block_size, head_size = self.cache_shape
+        contexts = list(_CONTEXTS)
+        if self.window is not None:
+            for sequence in _LONGER_BY_WINDOW:
+                contexts[sequence] += min(self.window, _MAX_WINDOW)
+        rows = [min(count, self.split_rows) for count in _FEW_ROWS] if self.split_rows else list(_MANY_ROWS)
+        rows = [min(count, context) for count, context in zip(rows, contexts, strict=True)]
+        counts = [-(-context // block_size) for context in contexts]
+        order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(seed)) + 1
+        table = torch.zeros((max(len(contexts), self.num_sequences), max(counts)), dtype=torch.int32)
+        shape = (sum(counts) + 1, 2, num_kv_heads, block_size, head_size)
+        kv = torch.randn(shape, generator=generator, device=self.device, dtype=self.dtype)
+        kv[0] = torch.nan
+        for sequence, blocks in enumerate(order.split(counts)):
+            table[sequence, : len(blocks)] = blocks.int()
+            kv[int(blocks[-1]), :, :, contexts[sequence] - (len(blocks) - 1) * block_size :] = torch.nan
+        q_shape = (sum(rows), self.num_heads, head_size)
+        q = torch.randn(q_shape, generator=generator, device=self.device, dtype=self.dtype) * 3
+        padding = len(table) - len(contexts)
+        return AttentionInputs(
+            q, kv, self._metadata(contexts + [1] * padding, rows + [0] * padding, table),
+            self._metadata(contexts, rows, table[: len(contexts)]),
+        )  # fmt: skip
+
+    def expected(self, inputs: AttentionInputs) -> list[torch.Tensor]:
+        return [self.run(inputs.q_THD, inputs.kv_N2GSD, inputs.unpadded, REFERENCE_ATTENTION)]
+
+    def found(self, inputs: AttentionInputs, plan: AttentionPlan) -> list[torch.Tensor]:
+        return [self.run(inputs.q_THD, inputs.kv_N2GSD, inputs.metadata, plan)]
+
+    def _metadata(self, contexts: list[int], rows: list[int], table: torch.Tensor) -> AttentionMetadata:
+        device, num_rows = self.device, sum(rows)
+        return AttentionMetadata(
+            query_start=torch.tensor([0, *accumulate(rows)], dtype=torch.int32, device=device),
+            context_len=torch.tensor(contexts, dtype=torch.int32, device=device),
+            block_table=table.to(device),
+            slot_mapping=torch.full((num_rows,), -1, dtype=torch.int64, device=device),
+            positions=torch.zeros(num_rows, dtype=torch.int64, device=device),
+            num_rows_max=self.split_rows or _UNBOUNDED,
+            context_len_max=max(contexts),
+            num_rows_min=1 if self.split_rows else 2,
+        )
