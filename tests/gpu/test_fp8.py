@@ -257,6 +257,7 @@ def test_every_probe_equals_the_reference_plan(plan: Fp8Plan | None) -> None:
         if probe.name.startswith("fp8 layers"):
             assert bits_equal(outputs[0], outputs[1]), "quantised where it is made, and later"
     assert not found
+    assert [refusal for refusal in ops.admission.refusals if not refusal.startswith(("cublaslt", "library"))] == []
 
 
 def test_library_products_of_the_table_equal_ours(ops: CudaOps) -> None:

@@ -75,12 +75,12 @@ class PlanAdmission:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._serving: dict[Hashable, Any] = {}
-        self._refusals: dict[Hashable, str | None] = {}
+        self._refusals: dict[tuple[Hashable, msgspec.Struct], str | None] = {}
 
     @property
     def refusals(self) -> list[str]:
-        """Why each refused plan was refused, oldest first."""
-        return [reason for reason in self._refusals.values() if reason is not None]
+        """Each refused plan, beginning with its kind, and why; oldest first."""
+        return [f"{_described(plan)}: {reason}" for (_, plan), reason in self._refusals.items() if reason is not None]
 
     def serving(self, call: Hashable, plan: Plan, make_trial: Callable[[], Trial[Plan]]) -> Plan:
         """`plan`, or what serves instead. `call` holds all that `make_trial` and the plan depend on.
