@@ -23,8 +23,9 @@ import torch
 from cluster.engine.batch import Batch, DecodedTokens, SampledToken, ScheduledSequence, StepResult
 from cluster.engine.forward_input import prompt_logprob_range
 from cluster.engine.gpu.draws import DrawRows, Draws
-from cluster.engine.gpu.graphs import GraphStore, StepOutput
+from cluster.engine.gpu.graphs import GraphStore, HiddenRows, StepOutput
 from cluster.engine.gpu.host_copy import Moment, to_device
+from cluster.engine.gpu.prompt_graphs import PromptGraphs
 from cluster.engine.gpu.sampler import DrawnRows, GpuSampler, HostLogprobs, RowStats
 from cluster.engine.gpu.shapes import FEW_ROWS, MANY_ROWS, StepShape, round_up
 from cluster.engine.gpu.staging import StagedStep, StepStaging
@@ -75,7 +76,8 @@ class LaunchedGpuStep:
 
 class GpuModelRunner:
     """A `ModelRunner` (engine.py) for a CUDA device. Owns staging, graphs and the tokens drawn last; the KV
-    pool belongs to the engine. `use_graphs` False: every step is launched kernel by kernel."""
+    pool belongs to the engine. `use_graphs` False: every step is launched kernel by kernel. Steps with prompts are,
+    if they have more than `graph_prompt_rows` rows."""
 
     def __init__(
         self,
@@ -89,6 +91,7 @@ class GpuModelRunner:
         max_model_len: int,
         max_drafts: int = 0,
         use_graphs: bool = True,
+        graph_prompt_rows: int = 0,
     ) -> None:
         self._model = model
         self._ops = ops
@@ -102,6 +105,7 @@ class GpuModelRunner:
             max_sequences=max_num_sequences,
             max_blocks=-(-max_model_len // block_size),
             block_size=block_size,
+            graph_prompt_rows=graph_prompt_rows if use_graphs else 0,
         )
         # Where many contexts are longer than a split, their partial results are bounded by what the pool holds.
         self._max_pool_keys = kv_cache.num_blocks * block_size
@@ -110,11 +114,13 @@ class GpuModelRunner:
         self._tokens_R = torch.zeros(max_drawn, dtype=torch.int64, device=device)
         self._draw_rows = DrawRows()
         self._sampler = GpuSampler(ops)
-        self._graphs = GraphStore() if use_graphs else None
-
-    @property
-    def num_graphs(self) -> int:
-        return len(self._graphs) if self._graphs is not None else 0
+        self._graphs: GraphStore[StepOutput] | None = None
+        self.prompt_graphs: PromptGraphs | None = None
+        if use_graphs:
+            pool = torch.cuda.graph_pool_handle()
+            self._graphs = GraphStore(pool)
+            if graph_prompt_rows:
+                self.prompt_graphs = PromptGraphs(GraphStore(pool), self._staging.prompt_shapes, device)
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> LaunchedGpuStep:
@@ -168,7 +174,33 @@ class GpuModelRunner:
         if self._graphs is not None:
             self._capture(self._graphs)
             logger.info("%d graphs captured", len(self._graphs))
+        self.capture_prompts()
         torch.cuda.empty_cache()
+
+    @torch.inference_mode()
+    def capture_prompts(self) -> None:
+        """The graphs of steps with prompts, if there are to be any."""
+        if self.prompt_graphs is None:
+            return
+        self._stage_padding()
+        self.prompt_graphs.capture(self._hidden_rows)
+        costs = self.prompt_graphs.costs
+        assert costs is not None
+        logger.info(
+            "%d graphs of steps with prompts captured in %.1f s: %.0f MiB for their tensors, %.0f MiB for themselves",
+            costs.count, costs.seconds, costs.pool_bytes / (1 << 20), costs.other_bytes / (1 << 20),
+        )  # fmt: skip
+
+    @torch.inference_mode()
+    def expected_prompt_graph_bytes(self) -> int:
+        """Of a runner like this one over the pool that is yet to be sized."""
+        if self.prompt_graphs is None:
+            return 0
+        self._stage_padding()
+        return self.prompt_graphs.expected_bytes(self._hidden_rows)
+
+    def _hidden_rows(self, shape: StepShape) -> HiddenRows:
+        return HiddenRows(self._hidden(shape, *self._bounds(shape)))
 
     def compile_all(self) -> None:
         """`compile` for all sizes that steps of this runner can have."""
@@ -187,7 +219,7 @@ class GpuModelRunner:
         torch.cuda.synchronize()
 
     @torch.inference_mode()
-    def _capture(self, graphs: GraphStore) -> None:
+    def _capture(self, graphs: GraphStore[StepOutput]) -> None:
         kinds = (True, False) if self._max_model_len > SPLIT_KEYS else (False,)
         for has_many_splits in kinds:
             for shape in self._graph_shapes(has_many_splits):
@@ -241,10 +273,15 @@ class GpuModelRunner:
             output = self._graphs.replay(shape)
             if output is not None:
                 return output
+            rows = None if self.prompt_graphs is None else self.prompt_graphs.replay(shape)
+            if rows is not None:
+                return self._logits(rows.hidden_TK, shape)
         return self._forward_eagerly(shape, longest, num_keys)
 
     def _forward_eagerly(self, shape: StepShape, longest: int, num_keys: int) -> StepOutput:
-        hidden_TK = self._hidden(shape, longest, num_keys)
+        return self._logits(self._hidden(shape, longest, num_keys), shape)
+
+    def _logits(self, hidden_TK: torch.Tensor, shape: StepShape) -> StepOutput:
         return self._output(self._model.logits(hidden_TK, self._staging.logits_R[: shape.num_logits]))
 
     def _hidden(self, shape: StepShape, longest: int, num_keys: int) -> torch.Tensor:
