@@ -52,7 +52,7 @@ def test_the_same_bits_with_fp8_layers(ops: CudaOps) -> None:
         random_decoder(config, ops, std=0.06), ops, make_requests(60, TINY.vocab_size, 12), max_model_len=2048, **LIMITS
     )
     count, mismatches = compare(lab, standard_cells((3, 60), (97,)))
-    assert count == 8
+    assert count == 10
     assert mismatches == []
 
 

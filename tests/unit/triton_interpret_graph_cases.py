@@ -66,6 +66,11 @@ class FakeGraphs:
         return None if forward is None else forward()
 
 
+def use_fake_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_runner, "GraphStore", FakeGraphs)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     directory: Path = save_safetensors(random_model("qwen3"), tmp_path_factory.mktemp("model"))
@@ -81,8 +86,7 @@ def short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def graph_engine(model: Any, monkeypatch: pytest.MonkeyPatch, graph_prompt_rows: int) -> tuple[Engine, GpuModelRunner]:
-    monkeypatch.setattr(gpu_runner, "GraphStore", FakeGraphs)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    use_fake_graphs(monkeypatch)
     engine = make_engine(model, 1)
     runner = engine._runner = GpuModelRunner(
         model,
