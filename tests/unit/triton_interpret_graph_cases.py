@@ -22,6 +22,7 @@ from cluster.engine.gpu.graphs import StepOutput
 from cluster.engine.gpu.prompt_shapes import PromptShapes
 from cluster.engine.gpu.runner import GpuModelRunner
 from cluster.engine.gpu.shapes import MANY_ROWS, StepShape, padded_sizes
+from cluster.engine.gpu.staging import StagedStep
 from cluster.engine.kernels import get_ops
 from cluster.engine.kernels.ops import AttentionMetadata
 from cluster.engine.kernels.triton import attention_launch
@@ -79,14 +80,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return loaded
 
 
-@pytest.fixture(autouse=True)
-def short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+def shorten_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (attention_launch, staging, step_words, gpu_runner):
         monkeypatch.setattr(module, "SPLIT_KEYS", SPLIT)
 
 
-def graph_engine(model: Any, monkeypatch: pytest.MonkeyPatch, graph_prompt_rows: int) -> tuple[Engine, GpuModelRunner]:
-    use_fake_graphs(monkeypatch)
+@pytest.fixture(autouse=True)
+def short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    shorten_splits(monkeypatch)
+
+
+def runner_engine(model: Any, graph_prompt_rows: int = 0) -> tuple[Engine, GpuModelRunner]:
     engine = make_engine(model, 1)
     runner = engine._runner = GpuModelRunner(
         model,
@@ -96,10 +100,16 @@ def graph_engine(model: Any, monkeypatch: pytest.MonkeyPatch, graph_prompt_rows:
         max_batched_tokens=MAX_ROWS,
         max_num_sequences=MAX_SEQUENCES,
         max_model_len=engine.max_model_len,
+        use_graphs=graph_prompt_rows > 0,
         graph_prompt_rows=graph_prompt_rows,
     )
     runner.capture_prompts()
     return engine, runner
+
+
+def graph_engine(model: Any, monkeypatch: pytest.MonkeyPatch, graph_prompt_rows: int) -> tuple[Engine, GpuModelRunner]:
+    use_fake_graphs(monkeypatch)
+    return runner_engine(model, graph_prompt_rows)
 
 
 def requests() -> list[Request]:
@@ -107,12 +117,12 @@ def requests() -> list[Request]:
     its logprobs."""
     generator = torch.Generator().manual_seed(11)
     made = []
-    for index, length in enumerate((9, 1, 9, 10, 9, 60, 3)):
+    for index, length in enumerate((70, 1, 9, 9, 10, 9, 3)):
         tokens = tuple(torch.randint(3, 300, (length,), generator=generator).tolist())
         sampling: dict[str, Any] = {"temperature": 0.8, "seed": index} if index % 3 == 2 else {"temperature": 0.0}
-        if index == 6:
+        if index == 4:
             sampling["prompt_logprobs"] = 0
-        made.append(make_request(f"r{index}", tokens, max_tokens=2 + index % 2, ignore_eos=True, **sampling))
+        made.append(make_request(f"r{index}", tokens, max_tokens=3 - index % 2, ignore_eos=True, **sampling))
     return made
 
 
@@ -122,16 +132,10 @@ def tokens_of(found: dict[str, tuple[list[int], list[Any], list[Any]]]) -> dict[
 
 @pytest.fixture(scope="module")
 def expected(model: Any) -> dict[str, list[int]]:
-    """Of the CPU's runner and attention."""
-    plain = load_like(model)
-    return tokens_of(answers(make_engine(plain, 0), requests()))
-
-
-def load_like(model: Any) -> Any:
-    plain = object.__new__(type(model))
-    plain.__dict__.update(model.__dict__)
-    plain.ops = get_ops("cpu", 1)
-    return plain
+    """Of the same runner without graphs."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        shorten_splits(monkeypatch)
+        return tokens_of(answers(runner_engine(model)[0], requests()))
 
 
 @pytest.mark.parametrize("few_sequences", [2, 32])
@@ -140,7 +144,16 @@ def test_graphs_give_the_tokens_of_eager_steps(
 ) -> None:
     monkeypatch.setattr(prompt_shapes, "FEW_SEQUENCES", few_sequences)
     engine, runner = graph_engine(model, monkeypatch, MAX_ROWS)
+    with_logprobs: list[StepShape] = []
+    plain = runner._forward_with_prompts
+
+    def noting(staged: StagedStep, *more: Any) -> StepOutput:
+        with_logprobs.append(staged.shape)
+        return plain(staged, *more)
+
+    monkeypatch.setattr(runner, "_forward_with_prompts", noting)
     assert tokens_of(answers(engine, requests())) == expected
+    assert [shape.num_prompts_max for shape in with_logprobs] == [None], "what is eager anyway has the shape it had"
     assert runner.prompt_graphs is not None
     assert runner.prompt_graphs.costs is not None
     assert runner.prompt_graphs.costs.count == (6 if few_sequences == 2 else 3)
@@ -148,7 +161,7 @@ def test_graphs_give_the_tokens_of_eager_steps(
 
 
 def test_larger_steps_stay_eager(model: Any, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, runner = graph_engine(model, monkeypatch, 32)
+    engine, runner = graph_engine(model, monkeypatch, MAX_ROWS - 1)
     shapes: list[StepShape] = []
     plain = runner._forward_eagerly
 
@@ -161,8 +174,8 @@ def test_larger_steps_stay_eager(model: Any, expected: dict[str, list[int]], mon
     assert runner.prompt_graphs is not None
     assert runner.prompt_graphs.num_replays >= 1
     mixed = [shape for shape in shapes if shape.num_rows_max > 1]
-    assert mixed, [shape.num_rows for shape in shapes]
-    assert all(shape.num_rows > 32 for shape in mixed)
+    assert mixed
+    assert {(shape.num_rows, shape.num_prompts_max) for shape in mixed} == {(MAX_ROWS, None)}
 
 
 def test_a_step_of_more_prompts_than_a_graph_has_tiles_for_stays_eager(
@@ -240,7 +253,7 @@ def attend(cache: Paged, rows: list[int], shape: StepShape | None) -> torch.Tens
 
 def test_attention_with_the_bounds_of_a_graph_has_the_bits_of_attention_without() -> None:
     cache = Paged([200, 64, 30, 65, 17], num_heads=4, num_kv_heads=2, head_size=16, dtype=torch.float16, device="cpu")
-    for rows in compositions(6):
+    for rows in compositions(4):
         num_prompts = sum(count > 1 for count in rows)
         shape = StepShape(96, 8, 0, MANY_ROWS, True, num_prompts_max=max(1, num_prompts))
         assert torch.equal(attend(cache, rows, shape), attend(cache, rows, None)), rows
