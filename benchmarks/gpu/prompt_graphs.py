@@ -22,7 +22,6 @@ from cluster.engine.gpu.runner import GpuModelRunner
 WARM_UP_REQUESTS, WARM_UP_TOKENS = 32, 32
 MOST_SEQUENCES = 256  # at once: as the published figure of the mixed load has it
 SHORT_PROMPTS = (128, 512, 1024)  # tokens
-MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -39,17 +38,12 @@ class Side:
     first_token_ms: tuple[float, ...]  # of SHORT_PROMPTS, each alone
 
     def print(self) -> None:
-        costs, mixed = self.costs, self.mixed
-        graphs = "no graphs of steps with prompts"
-        if costs is not None:
-            graphs = (
-                f"{costs.count} graphs of steps with prompts, {costs.seconds:.1f} s, {costs.pool_bytes / MIB:.0f} MiB "
-                f"for their tensors, {costs.other_bytes / MIB:.0f} MiB for themselves"
-            )
+        mixed = self.mixed
         prompts = ", ".join(
             f"{length}: {each:.2f} ms" for length, each in zip(SHORT_PROMPTS, self.first_token_ms, strict=False)
         )
-        print(f"\ngraph_prompt_rows {self.graph_prompt_rows}: ready after {self.start_s:.1f} s, {graphs}")
+        print(f"\ngraph_prompt_rows {self.graph_prompt_rows}: ready after {self.start_s:.1f} s; graphs: ", end="")
+        print(self.costs or "none")
         print(f"  KV pool of {self.num_blocks} blocks; mixed {self.tokens_per_s:.0f} tokens/s, without the log")
         print(
             f"  {mixed.count} mixed steps, {mixed.num_graphs} of them graphs: {mixed.step_ms:.2f} ms, "

@@ -183,6 +183,6 @@ def test_graphs_of_steps_with_prompts_on_and_off(
     assert 0 < on.mixed.launch_ms <= on.mixed.host_ms <= on.mixed.step_ms * 1.5
     printed = capsys.readouterr().out
     assert "mixed graph, to 128 rows" in printed
-    assert f"graph_prompt_rows 128: ready after {on.start_s:.1f} s, {on.costs.count} graphs" in printed
+    assert f"graph_prompt_rows 128: ready after {on.start_s:.1f} s; graphs: {on.costs.count} in " in printed
     assert f"graph_prompt_rows 128 : 0 = {on.tokens_per_s / off.tokens_per_s:.3f} of the tokens/s" in printed
     assert "first token of prompts of 9: " in printed

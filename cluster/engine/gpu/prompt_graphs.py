@@ -5,6 +5,7 @@ Logits are made outside: a graph with them would be needed for every number of r
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,8 +18,11 @@ from cluster.engine.gpu.graphs import GraphStore, HiddenRows
 from cluster.engine.gpu.prompt_shapes import PromptShapes
 from cluster.engine.gpu.shapes import StepShape
 
+logger = logging.getLogger(__name__)
+
+_MIB = 1 << 20
 _PROBED = 3
-_MOST_GRAPH_BYTES = 16 << 20  # a graph's own; more is what another process took in the meantime
+_MOST_GRAPH_BYTES = 16 * _MIB  # a graph's own; more is what another process took in the meantime
 Forward = Callable[[StepShape], HiddenRows]
 
 
@@ -31,9 +35,11 @@ class GraphCosts:
     other_bytes: int  # on the device, beside torch's memory: what the graphs themselves take
     seconds: float
 
-    @property
-    def num_bytes(self) -> int:
-        return self.pool_bytes + self.other_bytes
+    def __str__(self) -> str:
+        return (
+            f"{self.count} in {self.seconds:.1f} s, {self.pool_bytes / _MIB:.0f} MiB for their tensors, "
+            f"{self.other_bytes / _MIB:.0f} MiB for themselves"
+        )
 
 
 class PromptGraphs:
@@ -48,6 +54,7 @@ class PromptGraphs:
         """`forward` runs once for each shape before it is captured, on inputs that were staged before: none of it
         may be in a graph."""
         self.costs = self._capture(forward, list(self._shapes))
+        logger.info("graphs of steps with prompts: %s", self.costs)
 
     def expected_bytes(self, forward: Forward) -> int:
         """What `capture` will take, from the largest few, which are captured; then this object has had its day."""

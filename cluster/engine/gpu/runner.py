@@ -180,16 +180,9 @@ class GpuModelRunner:
     @torch.inference_mode()
     def capture_prompts(self) -> None:
         """The graphs of steps with prompts, if there are to be any."""
-        if self.prompt_graphs is None:
-            return
-        self._stage_padding()
-        self.prompt_graphs.capture(self._hidden_rows)
-        costs = self.prompt_graphs.costs
-        assert costs is not None
-        logger.info(
-            "%d graphs of steps with prompts captured in %.1f s: %.0f MiB for their tensors, %.0f MiB for themselves",
-            costs.count, costs.seconds, costs.pool_bytes / (1 << 20), costs.other_bytes / (1 << 20),
-        )  # fmt: skip
+        if self.prompt_graphs is not None:
+            self._stage_padding()
+            self.prompt_graphs.capture(self._hidden_rows)
 
     @torch.inference_mode()
     def expected_prompt_graph_bytes(self) -> int:

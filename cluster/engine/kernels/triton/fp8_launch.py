@@ -217,11 +217,12 @@ def _run_stream(call: _Call) -> None:
 
 def _gluon_arguments(call: _Call, box_m: int, box_n: int) -> list[object]:
     """Boxes have that many rows of x and of W."""
-    from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
 
+    from cluster.engine.kernels.triton.gluon_names import shared_layout
+
     o = call.operands
-    layout = NVMMASharedLayout(128, 8, 2)
+    layout = shared_layout(128, 8)
     x_desc = GluonTensorDescriptor.from_tensor(o.x_MP, [box_m, GROUP], layout)
     w_desc = GluonTensorDescriptor.from_tensor(o.w_NP, [box_n, GROUP], layout)
     num_rows, out_features, padded = call.shape
