@@ -305,7 +305,7 @@ def test_every_step_finds_a_captured_shape_that_holds_it_or_none() -> None:
             assert tiles <= metadata.num_tiles(found.num_rows, rows_per_tile)
 
 
-def test_no_graphs_unless_they_are_asked_for() -> None:
-    shapes = PromptShapes(0, (1, 2, 4, 8, 16), (1, 2), has_many_splits=True)
-    assert list(shapes) == []
-    assert shapes.of(2, 1, 1, 1) is None
+def test_no_graphs_unless_they_are_asked_for(model: Any) -> None:
+    _, runner = runner_engine(model)
+    assert runner.prompt_graphs is None
+    assert runner._staging.prompt_shapes is None

@@ -20,18 +20,15 @@ _ROW_MULTIPLE = 16  # smaller steps are padded further: they cost what reading t
 
 
 class PromptShapes:
-    """Of steps with at most `max_rows` rows; 0: there are none."""
+    """Of steps with at most `max_rows` rows, at least 1."""
 
     def __init__(
         self, max_rows: int, row_sizes: Sequence[int], sequence_sizes: Sequence[int], *, has_many_splits: bool
     ) -> None:
         """The sizes are those of all steps, ascending. `has_many_splits`: a context can be longer than one."""
         self._max_rows = min(max_rows, row_sizes[-1])
-        self._row_sizes: tuple[int, ...] = ()
-        if max_rows:
-            largest = round_up(self._max_rows, row_sizes)
-            within = [size for size in row_sizes if size < largest and size % _ROW_MULTIPLE == 0]
-            self._row_sizes = (*within, largest)
+        largest = round_up(self._max_rows, row_sizes)
+        self._row_sizes = (*(size for size in row_sizes if size < largest and size % _ROW_MULTIPLE == 0), largest)
         self._logit_sizes = row_sizes
         most = sequence_sizes[-1]
         self._sequence_sizes = tuple(sorted({round_up(min(FEW_SEQUENCES, most), sequence_sizes), most}))

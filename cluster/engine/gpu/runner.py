@@ -119,7 +119,7 @@ class GpuModelRunner:
         if use_graphs:
             pool = torch.cuda.graph_pool_handle()
             self._graphs = GraphStore(pool)
-            if graph_prompt_rows:
+            if self._staging.prompt_shapes is not None:
                 self.prompt_graphs = PromptGraphs(GraphStore(pool), self._staging.prompt_shapes, device)
 
     @torch.inference_mode()

@@ -63,9 +63,11 @@ class StepStaging:
         self.sequence_sizes = padded_sizes(max_sequences)
         # With every size of the other list, so that a decode step has one padding for both.
         self.row_sizes = tuple(sorted({*padded_sizes(max_rows), *self.sequence_sizes}))
-        self.prompt_shapes = PromptShapes(
-            graph_prompt_rows, self.row_sizes, self.sequence_sizes, has_many_splits=max_blocks * block_size > SPLIT_KEYS
-        )
+        self.prompt_shapes: PromptShapes | None = None
+        if graph_prompt_rows:
+            has_many_splits = max_blocks * block_size > SPLIT_KEYS
+            sizes = self.row_sizes, self.sequence_sizes
+            self.prompt_shapes = PromptShapes(graph_prompt_rows, *sizes, has_many_splits=has_many_splits)
         self._blocks = BlockRows(2 * max_sequences, max_blocks, block_size)
         num_words = 4 * max_rows + max_rows + 2 * max_sequences + 1
         capacity = num_words + max_sequences * max_blocks
@@ -141,8 +143,8 @@ class StepStaging:
         )
         if shape.num_rows_max == 1:  # every sequence has one row: one padding serves both
             shape = _decode_shape(shape)
-        elif num_logits == sum([entry.samples for entry in scheduled]):  # neither drafts nor logprobs of a prompt
-            num_prompts = int((rows_B > 1).sum())
+        elif self.prompt_shapes is not None and num_logits == sum([entry.samples for entry in scheduled]):
+            num_prompts = int((rows_B > 1).sum())  # and here are neither drafts nor logprobs of a prompt
             shape = self.prompt_shapes.of(batch.num_tokens, len(scheduled), num_prompts, num_logits) or shape
         words = StepWords(self._memory, batch, StepBounds(shape, longest, int(contexts_B.sum())))
         words.lay_out(rows_B, starts_B, logits_of_entry, row_drawn, self._blocks)
