@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from benchmarks.gpu import engine as engine_bench
-from benchmarks.gpu import prompt_graphs
+from benchmarks.gpu import host_launch, prompt_graphs
 from benchmarks.gpu.engine import EngineBench, Mixed, Workload
 from benchmarks.gpu.exactness import REFERENCE, Cell, Exactness, compare, make_requests
 from benchmarks.gpu.random_model import LLAMA_8B, LLAMA_8B_FP8, random_decoder
 from benchmarks.gpu.step_log import StepLog, StepRecord
 from cluster.engine.engine import Engine
 from cluster.engine.gpu.runner import GpuModelRunner
+from cluster.engine.gpu.shapes import MANY_ROWS, StepShape
 from cluster.engine.models.config import ModelConfig, NoScaling
 from decode.policy import DecodePolicy
 from tests.unit.triton_interpret_graph_cases import use_fake_graphs
@@ -186,3 +187,20 @@ def test_graphs_of_steps_with_prompts_on_and_off(
     assert f"graph_prompt_rows 128: ready after {on.start_s:.1f} s; graphs: {on.costs.count} in " in printed
     assert f"graph_prompt_rows 128 : 0 = {on.tokens_per_s / off.tokens_per_s:.3f} of the tokens/s" in printed
     assert "first token of prompts of 9: " in printed
+
+
+def test_the_launches_of_a_step_are_timed_by_operation(
+    model: Any, ops: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = laboratory(model, ops)._engine(DecodePolicy(), Cell("", 6, {}))
+    runner = engine._runner
+    assert isinstance(runner, GpuModelRunner)
+    host_launch.print_step(runner, ops, StepShape(16, 4, 1, MANY_ROWS, False), 2, lambda: None)
+    printed = capsys.readouterr().out
+    assert "16 rows of 4 sequences" in printed
+    counts = {line.split()[0]: float(line.split()[3]) for line in printed.splitlines() if " us, " in line}
+    assert counts == {
+        "linear": 3.0, "linear_silu_mul": 1.0, "add_rms_norm": 2.0, "attention": 1.0, "rope_and_cache": 1.0,
+        "embedding": 0.5, "rms_norm": 0.5,
+    }  # fmt: skip
+    assert not [name for name in vars(ops) if name in counts], "the operations are the plain ones again"
