@@ -14,18 +14,18 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice, repeat
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from cluster.engine.batch import Batch, DecodedTokens, SampledToken, ScheduledSequence, StepResult
+from cluster.engine.batch import Batch, DecodedTokens, ScheduledSequence, StepResult
 from cluster.engine.forward_input import prompt_logprob_range
 from cluster.engine.gpu.draws import DrawRows, Draws
 from cluster.engine.gpu.graphs import GraphStore, HiddenRows, StepOutput
 from cluster.engine.gpu.host_copy import Moment, to_device
 from cluster.engine.gpu.prompt_graphs import PromptGraphs
+from cluster.engine.gpu.results import PromptRows, step_result
 from cluster.engine.gpu.sampler import DrawnRows, GpuSampler, HostLogprobs, RowStats
 from cluster.engine.gpu.shapes import FEW_ROWS, MANY_ROWS, StepShape, round_up
 from cluster.engine.gpu.staging import StagedStep, StepStaging
@@ -33,7 +33,6 @@ from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.kernels.ops import AttentionMetadata
 from cluster.engine.kernels.triton.plans import SPLIT_KEYS
 from cluster.engine.kv_cache import KVCache
-from cluster.types import TokenLogprob
 
 logger = logging.getLogger(__name__)
 
@@ -58,19 +57,12 @@ class GpuModel(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _PromptRows:
-    entry_index: int
-    num_top: int
-    rows: list[HostLogprobs]
-
-
-@dataclass(frozen=True, slots=True)
 class LaunchedGpuStep:
     """A step on its way."""
 
     batch: Batch
     drawn: DrawnRows | None
-    prompts: list[_PromptRows]
+    prompts: list[PromptRows]
     is_done: Moment
 
 
@@ -132,7 +124,7 @@ class GpuModelRunner:
 
     def _launch(self, batch: Batch) -> LaunchedGpuStep:
         staged, longest, num_keys = self._staging.stage(batch, self._draw_rows.row_of, self._tokens_R)
-        prompts: list[_PromptRows] = []
+        prompts: list[PromptRows] = []
         draws = self._draw_rows.of(batch)
         if staged.logits_of_entry and staged.logits_of_entry[-1].stop > len(draws):
             output = self._forward_with_prompts(staged, batch, longest, num_keys, prompts)
@@ -149,21 +141,7 @@ class GpuModelRunner:
     def collect(self, step: LaunchedGpuStep) -> StepResult | DecodedTokens:
         """Wait for a launched step and bring its results to the host."""
         step.is_done.wait()
-        if step.batch.age > 0 and step.drawn is not None and not step.drawn.is_broken_R.any():
-            return _decoded_tokens(step.drawn)
-        sampled = _sampled_tokens(step)
-        prompt_logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
-        if step.prompts:
-            found: list[tuple[TokenLogprob, ...]] = [()] * len(step.batch.scheduled)
-            for prompt in step.prompts:
-                parts = (part.arrived() for part in prompt.rows)
-                found[prompt.entry_index] = tuple(
-                    row for part in parts for row in part.to_host([prompt.num_top] * len(part.token_ids_R))
-                )
-            prompt_logprobs = tuple(found)
-        else:
-            prompt_logprobs = ((),) * len(step.batch.scheduled)
-        return StepResult(sampled, prompt_logprobs)
+        return step_result(step.batch, step.drawn, step.prompts)
 
     # ---- start
 
@@ -286,18 +264,19 @@ class GpuModelRunner:
         return StepOutput(logits_RV, RowStats(*self._ops.vocab_stats(logits_RV)))
 
     def _forward_with_prompts(
-        self, staged: StagedStep, batch: Batch, longest: int, num_keys: int, prompts: list[_PromptRows]
+        self, staged: StagedStep, batch: Batch, longest: int, num_keys: int, prompts: list[PromptRows]
     ) -> StepOutput:
         """Logits of prompt rows are made, reduced to logprobs and dropped, some rows at a time."""
         hidden_TK = self._hidden(staged.shape, longest, num_keys)
         sampled_rows: list[int] = []
-        for index, (rows, entry) in enumerate(_entries(staged, batch)):
+        entries = zip(staged.logits_of_entry, batch.scheduled, strict=True)
+        for index, (rows, entry) in enumerate(entries):
             drawn_rows = range(rows.stop - len(entry.drawn_positions), rows.stop)
             positions = prompt_logprob_range(entry) if drawn_rows.start > rows.start else range(0)
             asked = entry.sequence.request.sampling.prompt_logprobs
             if positions and asked is not None:
                 parts = self._prompt_parts(hidden_TK, rows.start, positions, entry, asked)
-                prompts.append(_PromptRows(index, asked, parts))
+                prompts.append(PromptRows(index, asked, parts))
             sampled_rows.extend(drawn_rows)
         padding = [0] * (round_up(len(sampled_rows), self._staging.row_sizes) - len(sampled_rows))
         places_R = to_device(np.asarray(sampled_rows + padding, np.int64), self._device)
@@ -324,35 +303,3 @@ class GpuModelRunner:
         return self._sampler.sample(
             output.logits_RV[:count], output.stats.rows(0, count), draws, self._tokens_R[:count]
         )
-
-
-def _entries(staged: StagedStep, batch: Batch) -> list[tuple[range, ScheduledSequence]]:
-    return list(zip(staged.logits_of_entry, batch.scheduled, strict=True))
-
-
-def _decoded_tokens(drawn: DrawnRows) -> DecodedTokens:
-    token_ids = drawn.token_ids_R.host.tolist()
-    if drawn.logprobs is None:
-        return DecodedTokens(token_ids, None)
-    logprobs: list[tuple[TokenLogprob, ...]] = [()] * len(token_ids)
-    for row, logprob in zip(drawn.logprob_places, drawn.logprobs.arrived().to_host(drawn.num_top), strict=True):
-        logprobs[row] = (logprob,)
-    return DecodedTokens(token_ids, logprobs)
-
-
-def _sampled_tokens(step: LaunchedGpuStep) -> tuple[tuple[SampledToken, ...], ...]:
-    """Parallel to the batch's entries, each parallel to its drawn positions."""
-    drawn = step.drawn
-    if drawn is None:
-        return ((),) * len(step.batch.scheduled)
-    token_ids, is_broken = drawn.token_ids_R.host.tolist(), drawn.is_broken_R.tolist()
-    logprobs = drawn.logprobs.arrived().to_host(drawn.num_top) if drawn.logprobs is not None else []
-    places = drawn.logprob_places
-    if not places and len(token_ids) == len(step.batch.scheduled):
-        return tuple([(SampledToken(*each),) for each in zip(token_ids, repeat(None), is_broken)])
-    rows = [
-        SampledToken(token_id, logprobs[places[row]] if row in places and not broken else None, broken)
-        for row, (token_id, broken) in enumerate(zip(token_ids, is_broken, strict=True))
-    ]
-    taken = iter(rows)
-    return tuple(tuple(islice(taken, entry.num_drawn)) for entry in step.batch.scheduled)
