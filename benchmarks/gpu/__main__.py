@@ -52,11 +52,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="a directory")
     parser.add_argument("--budget", type=float, help="seconds (default 400; fp8: 60; exactness: no bound)")
     parser.add_argument("--only", choices=("prefill", "decode", "mixed"), help="engine-profile: one workload")
+    parser.add_argument(
+        "--graph-prompt-rows", type=int, nargs="+", metavar="ROWS",
+        help="engine-profile: the mixed workload with each of these values, compared",
+    )  # fmt: skip
     parser.add_argument("--requests", type=int, default=512, help="engine-profile: of the mixed workload")
     parser.add_argument(
-        "--model", action="append", choices=tuple(record_exactness.MODELS), help="exactness, compile-engine: not all"
+        "--model",
+        action="append",
+        choices=tuple(record_exactness.MODELS),
+        help="exactness, compile-engine: not all; engine-profile with --graph-prompt-rows: llama-fp8 instead of llama",
     )
-    parser.add_argument("--quick", action="store_true", help="exactness: five of the cells")
+    parser.add_argument("--quick", action="store_true", help="exactness: six of the cells")
     options = parser.parse_args()
     match options.what:
         case "gemm":
@@ -73,6 +80,11 @@ def main() -> None:
             sweeps.sweep_attention(options.out, options.budget or 400)
         case "engine":
             record_engine.record_engine(options.out, options.peer)
+        case "engine-profile" if options.graph_prompt_rows is not None:
+            if options.only not in (None, "mixed"):
+                parser.error("--graph-prompt-rows compares the mixed workload")
+            has_fp8 = options.model == ["llama-fp8"]
+            engine_profile.compare_graphs(options.graph_prompt_rows, options.requests, has_fp8=has_fp8)
         case "engine-profile":
             engine_profile.profile_engine(options.only, options.requests)
         case "engine-fp8":

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import msgspec
@@ -164,6 +165,12 @@ def make_bench(
 ) -> EngineBench:
     ops = CudaOps(torch.device("cuda"), residual_dtype=residual_dtype, pdl=pdl)
     return EngineBench(random_decoder(shape, ops), ops, **config)
+
+
+def bench_maker(shape: ModelConfig) -> Callable[..., EngineBench]:
+    """Makes engines over the same weights, each with a configuration of its own."""
+    ops = CudaOps(torch.device("cuda"))
+    return partial(EngineBench, random_decoder(shape, ops), ops)
 
 
 def compile_share(shape: ModelConfig, share: int, shares: int) -> None:

@@ -1,16 +1,20 @@
 """Where an engine's time goes: its steps by class, the device between them, the kernels of a few.
 
 python -m benchmarks.gpu engine-profile [--only prefill|decode|mixed] [--requests 512]
+python -m benchmarks.gpu engine-profile --only mixed --graph-prompt-rows 0 1536
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.gpu.engine import EngineBench, Workload, make_bench, mixed_workload, random_prompt
+from benchmarks.gpu.engine import EngineBench, Workload, bench_maker, make_bench, mixed_workload, random_prompt
+from benchmarks.gpu.prompt_graphs import compare_prompt_graphs
+from benchmarks.gpu.random_model import LLAMA_8B, LLAMA_8B_FP8
 from benchmarks.gpu.step_log import StepLog
 from cluster.engine.engine import Engine
 
@@ -94,6 +98,14 @@ def profile_mixed(bench: EngineBench, count: int) -> None:
     window = MIXED_WINDOW if len(log.records) > MIXED_WINDOW.stop else range(2, len(log.records) // 2)
     print("\nkernels of the mixed workload")
     print_kernels(bench, workload, window)
+
+
+def compare_graphs(values: Sequence[int], num_requests: int, *, has_fp8: bool) -> None:
+    """The mixed workload with each value of `graph_prompt_rows`."""
+    start = time.perf_counter()
+    make = bench_maker(LLAMA_8B_FP8 if has_fp8 else LLAMA_8B)
+    compare_prompt_graphs(lambda value: make(graph_prompt_rows=value), values, num_requests)
+    print(f"{time.perf_counter() - start:.0f} s in all")
 
 
 def profile_engine(only: str | None, num_requests: int) -> None:

@@ -143,8 +143,18 @@ def timed_chains(out: Path, peer: str | None, peer_fp8: str | None) -> list[Chai
         Chain("split", (Command("split", (*split, "--chunks", "8192", "--shares", "40", "60", "80"), 400.0),)),
         Chain("speculation", (Command("speculation", (*speculation, "--out", str(out / "records")), 110.0),)),
         Chain("attention", (bench("attention", 60, "attention", out=out),)),
+        Chain("graphs", _graphs()),
         Chain("profile", (Command("profile", (PYTHON, "-m", "benchmarks.gpu", "engine-profile"), 150.0),)),
     ]
+
+
+def _graphs() -> tuple[Command, ...]:
+    """Steps with prompts as graphs, on and off; what their launches cost where they are none."""
+    compare = ("engine-profile", "--only", "mixed", "--graph-prompt-rows", "0", "1536")
+    return (
+        Command("prompt-graphs", (PYTHON, "-m", "benchmarks.gpu", *compare), 260.0),
+        Command("host-launch", (PYTHON, "-m", "benchmarks.gpu.host_launch"), 60.0),
+    )
 
 
 def _peer(name: str, command: str, out: Path) -> Command:
@@ -193,7 +203,7 @@ def main() -> int:
     parser.add_argument("--deadline", type=float, default=560.0, help="seconds for everything")
     parser.add_argument("--gpus", default="0", help="numbers, as in 0,1")
     parser.add_argument(
-        "--only", nargs="*", help="groups: engine fp8 split speculation attention profile exactness tests"
+        "--only", nargs="*", help="groups: engine fp8 split speculation attention graphs profile exactness tests"
     )
     parser.add_argument("--peer", help="a command that writes the peer's JSON lines to {out}")
     parser.add_argument("--peer-fp8", help="the same with FP8")

@@ -100,6 +100,7 @@ class Exactness:
                 else:
                     self._hand_over(source, engine, group, answers)
                 self._finish(engine, answers)
+        _check_graphs(cell, source or engine)
         for request in self._requests:  # rows of drafts that lay behind the end count for nothing
             answer = answers[request.request_id]
             end = len(request.token_ids) + len(answer.tokens)
@@ -223,6 +224,15 @@ class _LogitsWatch:
         return self._plain(output, draws)
 
 
+def _check_graphs(cell: Cell, engine: Engine) -> None:
+    """A cell of graphs that no step with prompts replayed would prove nothing."""
+    if cell.config.get("graph_prompt_rows"):
+        runner = engine._runner
+        assert isinstance(runner, GpuModelRunner)
+        assert runner.prompt_graphs is not None
+        assert runner.prompt_graphs.num_replays > 0, "no step with prompts was a graph"
+
+
 def _take(answers: dict[str, Answer], chunk: TokenChunk) -> None:
     assert chunk.error is None, chunk.error
     answer = answers[chunk.request_id]
@@ -239,6 +249,9 @@ def standard_cells(batches: Iterable[int], chunks: Iterable[int]) -> Iterator[Ce
     for chunk in chunks:
         yield Cell(f"chunks of {chunk}", 24, {"max_batched_tokens": chunk, "max_num_sequences": 24})
     largest = max(batches)
+    yield Cell("prompts in graphs", largest, {"max_batched_tokens": 512, "graph_prompt_rows": 512})
+    limits = {"max_batched_tokens": 97, "max_num_sequences": 24, "graph_prompt_rows": 97}
+    yield Cell("prompts in graphs, chunks of 97", 24, limits, is_warm=True)
     yield Cell("eager", largest, {"cuda_graphs": False})
     yield Cell("not a step ahead", largest, {}, steps_ahead=0)
     yield Cell("warm cache", largest, {"enable_prefix_caching": True}, is_warm=True)

@@ -43,12 +43,19 @@ class StepRecord:
     done_at: float = 0.0
     starts: torch.cuda.Event | None = None
     ends: torch.cuda.Event | None = None
+    is_prompt_graph: bool = False  # a step with prompts that was a graph
 
     @property
     def band(self) -> str:
         if self.is_decode:
             return f"decode, to {_bound(self.num_sequences, DECODE_BANDS)} sequences"
-        return f"mixed, to {_bound(self.num_rows, ROW_BANDS)} rows"
+        kind = "mixed graph" if self.is_prompt_graph else "mixed"
+        return f"{kind}, to {_bound(self.num_rows, ROW_BANDS)} rows"
+
+    @property
+    def host_ms(self) -> float:
+        """Without waiting for the device."""
+        return 1e3 * (self.schedule_s + self.launch_s + self.collect_s + self.commit_s)
 
     @property
     def device_ms(self) -> float:
@@ -57,6 +64,19 @@ class StepRecord:
     def idle_ms_after(self, previous: StepRecord) -> float:
         """Of the device, from the end of the step before to where this one's inputs are staged."""
         return 0.0 if self.starts is None or previous.ends is None else previous.ends.elapsed_time(self.starts)
+
+
+@dataclass(frozen=True, slots=True)
+class StepMeans:
+    """Of some steps, in milliseconds."""
+
+    count: int
+    num_graphs: int  # of steps with prompts
+    step_ms: float
+    device_ms: float
+    host_ms: float
+    launch_ms: float  # of the host's
+    wait_ms: float  # beside the host's
 
 
 def _bound(size: int, bounds: Sequence[int]) -> int:
@@ -119,9 +139,11 @@ class StepLog:
         return batch
 
     def _launch(self, plain: Callable[[Batch], LaunchedGpuStep], batch: Batch) -> LaunchedGpuStep:
-        record, start = self._of_step[batch.step], time.perf_counter()
+        record, num_replays = self._of_step[batch.step], self._num_replays
+        start = time.perf_counter()
         launched = plain(batch)
         record.launch_s = time.perf_counter() - start
+        record.is_prompt_graph = self._num_replays > num_replays
         record.starts, record.ends = self._staged, self._event()
         return launched
 
@@ -151,6 +173,11 @@ class StepLog:
         plain(batch, *arguments)
         self._of_step[batch.step].commit_s = time.perf_counter() - start
 
+    @property
+    def _num_replays(self) -> int:
+        graphs = self._runner.prompt_graphs
+        return 0 if graphs is None else graphs.num_replays
+
     # ---- what it shows
 
     @property
@@ -163,6 +190,41 @@ class StepLog:
     def idle_ms(self) -> list[float]:
         """Of the device before each step; the first step's wait for the host is not among them."""
         return [0.0, *(record.idle_ms_after(previous) for previous, record in pairwise(self.records))]
+
+    def means(self, *, is_decode: bool) -> StepMeans:
+        """Of the steps that only decode, or of the others."""
+        chosen = [
+            (record, period)
+            for record, period in zip(self.records, self.periods_s, strict=True)
+            if record.is_decode == is_decode
+        ]
+        if not chosen:
+            return StepMeans(0, 0, 0.0, 0.0, 0.0, 0.0, 0.0)
+        records, periods_s = zip(*chosen, strict=True)
+        return StepMeans(
+            count=len(records),
+            num_graphs=sum(record.is_prompt_graph for record in records),
+            step_ms=1e3 * statistics.fmean(periods_s),
+            device_ms=statistics.fmean(record.device_ms for record in records),
+            host_ms=statistics.fmean(record.host_ms for record in records),
+            launch_ms=1e3 * statistics.fmean(record.launch_s for record in records),
+            wait_ms=1e3 * statistics.fmean(record.wait_s for record in records),
+        )
+
+    @property
+    def idle_share(self) -> float:
+        """Of the device, from the first step's inputs to the last one's end; 0 without events."""
+        span_ms = self._span_ms()
+        return sum(self.idle_ms) / span_ms if span_ms else 0.0
+
+    def _span_ms(self) -> float:
+        if not self._has_events or not self.records:
+            return 0.0
+        first, last = self.records[0].starts, self.records[-1].ends
+        assert first is not None
+        assert last is not None
+        span_ms: float = first.elapsed_time(last)
+        return span_ms
 
     def host_fraction(self, num_sequences: int) -> float:
         """Share of the decode steps of that many sequences in which the host does not wait for the device. Of
@@ -211,14 +273,11 @@ class StepLog:
         self._print_device(wall_s)
 
     def _print_device(self, wall_s: float) -> None:
-        if not self._has_events or not self.records:
+        span_ms, idle_ms = self._span_ms(), sum(self.idle_ms)
+        if not span_ms:
             return
-        first, last = self.records[0].starts, self.records[-1].ends
-        assert first is not None
-        assert last is not None
-        span_ms, idle_ms = first.elapsed_time(last), sum(self.idle_ms)
         print(
-            f"device: idle between steps {idle_ms:.1f} ms, {idle_ms / span_ms:.2%} of the {span_ms:.1f} ms from the "
+            f"device: idle between steps {idle_ms:.1f} ms, {self.idle_share:.2%} of the {span_ms:.1f} ms from the "
             f"first step's inputs to the last one's end; {1e3 * wall_s - span_ms:.1f} ms of the run lie outside",
             flush=True,
         )

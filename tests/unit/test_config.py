@@ -91,6 +91,15 @@ def test_wrong_keys_and_types_are_named(tmp_path: Path, text: str, expected: str
         ("decode: {engine: {kv_cache_bytes: 100}}", "write it with a unit, such as 2GiB"),
         ("decode: {engine: {kv_cache_bytes: 999999999999999TiB}}", "kv_cache_bytes: must be between"),
         ("decode: {engine: {max_batched_tokens: 32, max_num_sequences: 64}}", "is less than max_num_sequences (64)"),
+        (
+            "decode: {engine: {device: cuda, graph_prompt_rows: 8193}}",
+            "decode.engine.graph_prompt_rows: must be between 0 and 8,192, got 8,193; steps with prompts are",
+        ),
+        ("decode: {engine: {graph_prompt_rows: -1}}", "graph_prompt_rows: must be between 0 and 512, got -1"),
+        (
+            "decode: {engine: {device: cuda, cuda_graphs: false, graph_prompt_rows: 16}}",
+            "graph_prompt_rows: 16 with cuda_graphs false; leave one of them out",
+        ),
         ("decode: {engine: {speculation: {method: oracle}}}", 'method: expected "none" or "ngram" or "draft"'),
         (
             "decode: {engine: {speculation: {method: draft}}}",

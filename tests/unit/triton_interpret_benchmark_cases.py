@@ -8,12 +8,18 @@ import msgspec
 import pytest
 import torch
 
+from benchmarks.gpu import engine as engine_bench
+from benchmarks.gpu import host_launch, prompt_graphs
+from benchmarks.gpu.engine import EngineBench, Mixed, Workload
 from benchmarks.gpu.exactness import REFERENCE, Cell, Exactness, compare, make_requests
 from benchmarks.gpu.random_model import LLAMA_8B, LLAMA_8B_FP8, random_decoder
 from benchmarks.gpu.step_log import StepLog, StepRecord
 from cluster.engine.engine import Engine
 from cluster.engine.gpu.runner import GpuModelRunner
+from cluster.engine.gpu.shapes import MANY_ROWS, StepShape
 from cluster.engine.models.config import ModelConfig, NoScaling
+from decode.policy import DecodePolicy
+from tests.unit.triton_interpret_graph_cases import use_fake_graphs
 from tests.unit.triton_interpret_runner_cases import InterpretedOps, answers, make_engine, requests, use_gpu_runner
 
 
@@ -104,8 +110,10 @@ class InterpretedExactness(Exactness):
             max_num_sequences=limits.max_num_sequences,
             max_model_len=engine.max_model_len,
             max_drafts=speculation.num_tokens if speculation.method != "none" else 0,
-            use_graphs=False,
+            use_graphs=engine.config.graph_prompt_rows > 0,
+            graph_prompt_rows=engine.config.graph_prompt_rows,
         )
+        engine._runner.capture_prompts()
         return engine
 
 
@@ -117,15 +125,18 @@ def laboratory(model: Any, ops: Any) -> Exactness:
 
 
 @pytest.mark.parametrize("shape", [LLAMA_8B, LLAMA_8B_FP8], ids=["bf16", "fp8"])
-def test_the_cells_of_exactness_are_equal(shape: ModelConfig, ops: Any) -> None:
+def test_the_cells_of_exactness_are_equal(shape: ModelConfig, ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_fake_graphs(monkeypatch)
     cells = [
+        Cell("prompts in graphs, split", 6, {"graph_prompt_rows": 128}, is_split=True),
+        Cell("prompts in graphs, chunks", 6, {"max_batched_tokens": 40, "graph_prompt_rows": 40}, is_warm=True),
         Cell("batch", 6, {}),
         Cell("chunks", 6, {"max_batched_tokens": 13}),
         Cell("split, warm", 6, {}, is_warm=True, is_split=True),
         Cell("prompt lookup", 6, {"speculation": {"method": "ngram", "ngram_min": 1}}),
     ]
     count, mismatches = compare(laboratory(random_decoder(tiny(shape), ops, std=0.06), ops), cells)
-    assert (count, mismatches) == (4, [])
+    assert (count, mismatches) == (6, [])
 
 
 def test_other_weights_are_a_mismatch(model: Any, ops: Any) -> None:
@@ -137,3 +148,59 @@ def test_other_weights_are_a_mismatch(model: Any, ops: Any) -> None:
 
 def test_no_cell_is_begun_after_the_deadline(model: Any, ops: Any) -> None:
     assert compare(laboratory(model, ops), [Cell("batch", 6, {})], deadline_s=0.0) == (0, [])
+
+
+def test_a_cell_of_graphs_that_replays_none_is_refused(model: Any, ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_fake_graphs(monkeypatch)
+    with pytest.raises(AssertionError, match="no step with prompts was a graph"):
+        laboratory(model, ops).run(Cell("too small", 6, {"graph_prompt_rows": 1}))
+
+
+def test_graphs_of_steps_with_prompts_on_and_off(
+    model: Any, ops: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is printed of each value, and that the steps that were graphs are told apart."""
+    use_fake_graphs(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(engine_bench, "_LAST_TOKEN", 300)
+    monkeypatch.setattr(prompt_graphs, "SHORT_PROMPTS", (9, 30))
+    prompts = [tuple(range(3, 3 + length)) for length in (5, 9, 60, 1, 17, 33)]
+    workload = Workload(prompts, [4] * len(prompts))
+    monkeypatch.setattr(prompt_graphs, "mixed_workload", lambda count: workload)
+    monkeypatch.setattr(EngineBench, "mixed", lambda bench, count, rounds: Mixed(bench.run(*workload), 125, 24))
+    lab = laboratory(model, ops)
+
+    def make(graph_prompt_rows: int) -> EngineBench:
+        bench = object.__new__(EngineBench)
+        bench.engine = lab._engine(DecodePolicy(), Cell("", 6, {"graph_prompt_rows": graph_prompt_rows}))
+        bench._number = 0
+        return bench
+
+    off, on = prompt_graphs.compare_prompt_graphs(make, (0, 128), 6)
+    assert off.costs is None
+    assert off.mixed.num_graphs == 0 < off.mixed.count
+    assert on.costs is not None
+    assert on.mixed.num_graphs == on.mixed.count == off.mixed.count
+    assert 0 < on.mixed.launch_ms <= on.mixed.host_ms <= on.mixed.step_ms * 1.5
+    printed = capsys.readouterr().out
+    assert "mixed graph, to 128 rows" in printed
+    assert f"graph_prompt_rows 128: ready after {on.start_s:.1f} s; graphs: {on.costs.count} in " in printed
+    assert f"graph_prompt_rows 128 : 0 = {on.tokens_per_s / off.tokens_per_s:.3f} of the tokens/s" in printed
+    assert "first token of prompts of 9: " in printed
+
+
+def test_the_launches_of_a_step_are_timed_by_operation(
+    model: Any, ops: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = laboratory(model, ops)._engine(DecodePolicy(), Cell("", 6, {}))
+    runner = engine._runner
+    assert isinstance(runner, GpuModelRunner)
+    host_launch.print_step(runner, ops, StepShape(16, 4, 1, MANY_ROWS, False), 2, lambda: None)
+    printed = capsys.readouterr().out
+    assert "16 rows of 4 sequences" in printed
+    counts = {line.split()[0]: float(line.split()[3]) for line in printed.splitlines() if " us, " in line}
+    assert counts == {
+        "linear": 3.0, "linear_silu_mul": 1.0, "add_rms_norm": 2.0, "attention": 1.0, "rope_and_cache": 1.0,
+        "embedding": 0.5, "rms_norm": 0.5,
+    }  # fmt: skip
+    assert not [name for name in vars(ops) if name in counts], "the operations are the plain ones again"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
@@ -22,27 +23,55 @@ class StepOutput:
     logits_RV: torch.Tensor
     stats: RowStats
 
+    def unowned(self) -> StepOutput:
+        stats = self.stats
+        return StepOutput(
+            _view(self.logits_RV), RowStats(_view(stats.maximum_R), _view(stats.logsumexp_R), _view(stats.argmax_R))
+        )
 
-class GraphStore:
-    """Owns the graphs and the memory they share."""
 
-    def __init__(self) -> None:
-        self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, StepOutput]] = {}
-        self._pool = torch.cuda.graph_pool_handle()
+@dataclass(frozen=True, slots=True)
+class HiddenRows:
+    """What `GpuModel.hidden` returns, valid until the next graph replays."""
+
+    hidden_TK: torch.Tensor
+
+    def unowned(self) -> HiddenRows:
+        return HiddenRows(_view(self.hidden_TK))
+
+
+class Captured(Protocol):
+    """What a graph leaves in its memory."""
+
+    def unowned(self: Output) -> Output:
+        """The same tensors, which keep nothing alive."""
+        ...
+
+
+Output = TypeVar("Output", bound=Captured)
+
+
+class GraphStore(Generic[Output]):
+    """Owns the graphs; stores that replay in turns share the memory of a `pool`."""
+
+    def __init__(self, pool: Any) -> None:
+        """`pool`: of `torch.cuda.graph_pool_handle`."""
+        self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Output]] = {}
+        self._pool = pool
 
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def capture(self, shape: StepShape, forward: Callable[[], StepOutput]) -> None:
+    def capture(self, shape: StepShape, forward: Callable[[], Output]) -> None:
         """`forward` must have run for this shape before: what it compiles or compares cannot be captured.
         Largest shape first, so that the smaller ones find room in the pool."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             output = forward()
         # Tensors that were kept would keep their memory from the graphs captured later.
-        self._graphs[shape] = graph, _without_ownership(output)
+        self._graphs[shape] = graph, output.unowned()
 
-    def replay(self, shape: StepShape) -> StepOutput | None:
+    def replay(self, shape: StepShape) -> Output | None:
         """None: there is no graph for this shape."""
         found = self._graphs.get(shape)
         if found is None:
@@ -58,23 +87,18 @@ class _Memory:
     __cuda_array_interface__: dict[str, object]
 
 
-_TYPE_STRINGS = {torch.float32: "<f4", torch.int64: "<i8"}
+_TYPE_STRINGS = {torch.float32: "<f4", torch.int64: "<i8", torch.int16: "<i2"}
+_SAME_SIZE = {torch.bfloat16: torch.int16}  # which that interface has no name for
 
 
 def _view(tensor: torch.Tensor) -> torch.Tensor:
     assert tensor.is_contiguous()
+    named = tensor.view(_SAME_SIZE.get(tensor.dtype, tensor.dtype))
     interface = {
-        "shape": tuple(tensor.shape),
-        "typestr": _TYPE_STRINGS[tensor.dtype],
-        "data": (tensor.data_ptr(), False),
+        "shape": tuple(named.shape),
+        "typestr": _TYPE_STRINGS[named.dtype],
+        "data": (named.data_ptr(), False),
         "version": 3,
         "strides": None,
     }
-    return torch.as_tensor(_Memory(interface), device=tensor.device)
-
-
-def _without_ownership(output: StepOutput) -> StepOutput:
-    stats = output.stats
-    return StepOutput(
-        _view(output.logits_RV), RowStats(_view(stats.maximum_R), _view(stats.logsumexp_R), _view(stats.argmax_R))
-    )
+    return torch.as_tensor(_Memory(interface), device=tensor.device).view(tensor.dtype)

@@ -14,17 +14,18 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice, repeat
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from cluster.engine.batch import Batch, DecodedTokens, SampledToken, ScheduledSequence, StepResult
+from cluster.engine.batch import Batch, DecodedTokens, ScheduledSequence, StepResult
 from cluster.engine.forward_input import prompt_logprob_range
 from cluster.engine.gpu.draws import DrawRows, Draws
-from cluster.engine.gpu.graphs import GraphStore, StepOutput
+from cluster.engine.gpu.graphs import GraphStore, HiddenRows, StepOutput
 from cluster.engine.gpu.host_copy import Moment, to_device
+from cluster.engine.gpu.prompt_graphs import PromptGraphs
+from cluster.engine.gpu.results import PromptRows, step_result
 from cluster.engine.gpu.sampler import DrawnRows, GpuSampler, HostLogprobs, RowStats
 from cluster.engine.gpu.shapes import FEW_ROWS, MANY_ROWS, StepShape, round_up
 from cluster.engine.gpu.staging import StagedStep, StepStaging
@@ -32,7 +33,6 @@ from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.kernels.ops import AttentionMetadata
 from cluster.engine.kernels.triton.plans import SPLIT_KEYS
 from cluster.engine.kv_cache import KVCache
-from cluster.types import TokenLogprob
 
 logger = logging.getLogger(__name__)
 
@@ -57,25 +57,19 @@ class GpuModel(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _PromptRows:
-    entry_index: int
-    num_top: int
-    rows: list[HostLogprobs]
-
-
-@dataclass(frozen=True, slots=True)
 class LaunchedGpuStep:
     """A step on its way."""
 
     batch: Batch
     drawn: DrawnRows | None
-    prompts: list[_PromptRows]
+    prompts: list[PromptRows]
     is_done: Moment
 
 
 class GpuModelRunner:
     """A `ModelRunner` (engine.py) for a CUDA device. Owns staging, graphs and the tokens drawn last; the KV
-    pool belongs to the engine. `use_graphs` False: every step is launched kernel by kernel."""
+    pool belongs to the engine. `use_graphs` False: every step is launched kernel by kernel. Steps with prompts are,
+    if they have more than `graph_prompt_rows` rows."""
 
     def __init__(
         self,
@@ -89,6 +83,7 @@ class GpuModelRunner:
         max_model_len: int,
         max_drafts: int = 0,
         use_graphs: bool = True,
+        graph_prompt_rows: int = 0,
     ) -> None:
         self._model = model
         self._ops = ops
@@ -102,6 +97,7 @@ class GpuModelRunner:
             max_sequences=max_num_sequences,
             max_blocks=-(-max_model_len // block_size),
             block_size=block_size,
+            graph_prompt_rows=graph_prompt_rows if use_graphs else 0,
         )
         # Where many contexts are longer than a split, their partial results are bounded by what the pool holds.
         self._max_pool_keys = kv_cache.num_blocks * block_size
@@ -110,11 +106,13 @@ class GpuModelRunner:
         self._tokens_R = torch.zeros(max_drawn, dtype=torch.int64, device=device)
         self._draw_rows = DrawRows()
         self._sampler = GpuSampler(ops)
-        self._graphs = GraphStore() if use_graphs else None
-
-    @property
-    def num_graphs(self) -> int:
-        return len(self._graphs) if self._graphs is not None else 0
+        self._graphs: GraphStore[StepOutput] | None = None
+        self.prompt_graphs: PromptGraphs | None = None
+        if use_graphs:
+            pool = torch.cuda.graph_pool_handle()
+            self._graphs = GraphStore(pool)
+            if self._staging.prompt_shapes is not None:
+                self.prompt_graphs = PromptGraphs(GraphStore(pool), self._staging.prompt_shapes, device)
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> LaunchedGpuStep:
@@ -126,7 +124,7 @@ class GpuModelRunner:
 
     def _launch(self, batch: Batch) -> LaunchedGpuStep:
         staged, longest, num_keys = self._staging.stage(batch, self._draw_rows.row_of, self._tokens_R)
-        prompts: list[_PromptRows] = []
+        prompts: list[PromptRows] = []
         draws = self._draw_rows.of(batch)
         if staged.logits_of_entry and staged.logits_of_entry[-1].stop > len(draws):
             output = self._forward_with_prompts(staged, batch, longest, num_keys, prompts)
@@ -143,21 +141,7 @@ class GpuModelRunner:
     def collect(self, step: LaunchedGpuStep) -> StepResult | DecodedTokens:
         """Wait for a launched step and bring its results to the host."""
         step.is_done.wait()
-        if step.batch.age > 0 and step.drawn is not None and not step.drawn.is_broken_R.any():
-            return _decoded_tokens(step.drawn)
-        sampled = _sampled_tokens(step)
-        prompt_logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
-        if step.prompts:
-            found: list[tuple[TokenLogprob, ...]] = [()] * len(step.batch.scheduled)
-            for prompt in step.prompts:
-                parts = (part.arrived() for part in prompt.rows)
-                found[prompt.entry_index] = tuple(
-                    row for part in parts for row in part.to_host([prompt.num_top] * len(part.token_ids_R))
-                )
-            prompt_logprobs = tuple(found)
-        else:
-            prompt_logprobs = ((),) * len(step.batch.scheduled)
-        return StepResult(sampled, prompt_logprobs)
+        return step_result(step.batch, step.drawn, step.prompts)
 
     # ---- start
 
@@ -168,7 +152,26 @@ class GpuModelRunner:
         if self._graphs is not None:
             self._capture(self._graphs)
             logger.info("%d graphs captured", len(self._graphs))
+        self.capture_prompts()
         torch.cuda.empty_cache()
+
+    @torch.inference_mode()
+    def capture_prompts(self) -> None:
+        """The graphs of steps with prompts, if there are to be any."""
+        if self.prompt_graphs is not None:
+            self._stage_padding()
+            self.prompt_graphs.capture(self._hidden_rows)
+
+    @torch.inference_mode()
+    def expected_prompt_graph_bytes(self) -> int:
+        """Of a runner like this one over the pool that is yet to be sized."""
+        if self.prompt_graphs is None:
+            return 0
+        self._stage_padding()
+        return self.prompt_graphs.expected_bytes(self._hidden_rows)
+
+    def _hidden_rows(self, shape: StepShape) -> HiddenRows:
+        return HiddenRows(self._hidden(shape, *self._bounds(shape)))
 
     def compile_all(self) -> None:
         """`compile` for all sizes that steps of this runner can have."""
@@ -187,7 +190,7 @@ class GpuModelRunner:
         torch.cuda.synchronize()
 
     @torch.inference_mode()
-    def _capture(self, graphs: GraphStore) -> None:
+    def _capture(self, graphs: GraphStore[StepOutput]) -> None:
         kinds = (True, False) if self._max_model_len > SPLIT_KEYS else (False,)
         for has_many_splits in kinds:
             for shape in self._graph_shapes(has_many_splits):
@@ -241,10 +244,15 @@ class GpuModelRunner:
             output = self._graphs.replay(shape)
             if output is not None:
                 return output
+            rows = None if self.prompt_graphs is None else self.prompt_graphs.replay(shape)
+            if rows is not None:
+                return self._logits(rows.hidden_TK, shape)
         return self._forward_eagerly(shape, longest, num_keys)
 
     def _forward_eagerly(self, shape: StepShape, longest: int, num_keys: int) -> StepOutput:
-        hidden_TK = self._hidden(shape, longest, num_keys)
+        return self._logits(self._hidden(shape, longest, num_keys), shape)
+
+    def _logits(self, hidden_TK: torch.Tensor, shape: StepShape) -> StepOutput:
         return self._output(self._model.logits(hidden_TK, self._staging.logits_R[: shape.num_logits]))
 
     def _hidden(self, shape: StepShape, longest: int, num_keys: int) -> torch.Tensor:
@@ -256,18 +264,19 @@ class GpuModelRunner:
         return StepOutput(logits_RV, RowStats(*self._ops.vocab_stats(logits_RV)))
 
     def _forward_with_prompts(
-        self, staged: StagedStep, batch: Batch, longest: int, num_keys: int, prompts: list[_PromptRows]
+        self, staged: StagedStep, batch: Batch, longest: int, num_keys: int, prompts: list[PromptRows]
     ) -> StepOutput:
         """Logits of prompt rows are made, reduced to logprobs and dropped, some rows at a time."""
         hidden_TK = self._hidden(staged.shape, longest, num_keys)
         sampled_rows: list[int] = []
-        for index, (rows, entry) in enumerate(_entries(staged, batch)):
+        entries = zip(staged.logits_of_entry, batch.scheduled, strict=True)
+        for index, (rows, entry) in enumerate(entries):
             drawn_rows = range(rows.stop - len(entry.drawn_positions), rows.stop)
             positions = prompt_logprob_range(entry) if drawn_rows.start > rows.start else range(0)
             asked = entry.sequence.request.sampling.prompt_logprobs
             if positions and asked is not None:
                 parts = self._prompt_parts(hidden_TK, rows.start, positions, entry, asked)
-                prompts.append(_PromptRows(index, asked, parts))
+                prompts.append(PromptRows(index, asked, parts))
             sampled_rows.extend(drawn_rows)
         padding = [0] * (round_up(len(sampled_rows), self._staging.row_sizes) - len(sampled_rows))
         places_R = to_device(np.asarray(sampled_rows + padding, np.int64), self._device)
@@ -294,35 +303,3 @@ class GpuModelRunner:
         return self._sampler.sample(
             output.logits_RV[:count], output.stats.rows(0, count), draws, self._tokens_R[:count]
         )
-
-
-def _entries(staged: StagedStep, batch: Batch) -> list[tuple[range, ScheduledSequence]]:
-    return list(zip(staged.logits_of_entry, batch.scheduled, strict=True))
-
-
-def _decoded_tokens(drawn: DrawnRows) -> DecodedTokens:
-    token_ids = drawn.token_ids_R.host.tolist()
-    if drawn.logprobs is None:
-        return DecodedTokens(token_ids, None)
-    logprobs: list[tuple[TokenLogprob, ...]] = [()] * len(token_ids)
-    for row, logprob in zip(drawn.logprob_places, drawn.logprobs.arrived().to_host(drawn.num_top), strict=True):
-        logprobs[row] = (logprob,)
-    return DecodedTokens(token_ids, logprobs)
-
-
-def _sampled_tokens(step: LaunchedGpuStep) -> tuple[tuple[SampledToken, ...], ...]:
-    """Parallel to the batch's entries, each parallel to its drawn positions."""
-    drawn = step.drawn
-    if drawn is None:
-        return ((),) * len(step.batch.scheduled)
-    token_ids, is_broken = drawn.token_ids_R.host.tolist(), drawn.is_broken_R.tolist()
-    logprobs = drawn.logprobs.arrived().to_host(drawn.num_top) if drawn.logprobs is not None else []
-    places = drawn.logprob_places
-    if not places and len(token_ids) == len(step.batch.scheduled):
-        return tuple([(SampledToken(*each),) for each in zip(token_ids, repeat(None), is_broken)])
-    rows = [
-        SampledToken(token_id, logprobs[places[row]] if row in places and not broken else None, broken)
-        for row, (token_id, broken) in enumerate(zip(token_ids, is_broken, strict=True))
-    ]
-    taken = iter(rows)
-    return tuple(tuple(islice(taken, entry.num_drawn)) for entry in step.batch.scheduled)

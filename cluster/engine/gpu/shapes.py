@@ -26,6 +26,7 @@ class StepShape:
     num_rows_max: int  # bound of the longest query of the batch, one of `rows_class`
     has_many_splits: bool  # some context is longer than one attention split
     num_rows_min: int = 1  # 2: prompts only, no query of one row; never so in a graph
+    num_prompts_max: int | None = None  # bound of the sequences of several rows, in graphs for such (`PromptShapes`)
 
 
 def padded_sizes(largest: int) -> tuple[int, ...]:

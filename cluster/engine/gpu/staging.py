@@ -20,6 +20,7 @@ from cluster.engine.batch import Batch
 from cluster.engine.forward_input import prompt_logprob_range
 from cluster.engine.gpu.block_rows import BlockRows
 from cluster.engine.gpu.host_copy import Moment, pinned_zeros
+from cluster.engine.gpu.prompt_shapes import PromptShapes
 from cluster.engine.gpu.shapes import MANY_ROWS, StepShape, padded_sizes, round_up, rows_class
 from cluster.engine.gpu.step_words import Int32Array, StepBounds, StepWords
 from cluster.engine.kernels.ops import AttentionMetadata
@@ -57,10 +58,16 @@ class StepStaging:
         max_sequences: int,
         max_blocks: int,
         block_size: int,
+        graph_prompt_rows: int = 0,
     ) -> None:
         self.sequence_sizes = padded_sizes(max_sequences)
         # With every size of the other list, so that a decode step has one padding for both.
         self.row_sizes = tuple(sorted({*padded_sizes(max_rows), *self.sequence_sizes}))
+        self.prompt_shapes: PromptShapes | None = None
+        if graph_prompt_rows:
+            has_many_splits = max_blocks * block_size > SPLIT_KEYS
+            sizes = self.row_sizes, self.sequence_sizes
+            self.prompt_shapes = PromptShapes(graph_prompt_rows, *sizes, has_many_splits=has_many_splits)
         self._blocks = BlockRows(2 * max_sequences, max_blocks, block_size)
         num_words = 4 * max_rows + max_rows + 2 * max_sequences + 1
         capacity = num_words + max_sequences * max_blocks
@@ -94,6 +101,7 @@ class StepStaging:
             num_rows_min=shape.num_rows_min,
             context_len_max=context_len_max,
             num_keys_max=num_keys_max,
+            num_prompts_max=shape.num_prompts_max,
         )
 
     def stage(self, batch: Batch, row_drawn: dict[int, int], drawn_R: torch.Tensor) -> tuple[StagedStep, int, int]:
@@ -135,6 +143,9 @@ class StepStaging:
         )
         if shape.num_rows_max == 1:  # every sequence has one row: one padding serves both
             shape = _decode_shape(shape)
+        elif self.prompt_shapes is not None and num_logits == sum([entry.samples for entry in scheduled]):
+            num_prompts = int((rows_B > 1).sum())  # and here are neither drafts nor logprobs of a prompt
+            shape = self.prompt_shapes.of(batch.num_tokens, len(scheduled), num_prompts, num_logits) or shape
         words = StepWords(self._memory, batch, StepBounds(shape, longest, int(contexts_B.sum())))
         words.lay_out(rows_B, starts_B, logits_of_entry, row_drawn, self._blocks)
         return words

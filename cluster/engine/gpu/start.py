@@ -36,7 +36,7 @@ def start_gpu(
         num_bytes, source = memory.pool_bytes(config, device, step_bytes)
         num_blocks = blocks_of(layout, num_bytes, source, max_model_len, draft_layout)
         kv_cache = memory.allocate_pool(layout, num_blocks, device)
-        runner = _runner(model, ops, kv_cache, config, max_model_len, max_drafts=_max_drafts(config))
+        runner = _target_runner(model, ops, kv_cache, config, max_model_len)
         runner.warm_up()
     return kv_cache, runner
 
@@ -53,8 +53,29 @@ def start_draft(
     return runner
 
 
+def _target_runner(
+    model: GpuModel, ops: CudaOps, kv_cache: KVCache, config: EngineConfig, max_model_len: int
+) -> GpuModelRunner:
+    return _runner(
+        model,
+        ops,
+        kv_cache,
+        config,
+        max_model_len,
+        max_drafts=_max_drafts(config),
+        graph_prompt_rows=config.graph_prompt_rows,
+    )
+
+
 def _runner(
-    model: GpuModel, ops: CudaOps, kv_cache: KVCache, config: EngineConfig, max_model_len: int, *, max_drafts: int
+    model: GpuModel,
+    ops: CudaOps,
+    kv_cache: KVCache,
+    config: EngineConfig,
+    max_model_len: int,
+    *,
+    max_drafts: int,
+    graph_prompt_rows: int = 0,
 ) -> GpuModelRunner:
     return GpuModelRunner(
         model,
@@ -66,17 +87,19 @@ def _runner(
         max_model_len=max_model_len,
         max_drafts=max_drafts,
         use_graphs=config.cuda_graphs,
+        graph_prompt_rows=graph_prompt_rows,
     )
 
 
 def _measure_step(model: GpuModel, ops: CudaOps, layout: KVLayout, config: EngineConfig, max_model_len: int) -> int:
-    """Bytes that the largest step has allocated at its peak, on a pool of one block.
+    """Bytes that the largest step has allocated at its peak, on a pool of one block, and what graphs of steps with
+    prompts will take.
 
     The library's products are compared before: a comparison takes more than a step, and its memory is given
     back before the pool takes what is free.
     """
     kv_cache = KVCache(layout, 1, ops.device)
-    runner = _runner(model, ops, kv_cache, config, max_model_len, max_drafts=_max_drafts(config))
+    runner = _target_runner(model, ops, kv_cache, config, max_model_len)
     runner.compile_all()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
@@ -84,9 +107,10 @@ def _measure_step(model: GpuModel, ops: CudaOps, layout: KVLayout, config: Engin
     runner.run_largest()
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
+    graph_bytes = runner.expected_prompt_graph_bytes()
     del runner, kv_cache
     torch.cuda.empty_cache()
-    return peak
+    return peak + graph_bytes
 
 
 def _max_drafts(config: EngineConfig) -> int:

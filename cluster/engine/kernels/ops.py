@@ -107,6 +107,13 @@ class AttentionMetadata:
     context_len_max: int
     num_rows_min: int = 1  # no query is shorter, one of padding (0 rows) aside
     num_keys_max: int | None = None  # bound of the sum of context_len, which sizes scratch; None: only the above
+    num_prompts_max: int | None = None  # bound of the queries of several rows, which sizes grids; None: all may be
+
+    def num_tiles(self, num_rows: int, rows_per_tile: int) -> int:
+        """Bound of the tiles that cover the queries of several rows, `num_rows` in all, or the only query."""
+        num_sequences = self.context_len.shape[0]
+        bound = self.num_prompts_max
+        return num_rows // rows_per_tile + (num_sequences if bound is None else min(num_sequences, bound))
 
 
 class Ops(Protocol):

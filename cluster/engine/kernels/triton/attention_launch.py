@@ -226,7 +226,7 @@ def _run_prefill(call: _AttentionCall, plan: AttentionPlan, max_rows: int) -> No
         _run_prefill_hopper(call, plan, max_rows)
         return
     block_rows = max(plan.prefill_block_rows, triton.next_power_of_2(call.group))
-    tiles = num_rows // (block_rows // call.group) + call.num_sequences
+    tiles = metadata.num_tiles(num_rows, block_rows // call.group)
     keys = block_kv(head_size)
     use_tma = plan.prefill_use_tma and kv.shape[3] % keys == 0 and head_size in (64, 128, 256)
     kv_rows = kv
@@ -243,19 +243,19 @@ def _run_prefill(call: _AttentionCall, plan: AttentionPlan, max_rows: int) -> No
 
 
 def _run_prefill_hopper(call: _AttentionCall, plan: AttentionPlan, max_rows: int) -> None:
-    from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
 
     from cluster.engine.kernels.triton import attention_hopper
+    from cluster.engine.kernels.triton.gluon_names import shared_layout
 
     metadata, kv = call.metadata, call.kv_N2GSD
     num_rows, _, head_size = call.q_THD.shape
     keys = block_kv(head_size)
     rows = (kv.shape[0] - 1) * (kv.stride(0) // head_size) + 2 * kv.stride(1) // head_size
-    layout = NVMMASharedLayout(128, 16, 2)
+    layout = shared_layout(128, 16)
     kv_rows = GluonTensorDescriptor(kv, [rows, head_size], [head_size, 1], [keys, head_size], layout)
     rows_per_tile = 128 // call.group
-    num_tiles = num_rows // rows_per_tile + call.num_sequences
+    num_tiles = metadata.num_tiles(num_rows, rows_per_tile)
     constants = call.constants(128)
     for unused in ("NUM_KV_HEADS", "BLOCK_D", "BLOCK_ROWS"):
         del constants[unused]

@@ -218,15 +218,15 @@ def _run_hopper(call: _Call) -> None:
 
 
 def _run_rings(call: _Call) -> None:
-    from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
 
     from cluster.engine.kernels.triton import fp8_rings
+    from cluster.engine.kernels.triton.gluon_names import shared_layout
 
     plan, out = call.plan, call.out_MN
     operands = _gluon_arguments(call, 64, 128)
     part = 128 // (plan.store_parts * (out.element_size() // 2))
-    layout = NVMMASharedLayout(128, 8 * out.element_size(), 2)
+    layout = shared_layout(128, 8 * out.element_size())
     operands[5] = GluonTensorDescriptor.from_tensor(out, [64, part], layout)
     programs = min(call.tiles, call.num_programs) if plan.persistent else call.tiles
     fp8_rings.fp8_rings_kernel[(programs,)](
@@ -251,11 +251,12 @@ def _run_stream(call: _Call) -> None:
 
 def _gluon_arguments(call: _Call, box_m: int, box_n: int) -> list[object]:
     """Boxes have that many rows of x and of W. The result comes sixth, its stride last."""
-    from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
 
+    from cluster.engine.kernels.triton.gluon_names import shared_layout
+
     o = call.operands
-    layout = NVMMASharedLayout(128, 8, 2)
+    layout = shared_layout(128, 8)
     x_desc = GluonTensorDescriptor.from_tensor(o.x_MP, [box_m, GROUP], layout)
     w_desc = GluonTensorDescriptor.from_tensor(o.w_NP, [box_n, GROUP], layout)
     scalars = (*call.out_MN.shape, call.num_groups, o.x_scale_MS.stride(0), call.out_MN.stride(0))

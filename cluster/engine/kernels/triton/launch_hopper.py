@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import torch
 import triton
-from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from cluster.engine.kernels.triton import linear_hopper, linear_stream
+from cluster.engine.kernels.triton.gluon_names import shared_layout
 from cluster.engine.kernels.triton.plans import LinearPlan
 
 
 def _boxes(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     """`x` cut into boxes for the copy engine, in the layout the tensor core reads."""
-    layout = NVMMASharedLayout(min(128, columns * x.element_size()), x.element_size() * 8, 2)
+    layout = shared_layout(min(128, columns * x.element_size()), x.element_size() * 8)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], layout)
 
 
