@@ -144,6 +144,7 @@ def timed_chains(out: Path, peer: str | None, peer_fp8: str | None) -> list[Chai
         Chain("speculation", (Command("speculation", (*speculation, "--out", str(out / "records")), 110.0),)),
         Chain("attention", (bench("attention", 60, "attention", out=out),)),
         Chain("graphs", _graphs()),
+        Chain("plans", _plans(out)),
         Chain("profile", (Command("profile", (PYTHON, "-m", "benchmarks.gpu", "engine-profile"), 150.0),)),
     ]
 
@@ -154,6 +155,17 @@ def _graphs() -> tuple[Command, ...]:
     return (
         Command("prompt-graphs", (PYTHON, "-m", "benchmarks.gpu", *compare), 260.0),
         Command("host-launch", (PYTHON, "-m", "benchmarks.gpu.host_launch"), 60.0),
+    )
+
+
+def _plans(out: Path) -> tuple[Command, ...]:
+    """Kernels that no table names yet, under sustained load; the first writes a table of FP8 plans to DIR/fp8-plans."""
+    sustained = (PYTHON, "-m", "benchmarks.gpu.sustained", "--out")
+    few_rows = ("--layers", "8b.gate_up_silu", "--rows", "256", "512", "1024", "2048", "--budget", "80")
+    return (
+        Command("sustained-fp8", (*sustained, str(out / "fp8-plans"), "--fp8"), 100.0),
+        Command("sustained", (*sustained, str(out / "sustained.jsonl"), *few_rows), 110.0),
+        Command("fp8-chains", (PYTHON, "-m", "benchmarks.gpu", "fp8-chains"), 150.0),
     )
 
 
@@ -203,7 +215,7 @@ def main() -> int:
     parser.add_argument("--deadline", type=float, default=560.0, help="seconds for everything")
     parser.add_argument("--gpus", default="0", help="numbers, as in 0,1")
     parser.add_argument(
-        "--only", nargs="*", help="groups: engine fp8 split speculation attention graphs profile exactness tests"
+        "--only", nargs="*", help="groups: engine fp8 split speculation attention graphs plans profile exactness tests"
     )
     parser.add_argument("--peer", help="a command that writes the peer's JSON lines to {out}")
     parser.add_argument("--peer-fp8", help="the same with FP8")
