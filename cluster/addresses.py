@@ -1,9 +1,21 @@
-"""How host and port become one address, for sockets, gRPC and URLs alike."""
+"""Hosts and ports, for sockets, gRPC and URLs alike."""
 
 from __future__ import annotations
+
+import ipaddress
 
 
 def join_address(host: str, port: int) -> str:
     """`host:port`, with the brackets that an IPv6 address needs there (and may have already)."""
     is_bare_ipv6 = ":" in host and not host.startswith("[")
     return f"[{host}]:{port}" if is_bare_ipv6 else f"{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Only processes of this machine reach it."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

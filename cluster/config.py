@@ -9,8 +9,6 @@ Measured values, such as the number of KV blocks, are not configuration.
 
 from __future__ import annotations
 
-import ipaddress
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -18,12 +16,12 @@ from typing import Literal
 import msgspec
 
 from cluster import config_source
-from cluster.engine.config import EngineConfig, SpeculationConfig
+from cluster.addresses import is_loopback
+from cluster.config_checks import MIB, between, engine_problems, host_problems
+from cluster.engine.config import EngineConfig
 from cluster.errors import ConfigError
 from cluster.types import Role
 
-MIB = 1 << 20
-DEVICE_KINDS = ("cpu", "cuda")
 ExternalChoice = Literal["auto", "none", "torchrun", "openmpi", "mpich", "slurm", "lws"]
 
 
@@ -178,17 +176,15 @@ def find_problems(config: ClusterConfig) -> Iterator[str]:
                 "to guess; set it under decode.engine"
             )
     yield from _network_problems(config)
-    yield from _between("connector.lease_s", config.connector.lease_s, 0.1, 3600)
-    yield from _between("connector.load_timeout_s", config.connector.load_timeout_s, 0.1, 3600)
-    yield from _between("launch.start_timeout_s", config.launch.start_timeout_s, 1, 86_400)
-    yield from _between("launch.drain_timeout_s", config.launch.drain_timeout_s, 0, 3600)
-    yield from _between("launch.max_restarts", config.launch.max_restarts, 0, 1000)
-    yield from _between("launch.join_timeout_s", config.launch.join_timeout_s, 1, 86_400)
-    yield from _between(
-        "launch.rendezvous_port", config.launch.rendezvous_port, 0, 65_535, "0 derives one from the job"
-    )
+    yield from between("connector.lease_s", config.connector.lease_s, 0.1, 3600)
+    yield from between("connector.load_timeout_s", config.connector.load_timeout_s, 0.1, 3600)
+    yield from between("launch.start_timeout_s", config.launch.start_timeout_s, 1, 86_400)
+    yield from between("launch.drain_timeout_s", config.launch.drain_timeout_s, 0, 3600)
+    yield from between("launch.max_restarts", config.launch.max_restarts, 0, 1000)
+    yield from between("launch.join_timeout_s", config.launch.join_timeout_s, 1, 86_400)
+    yield from between("launch.rendezvous_port", config.launch.rendezvous_port, 0, 65_535, "0 derives one from the job")
     if config.launch.rendezvous_host is not None:
-        yield from _host("launch.rendezvous_host", config.launch.rendezvous_host)
+        yield from host_problems("launch.rendezvous_host", config.launch.rendezvous_host)
     yield from _ray_problems(config.launch.ray)
 
 
@@ -202,76 +198,26 @@ def _model_problems(model: ModelSettings) -> Iterator[str]:
 
 
 def _router_problems(router: RouterSettings) -> Iterator[str]:
-    yield from _host("router.host", router.host)
-    yield from _between("router.port", router.port, 0, 65_535, "0 chooses a free one")
-    yield from _between("router.max_body_bytes", router.max_body_bytes, 1024, 1024 * MIB)
-    yield from _between("router.max_running_requests", router.max_running_requests, 1, 100_000)
-    yield from _between("router.max_sequences_per_request", router.max_sequences_per_request, 1, 100_000)
-    yield from _between("router.max_connections", router.max_connections, 1, 1_000_000)
+    yield from host_problems("router.host", router.host)
+    yield from between("router.port", router.port, 0, 65_535, "0 chooses a free one")
+    yield from between("router.max_body_bytes", router.max_body_bytes, 1024, 1024 * MIB)
+    yield from between("router.max_running_requests", router.max_running_requests, 1, 100_000)
+    yield from between("router.max_sequences_per_request", router.max_sequences_per_request, 1, 100_000)
+    yield from between("router.max_connections", router.max_connections, 1, 1_000_000)
     for name in ("request_timeout_s", "header_timeout_s", "body_timeout_s", "write_timeout_s", "keep_alive_s"):
-        yield from _between(f"router.{name}", getattr(router, name), 0.1, 86_400)
-    yield from _between("router.max_attempts", router.max_attempts, 1, 100)
-    yield from _between("router.failover_wait_s", router.failover_wait_s, 0, 3600)
+        yield from between(f"router.{name}", getattr(router, name), 0.1, 86_400)
+    yield from between("router.max_attempts", router.max_attempts, 1, 100)
+    yield from between("router.failover_wait_s", router.failover_wait_s, 0, 3600)
 
 
 def _pool_problems(name: str, pool: PoolSettings) -> Iterator[str]:
     without = "; for a deployment without a prefill pool set `monolithic: true`" if name == "prefill" else ""
-    yield from _between(f"{name}.replicas", pool.replicas, 1, 64, f"a pool needs at least one worker{without}")
-    yield from _host(f"{name}.host", pool.host)
-    yield from _between(f"{name}.port", pool.port, 0, 65_535, "0 chooses free ones")
+    yield from between(f"{name}.replicas", pool.replicas, 1, 64, f"a pool needs at least one worker{without}")
+    yield from host_problems(f"{name}.host", pool.host)
+    yield from between(f"{name}.port", pool.port, 0, 65_535, "0 chooses free ones")
     if pool.gpu_percent is not None:
-        yield from _between(f"{name}.gpu_percent", pool.gpu_percent, 1, 100, "leave it out to have it chosen")
-    yield from _engine_problems(f"{name}.engine", pool.engine)
-
-
-def _engine_problems(path: str, engine: EngineConfig) -> Iterator[str]:
-    limits = engine.limits
-    yield from _between(f"{path}.block_size", limits.block_size, 16, 256, "it is a number of tokens, such as 32")
-    if limits.block_size % 16:
-        nearest = max(16, round(limits.block_size / 16) * 16)
-        yield f"{path}.block_size: must be a multiple of 16, got {limits.block_size}; the nearest is {nearest}"
-    if engine.kv_cache_bytes is not None:
-        hint = "write it with a unit, such as 2GiB, or leave it out to have it chosen from the free memory"
-        yield from _between(f"{path}.kv_cache_bytes", engine.kv_cache_bytes, MIB, 1 << 44, hint)
-    yield from _between(f"{path}.max_num_sequences", limits.max_num_sequences, 1, 4096)
-    yield from _between(f"{path}.max_batched_tokens", limits.max_batched_tokens, 16, 1 << 20)
-    if limits.max_batched_tokens < limits.max_num_sequences:
-        yield (
-            f"{path}.max_batched_tokens: {limits.max_batched_tokens} is less than max_num_sequences "
-            f"({limits.max_num_sequences}), so not every running sequence could advance in a step; raise it"
-        )
-    hint = "steps with prompts are graphs up to that many rows, and none has more than max_batched_tokens"
-    yield from _between(f"{path}.graph_prompt_rows", engine.graph_prompt_rows, 0, limits.max_batched_tokens, hint)
-    if engine.graph_prompt_rows > 0 and not engine.cuda_graphs:
-        yield f"{path}.graph_prompt_rows: {engine.graph_prompt_rows} with cuda_graphs false; leave one of them out"
-    if engine.max_model_len is not None:
-        yield from _between(f"{path}.max_model_len", engine.max_model_len, 16, 1 << 24, "leave it out for the model's")
-    if engine.gpu_memory_fraction is not None:
-        yield from _between(f"{path}.gpu_memory_fraction", engine.gpu_memory_fraction, 0.01, 1.0)
-    if engine.num_threads is not None:
-        yield from _between(f"{path}.num_threads", engine.num_threads, 1, 1024, "leave it out to have it chosen")
-    if engine.device.split(":")[0] not in DEVICE_KINDS:
-        yield f"{path}.device: must be one of {', '.join(DEVICE_KINDS)}, got {engine.device!r}"
-    yield from _speculation_problems(f"{path}.speculation", engine.speculation)
-
-
-def _speculation_problems(path: str, speculation: SpeculationConfig) -> Iterator[str]:
-    yield from _between(f"{path}.num_tokens", speculation.num_tokens, 1, 64, "`method: none` turns it off")
-    yield from _between(f"{path}.ngram_min", speculation.ngram_min, 1, 32)
-    yield from _between(f"{path}.ngram_max", speculation.ngram_max, 1, 32)
-    if (speculation.method == "draft") != (speculation.draft_model is not None):
-        fix = (
-            f"set {path}.draft_model"
-            if speculation.draft_model is None
-            else "set it to draft, or leave draft_model out"
-        )
-        has_model = "no" if speculation.draft_model is None else "a"
-        yield f"{path}.method: {speculation.method} with {has_model} draft_model; {fix}"
-    if speculation.ngram_min > speculation.ngram_max:
-        yield (
-            f"{path}.ngram_min: {speculation.ngram_min} is more than ngram_max ({speculation.ngram_max}); "
-            "lower it, or raise the other"
-        )
+        yield from between(f"{name}.gpu_percent", pool.gpu_percent, 1, 100, "leave it out to have it chosen")
+    yield from engine_problems(f"{name}.engine", pool.engine)
 
 
 def _network_problems(config: ClusterConfig) -> Iterator[str]:
@@ -293,29 +239,7 @@ def _ray_problems(ray: RaySettings) -> Iterator[str]:
             f"got {ray.address!r}"
         )
     for name in ("connect_timeout_s", "head_timeout_s", "placement_timeout_s"):
-        yield from _between(f"launch.ray.{name}", getattr(ray, name), 1, 86_400)
+        yield from between(f"launch.ray.{name}", getattr(ray, name), 1, 86_400)
     if ray.cpus_per_rank is not None:
-        yield from _between("launch.ray.cpus_per_rank", ray.cpus_per_rank, 0.01, 1024)
-    yield from _between("launch.ray.gpus_per_rank", ray.gpus_per_rank, 0.01, 1)
-
-
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _between(path: str, value: float, low: float, high: float, hint: str = "") -> Iterator[str]:
-    if math.isnan(value) or not low <= value <= high:
-        yield f"{path}: must be between {low:,} and {high:,}, got {value:,}" + (f"; {hint}" if hint else "")
-
-
-def _host(path: str, host: str) -> Iterator[str]:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        if not host or len(host) > 253 or not all(part.replace("-", "a").isalnum() for part in host.split(".")):
-            yield f"{path}: {host!r} is neither an IP address nor a host name; without a port, such as 127.0.0.1"
+        yield from between("launch.ray.cpus_per_rank", ray.cpus_per_rank, 0.01, 1024)
+    yield from between("launch.ray.gpus_per_rank", ray.gpus_per_rank, 0.01, 1)

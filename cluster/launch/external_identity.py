@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from cluster.config import is_loopback
+from cluster.addresses import is_loopback
 from cluster.errors import ConfigError
 from cluster.launch.external_parts import LOOPBACK
 

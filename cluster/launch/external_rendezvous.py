@@ -10,7 +10,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 
-from cluster.config import ClusterConfig, is_loopback
+from cluster.addresses import is_loopback
+from cluster.config import ClusterConfig
 from cluster.errors import StartupError
 from cluster.launch.external_channel import Channel, ChannelLost, is_proven, prove
 from cluster.launch.external_facts import own_seat

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from cluster.config import ClusterConfig, PoolSettings, is_loopback
+from cluster.addresses import is_loopback
+from cluster.config import ClusterConfig, PoolSettings
 from cluster.errors import ConfigError
 from cluster.launch.topology import WorkerGroup
 from cluster.types import Role

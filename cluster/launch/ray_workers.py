@@ -8,8 +8,8 @@ from pathlib import Path
 
 import msgspec
 
-from cluster.addresses import join_address
-from cluster.config import ClusterConfig, is_loopback
+from cluster.addresses import is_loopback, join_address
+from cluster.config import ClusterConfig
 from cluster.launch.pools import Members
 from cluster.launch.ray_cluster import RayCluster
 from cluster.launch.ray_group import Files, RayGroup
