@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 
+WILDCARDS = ("0.0.0.0", "::")  # listening there, a process is reached at every address of its machine
+
 
 def join_address(host: str, port: int) -> str:
     """`host:port`, with the brackets that an IPv6 address needs there (and may have already)."""

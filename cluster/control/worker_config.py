@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Literal
 
 import msgspec
 
+from cluster.addresses import is_loopback
 from cluster.engine.config import EngineConfig
 from cluster.errors import ConfigError
 from kvconnector.ticket import MAX_LEASE_S, MIN_KEY_BYTES
@@ -71,20 +71,11 @@ def _problems(config: WorkerConfig) -> Iterator[str]:
         yield f"drain_timeout_s must be between 0 and 3600, got {config.drain_timeout_s}"
     if config.max_requests < 1:
         yield f"max_requests must be at least 1, got {config.max_requests}"
-    if not config.allow_plaintext_network and not _is_loopback(config.host):
+    if not config.allow_plaintext_network and not is_loopback(config.host):
         yield (
             f"host {config.host} lets other machines reach this worker, and nothing is encrypted; use 127.0.0.1, "
             "or accept it with allow_plaintext_network"
         )
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def read_cluster_key(config: WorkerConfig) -> bytes:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
+from cluster.addresses import WILDCARDS
 from cluster.config import ClusterConfig
 from cluster.errors import ConfigError
 from cluster.launch.topology import Rank, Topology, WorkerGroup
@@ -19,7 +20,6 @@ from cluster.types import Role
 
 MAX_REPLICAS = 64
 LOOPBACK = "127.0.0.1"
-WILDCARDS = ("0.0.0.0", "::")
 
 
 @dataclass(frozen=True, slots=True)

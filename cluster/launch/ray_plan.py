@@ -12,13 +12,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from cluster.addresses import is_loopback
+from cluster.addresses import WILDCARDS, is_loopback
 from cluster.config import ClusterConfig, PoolSettings
 from cluster.errors import ConfigError
 from cluster.launch.topology import WorkerGroup
 from cluster.types import Role
-
-WILDCARDS = ("0.0.0.0", "::")
 
 Resources = Mapping[str, float]  # "CPU": 2.0, "GPU": 1.0
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import msgspec
 
-from cluster.addresses import is_loopback, join_address
+from cluster.addresses import WILDCARDS, is_loopback, join_address
 from cluster.config import ClusterConfig
 from cluster.launch.pools import Members
 from cluster.launch.ray_cluster import RayCluster
 from cluster.launch.ray_group import Files, RayGroup
 from cluster.launch.ray_messages import Order, Place, encode
-from cluster.launch.ray_plan import WILDCARDS, placement_request, router_request, spans_nodes
+from cluster.launch.ray_plan import placement_request, router_request, spans_nodes
 from cluster.launch.specs import (
     ROUTER_STOPS_FIRST,
     WORKERS_STOP_LAST,

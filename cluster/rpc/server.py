@@ -53,7 +53,7 @@ class WorkerServer:
             raise StartupError(f"cannot listen on {target}: the port is taken or the address is not ours") from error
         await self._server.start()
         await self.set_serving(True)
-        return f"{target.rpartition(':')[0]}:{bound}"
+        return join_address(host, bound)
 
     async def set_serving(self, serving: bool) -> None:
         """What standard health checks are told."""
