@@ -26,7 +26,7 @@ from pathlib import Path
 from benchmarks.gpu.record_exactness import MODELS
 
 PYTHON = sys.executable
-COMPILE_SHARES = 6
+COMPILE_SHARES = max(6, (os.cpu_count() or 1) // 5)  # processes per model
 TESTS = ("attention", "mla", "linear", "fp8", "fp8_chains", "moe", "small_ops", "admission", "engine", "demo_model")
 END_S = 10.0  # for a command to end after an interrupt: what it has by then is recorded
 
