@@ -31,7 +31,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     device: str = "cpu"  # `cpu`, `cuda` or `cuda:1`
     gpu_memory_fraction: float | None = None  # of a GPU, for weights, KV and steps; null: 0.95, shared evenly
     cuda_graphs: bool = True  # replay decode steps as CUDA graphs; false starts faster and runs slower
-    graph_prompt_rows: int = 0  # CUDA graphs for steps with prompts, too, of up to so many rows; 0: none
+    graph_prompt_rows: int = 1536  # CUDA graphs for steps with prompts, too, of up to so many rows; 0: none
     num_threads: int | None = None  # CPU threads of the kernels; None: the cores this process may use
     speculation: SpeculationConfig = SpeculationConfig()  # see the section `speculation`
 
