@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +37,7 @@ def peer_figures(path: Path | None, quantization: str | None = None) -> Figures:
             case {"what": "decode", "batch": batch, "inter_token_ms": value}:
                 figures.decode_ms[batch] = value
                 if "s_one_token" in found:
-                    figures.one_token_ms[batch] = 1e3 * found["s_one_token"]
+                    figures.one_token_ms[batch] = 1e3 * statistics.median(found["s_one_token"])
             case {"what": "mixed", "total_tok_s": value}:
                 figures.mixed_tok_s = value
     return figures
