@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import statistics
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -18,9 +17,11 @@ import msgspec
 import torch
 
 from benchmarks.gpu import fp8_candidates, fp8_vet, sustained
+from benchmarks.gpu.clocks import FP8_FLOP_PER_CLOCK
 from benchmarks.gpu.fp8 import short, write_table
 from benchmarks.gpu.fp8_layers import LAYERS, HardOperands, random_weights
 from benchmarks.gpu.shapes import Layer
+from benchmarks.gpu.turns import Turns
 from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.kernels.fp8 import CHANNEL_CHAIN
 from cluster.engine.kernels.triton.fp8_plans import REFERENCE_FP8, Fp8Plan
@@ -37,7 +38,15 @@ class Cell(NamedTuple):
     layer: Layer
     num_rows: int
     plans: list[Fp8Plan]  # the table's first
-    ms: list[float]
+    turns: list[Turns]
+
+    @property
+    def ms(self) -> list[float]:
+        return [turns.median_ms for turns in self.turns]
+
+    @property
+    def flop(self) -> float:
+        return 2.0 * self.num_rows * self.layer.out_features * self.layer.in_features
 
     @property
     def best(self) -> int:
@@ -102,8 +111,7 @@ def run(budget_s: float, out: Path | None) -> None:
                 print(f"no time left: {layer.name}, {num_rows} rows")
                 continue
             plans = sustained.sound_plans(bench, plans, num_rows)
-            times = sustained.measure(bench, plans, num_rows, _TURN_S, _ROUNDS)
-            cells.append(Cell(layer, num_rows, plans, [statistics.median(found) for found in times]))
+            cells.append(Cell(layer, num_rows, plans, sustained.measure(bench, plans, num_rows, _TURN_S, _ROUNDS)))
             _print_cell(cells[-1])
         del bench
         torch.cuda.empty_cache()
@@ -139,32 +147,36 @@ def _plans(
     return [mine, *rings]
 
 
-def _teraflops(cell: Cell, milliseconds: float) -> float:
-    return 2.0 * cell.num_rows * cell.layer.out_features * cell.layer.in_features / milliseconds / 1e9
-
-
 def _print_cell(cell: Cell) -> None:
-    ranked = sorted(zip(cell.ms, cell.plans, strict=True), key=lambda pair: pair[0])
-    found = " ".join(f"{short(plan)}={milliseconds * 1e3:.1f}us" for milliseconds, plan in ranked)
+    ranked = sorted(zip(cell.turns, cell.plans, strict=True), key=lambda pair: pair[0].median_ms)
+    found = " ".join(
+        f"{short(plan)}={turns.median_ms * 1e3:.1f}us,{turns.load(cell.flop, FP8_FLOP_PER_CLOCK)}"
+        for turns, plan in ranked
+    )
     print(f"{cell.layer.name} {cell.num_rows}: {found}", flush=True)
 
 
 def _print_table(cells: list[Cell]) -> None:
     """Ratios of time, new to old; a layer's products together say what a step of that many rows gains."""
-    print(
-        f"\n{'layer':16s} {'rows':>5s} {'table us':>9s} {'TFLOP/s':>8s} {'rings us':>9s} {'TFLOP/s':>8s}  ratio  plan"
-    )
+    side = f"{'us':>8s} {'TFLOP/s':>8s} {'load':18s}"
+    print(f"\n{'layer':16s} {'rows':>5s}  table's {side} best's {side} ratio  plan")
     for cell in cells:
-        old, new = cell.ms[0], cell.ms[cell.best]
+        old, new = (_figures(cell, index) for index in (0, cell.best))
+        ratio = cell.ms[cell.best] / cell.ms[0]
         print(
-            f"{cell.layer.name:16s} {cell.num_rows:5d} {old * 1e3:9.1f} {_teraflops(cell, old):8.0f} {new * 1e3:9.1f} "
-            f"{_teraflops(cell, new):8.0f}  {new / old:.3f}  {short(cell.plans[cell.best])}"
+            f"{cell.layer.name:16s} {cell.num_rows:5d}          {old}        {new} {ratio:.3f}  "
+            f"{short(cell.plans[cell.best])}"
         )
     for num_rows in sorted({cell.num_rows for cell in cells}):
         some = [cell for cell in cells if cell.num_rows == num_rows]
         old, new = sum(cell.ms[0] for cell in some), sum(cell.ms[cell.best] for cell in some)
         words = f"{len(some)} products at {num_rows} rows"
-        print(f"{words}: {old * 1e3:.0f} us, with rings {new * 1e3:.0f} us: {new / old:.3f}")
+        print(f"{words}: {old * 1e3:.0f} us, with the best {new * 1e3:.0f} us: {new / old:.3f}")
     ratios = [math.log(cell.ms[cell.best] / cell.ms[0]) for cell in cells]
     if ratios:
         print(f"geomean of the ratios: {math.exp(sum(ratios) / len(ratios)):.3f}")
+
+
+def _figures(cell: Cell, index: int) -> str:
+    milliseconds, load = cell.ms[index], cell.turns[index].load(cell.flop, FP8_FLOP_PER_CLOCK)
+    return f"{milliseconds * 1e3:8.1f} {cell.flop / milliseconds / 1e9:8.0f} {load:18s}"
