@@ -1,7 +1,8 @@
-"""FP8 products under sustained load: the plan of the table against the kernel with two rings.
+"""FP8 products under sustained load: the plan of the table against the kernel with two rings, and for fewer rows
+against every other.
 
 `python -m benchmarks.gpu.sustained --fp8`, within its budget: plans are tried and compiled in processes of their own
-first, since one that hangs would take everything with it. Then each layer of an 8B model at 512 to 8,192 rows, plans
+first, since one that hangs would take everything with it. Then each layer of an 8B model at 128 to 8,192 rows, plans
 taking turns of a twentieth of a second. `--out DIR` gets the device's table with the plans that were faster.
 """
 
@@ -27,7 +28,8 @@ from cluster.engine.kernels.fp8 import CHANNEL_CHAIN
 from cluster.engine.kernels.triton.fp8_plans import REFERENCE_FP8, Fp8Plan
 from cluster.engine.kernels.triton.fp8_table import Fp8Entry
 
-_ROWS = (8192, 2048, 4096, 1024, 512)  # what matters most comes first
+_ROWS = (8192, 2048, 4096, 1024, 512, 256, 128)  # what matters most comes first
+_MOST_ROWS_OF_ALL_KINDS = 1024  # above only rings compete
 _COLD_BYTES = 200 << 20
 _TURN_S = 0.05
 _ROUNDS = 2
@@ -90,9 +92,7 @@ class Fp8LayerBench:
 def run(budget_s: float, out: Path | None) -> None:
     """Print each cell, then one table."""
     start_s = time.monotonic()
-    verdicts = fp8_vet.vet(
-        max(2, min(14, os.cpu_count() or 2)), 0.6 * budget_s, lambda job: job[1].kind in ("hopper", "rings")
-    )
+    verdicts = fp8_vet.vet(max(2, min(14, os.cpu_count() or 2)), 0.6 * budget_s, wanted_jobs().__contains__)
     for verdict in verdicts:
         if verdict.error or verdict.differing:
             print(f"left out: {short(verdict.plan)}: {verdict.error or f'{verdict.differing} values differ'}")
@@ -123,7 +123,8 @@ def run(budget_s: float, out: Path | None) -> None:
 
 
 def with_faster_plans(entries: list[Fp8Entry], cells: list[Cell]) -> list[Fp8Entry]:
-    """A table's entries, those of the measured shapes and rows with the fastest plan."""
+    """A table's entries, those of the measured shapes and rows with the fastest plan. A plan in several kernels stays:
+    another one was measured in its place."""
     faster = {}
     for cell in cells:
         outputs = cell.layer.out_features // (2 if cell.layer.silu_mul else 1)
@@ -133,8 +134,21 @@ def with_faster_plans(entries: list[Fp8Entry], cells: list[Cell]) -> list[Fp8Ent
     found = []
     for entry in entries:
         plan = faster.get((entry.out_features, entry.in_features, entry.max_rows, entry.silu_mul))
-        found.append(entry if plan is None else msgspec.structs.replace(entry, plan=plan, otherwise=None))
+        stays = plan is None or entry.plan.kind == "separate"
+        found.append(entry if stays else msgspec.structs.replace(entry, plan=plan, otherwise=None))
     return found
+
+
+def offered(num_rows: int, *, silu_mul: bool) -> list[Fp8Plan]:
+    """What competes with the table's plan."""
+    if num_rows <= _MOST_ROWS_OF_ALL_KINDS:
+        return fp8_candidates.candidates(num_rows, silu_mul=silu_mul)
+    return list(fp8_candidates.rings(silu_mul=silu_mul))
+
+
+def wanted_jobs() -> set[fp8_vet.Job]:
+    """All plans that compete somewhere; those that the table may name for these rows are among them."""
+    return {(silu, plan) for silu in (False, True) for rows in _ROWS for plan in offered(rows, silu_mul=silu)}
 
 
 def _plans(
@@ -143,8 +157,8 @@ def _plans(
     mine = ops.fp8.plans.linear(out_features, layer.in_features, num_rows, silu_mul=layer.silu_mul)
     if mine.kind == "separate":
         mine = Fp8Plan(kind="hopper", block_m=128, block_n=128, num_stages=4)
-    rings = [plan for plan in fp8_candidates.rings(silu_mul=layer.silu_mul) if (layer.silu_mul, plan) in sound]
-    return [mine, *rings]
+    others = [plan for plan in offered(num_rows, silu_mul=layer.silu_mul) if (layer.silu_mul, plan) in sound]
+    return list(dict.fromkeys([mine, *others]))
 
 
 def _print_cell(cell: Cell) -> None:
