@@ -9,7 +9,7 @@ fp8-chains                     FP8 products with chains of 1, 2 and 4 groups: ti
 engine                         the whole engine on an 8B shape; --peer FILE adds ratios to a peer's figures
 engine-fp8                     the same with FP8 layers; --ours FILE has our bf16, which is measured here without it
 engine-defaults                our engine with torch's default products and attention; --ours FILE has our own
-engine-profile                 where the engine's time goes, step by step and kernel by kernel; --only, --requests
+engine-profile                 where the engine's time goes, step by step and kernel by kernel; --only, --requests, --model
 exactness                      every way to compute the same requests, bit for bit; --model, --quick
 compile-share, compile-engine  compile a share of the kernels of `tune` or an engine (for several processes); --model
 
@@ -61,7 +61,7 @@ def main() -> None:
         "--model",
         action="append",
         choices=tuple(record_exactness.MODELS),
-        help="exactness, compile-engine: not all; engine-profile with --graph-prompt-rows: llama-fp8 instead of llama",
+        help="exactness, compile-engine: not all; engine-profile: llama-fp8 instead of llama",
     )
     parser.add_argument("--quick", action="store_true", help="exactness: six of the cells")
     options = parser.parse_args()
@@ -80,13 +80,16 @@ def main() -> None:
             sweeps.sweep_attention(options.out, options.budget or 400)
         case "engine":
             record_engine.record_engine(options.out, options.peer)
-        case "engine-profile" if options.graph_prompt_rows is not None:
-            if options.only not in (None, "mixed"):
-                parser.error("--graph-prompt-rows compares the mixed workload")
-            has_fp8 = options.model == ["llama-fp8"]
-            engine_profile.compare_graphs(options.graph_prompt_rows, options.requests, has_fp8=has_fp8)
         case "engine-profile":
-            engine_profile.profile_engine(options.only, options.requests)
+            if options.model not in (None, ["llama"], ["llama-fp8"]):
+                parser.error("engine-profile: --model is llama or llama-fp8")
+            has_fp8 = options.model == ["llama-fp8"]
+            if options.graph_prompt_rows is None:
+                engine_profile.profile_engine(options.only, options.requests, has_fp8=has_fp8)
+            elif options.only in (None, "mixed"):
+                engine_profile.compare_graphs(options.graph_prompt_rows, options.requests, has_fp8=has_fp8)
+            else:
+                parser.error("--graph-prompt-rows compares the mixed workload")
         case "engine-fp8":
             record_fp8.record_engine_fp8(options.out, options.peer, options.ours)
         case "engine-defaults":
