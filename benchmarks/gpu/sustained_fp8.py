@@ -163,11 +163,11 @@ def _plans(
 
 def _print_cell(cell: Cell) -> None:
     ranked = sorted(zip(cell.turns, cell.plans, strict=True), key=lambda pair: pair[0].median_ms)
-    found = " ".join(
-        f"{short(plan)}={turns.median_ms * 1e3:.1f}us,{turns.load(cell.flop, FP8_FLOP_PER_CLOCK)}"
-        for turns, plan in ranked
-    )
-    print(f"{cell.layer.name} {cell.num_rows}: {found}", flush=True)
+    words = []
+    for turns, plan in ranked:
+        load = turns.load(cell.flop, FP8_FLOP_PER_CLOCK)
+        words.append(f"{short(plan)}={turns.median_ms * 1e3:.1f}us{f',{load}' if load else ''}")
+    print(f"{cell.layer.name} {cell.num_rows}: {' '.join(words)}", flush=True)
 
 
 def _print_table(cells: list[Cell]) -> None:
@@ -175,10 +175,10 @@ def _print_table(cells: list[Cell]) -> None:
     side = f"{'us':>8s} {'TFLOP/s':>8s} {'load':18s}"
     print(f"\n{'layer':16s} {'rows':>5s}  table's {side} best's {side} ratio  plan")
     for cell in cells:
-        old, new = (_figures(cell, index) for index in (0, cell.best))
+        base, best = (_figures(cell, index) for index in (0, cell.best))
         ratio = cell.ms[cell.best] / cell.ms[0]
         print(
-            f"{cell.layer.name:16s} {cell.num_rows:5d}          {old}        {new} {ratio:.3f}  "
+            f"{cell.layer.name:16s} {cell.num_rows:5d}          {base}        {best} {ratio:.3f}  "
             f"{short(cell.plans[cell.best])}"
         )
     for num_rows in sorted({cell.num_rows for cell in cells}):

@@ -126,7 +126,7 @@ def test_a_turn_keeps_a_batch_queued_until_its_time_is_over(monkeypatch: pytest.
     monkeypatch.setattr(graph_turns, "capture", lambda calls: device)
     monkeypatch.setattr(graph_turns, "replay_ms", lambda graph: 0.5)
     monkeypatch.setattr(graph_turns, "_recorded", device.recorded)
-    monkeypatch.setattr(graph_turns.time, "perf_counter", iter([0.0, 0.0, 1.0, 2.0, 3.0, 4.0]).__next__)
+    monkeypatch.setattr("benchmarks.gpu.turns.time.perf_counter", iter([0.0, 0.0, 1.0, 2.0, 3.0, 4.0]).__next__)
     turn = graph_turns.GraphTurns([lambda: None] * 10).take(2.5, lambda: Sample(1400, len(device.waited_for)))
     assert turn.ms == pytest.approx(0.05)
     assert device.waited_for == [0, 4, 8, 12]
