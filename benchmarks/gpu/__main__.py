@@ -9,12 +9,12 @@ fp8-chains                     FP8 products with chains of 1, 2 and 4 groups: ti
 engine                         the whole engine on an 8B shape; --peer FILE adds ratios to a peer's figures
 engine-fp8                     the same with FP8 layers; --ours FILE has our bf16, which is measured here without it
 engine-defaults                our engine with torch's default products and attention; --ours FILE has our own
-engine-profile                 where the engine's time goes, step by step and kernel by kernel; --only, --requests, --model
+engine-profile                 where the engine's time goes, by step and by kernel; --only, --requests, --model
 exactness                      every way to compute the same requests, bit for bit; --model, --quick
 compile-share, compile-engine  compile a share of the kernels of `tune` or an engine (for several processes); --model
 
 Prefill and decode on one GPU: `python -m benchmarks.gpu.split`. Products under sustained load, bf16 or FP8:
-`python -m benchmarks.gpu.sustained`.
+`python -m benchmarks.gpu.sustained`. Every bf16 plan of some row counts: `python -m benchmarks.gpu.tune_rows`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from benchmarks.gpu import (
     sweeps,
     torch_defaults,
 )
+from benchmarks.gpu.shapes import ROW_COUNTS
 
 _WHAT = (
     *("gemm", "attention", "decode-step", "decode-step-fp8", "tune", "sweep-attention", "fp8", "fp8-vet", "fp8-chains"),
@@ -62,6 +63,12 @@ def main() -> None:
         action="append",
         choices=tuple(record_exactness.MODELS),
         help="exactness, compile-engine: not all; engine-profile: llama-fp8 instead of llama",
+    )
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=ROW_COUNTS, help="compile-share: candidates of these row counts alone"
+    )
+    parser.add_argument(
+        "--epilogues", nargs="+", default=list(sweeps.EPILOGUES), choices=list(sweeps.EPILOGUES), help="compile-share"
     )
     parser.add_argument("--quick", action="store_true", help="exactness: six of the cells")
     options = parser.parse_args()
@@ -102,7 +109,8 @@ def main() -> None:
                 options.out, models, quick=options.quick, budget_s=options.budget or math.inf
             )
         case "compile-share":
-            sweeps.compile_share(*options.share)
+            share, shares = options.share
+            sweeps.compile_share(share, shares, options.rows, options.epilogues)
         case "fp8":
             fp8.run(options.out, options.budget or 60)
         case "fp8-chains":
