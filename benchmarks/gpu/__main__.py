@@ -9,12 +9,12 @@ fp8-chains                     FP8 products with chains of 1, 2 and 4 groups: ti
 engine                         the whole engine on an 8B shape; --peer FILE adds ratios to a peer's figures
 engine-fp8                     the same with FP8 layers; --ours FILE has our bf16, which is measured here without it
 engine-defaults                our engine with torch's default products and attention; --ours FILE has our own
-engine-profile                 where the engine's time goes, step by step and kernel by kernel; --only, --requests
+engine-profile                 where the engine's time goes, by step and by kernel; --only, --requests, --model
 exactness                      every way to compute the same requests, bit for bit; --model, --quick
 compile-share, compile-engine  compile a share of the kernels of `tune` or an engine (for several processes); --model
 
 Prefill and decode on one GPU: `python -m benchmarks.gpu.split`. Products under sustained load, bf16 or FP8:
-`python -m benchmarks.gpu.sustained`.
+`python -m benchmarks.gpu.sustained`. Every bf16 plan of some row counts: `python -m benchmarks.gpu.tune_rows`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from benchmarks.gpu import (
     sweeps,
     torch_defaults,
 )
+from benchmarks.gpu.shapes import ROW_COUNTS
 
 _WHAT = (
     *("gemm", "attention", "decode-step", "decode-step-fp8", "tune", "sweep-attention", "fp8", "fp8-vet", "fp8-chains"),
@@ -61,7 +62,13 @@ def main() -> None:
         "--model",
         action="append",
         choices=tuple(record_exactness.MODELS),
-        help="exactness, compile-engine: not all; engine-profile with --graph-prompt-rows: llama-fp8 instead of llama",
+        help="exactness, compile-engine: not all; engine-profile: llama-fp8 instead of llama",
+    )
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=ROW_COUNTS, help="compile-share: candidates of these row counts alone"
+    )
+    parser.add_argument(
+        "--epilogues", nargs="+", default=list(sweeps.EPILOGUES), choices=list(sweeps.EPILOGUES), help="compile-share"
     )
     parser.add_argument("--quick", action="store_true", help="exactness: six of the cells")
     options = parser.parse_args()
@@ -80,13 +87,16 @@ def main() -> None:
             sweeps.sweep_attention(options.out, options.budget or 400)
         case "engine":
             record_engine.record_engine(options.out, options.peer)
-        case "engine-profile" if options.graph_prompt_rows is not None:
-            if options.only not in (None, "mixed"):
-                parser.error("--graph-prompt-rows compares the mixed workload")
-            has_fp8 = options.model == ["llama-fp8"]
-            engine_profile.compare_graphs(options.graph_prompt_rows, options.requests, has_fp8=has_fp8)
         case "engine-profile":
-            engine_profile.profile_engine(options.only, options.requests)
+            if options.model not in (None, ["llama"], ["llama-fp8"]):
+                parser.error("engine-profile: --model is llama or llama-fp8")
+            has_fp8 = options.model == ["llama-fp8"]
+            if options.graph_prompt_rows is None:
+                engine_profile.profile_engine(options.only, options.requests, has_fp8=has_fp8)
+            elif options.only in (None, "mixed"):
+                engine_profile.compare_graphs(options.graph_prompt_rows, options.requests, has_fp8=has_fp8)
+            else:
+                parser.error("--graph-prompt-rows compares the mixed workload")
         case "engine-fp8":
             record_fp8.record_engine_fp8(options.out, options.peer, options.ours)
         case "engine-defaults":
@@ -99,7 +109,8 @@ def main() -> None:
                 options.out, models, quick=options.quick, budget_s=options.budget or math.inf
             )
         case "compile-share":
-            sweeps.compile_share(*options.share)
+            share, shares = options.share
+            sweeps.compile_share(share, shares, options.rows, options.epilogues)
         case "fp8":
             fp8.run(options.out, options.budget or 60)
         case "fp8-chains":

@@ -1,6 +1,6 @@
 """Where an engine's time goes: its steps by class, the device between them, the kernels of a few.
 
-python -m benchmarks.gpu engine-profile [--only prefill|decode|mixed] [--requests 512]
+python -m benchmarks.gpu engine-profile [--only prefill|decode|mixed] [--requests 512] [--model llama-fp8]
 python -m benchmarks.gpu engine-profile --only mixed --graph-prompt-rows 0 1536
 """
 
@@ -17,6 +17,7 @@ from benchmarks.gpu.prompt_graphs import compare_prompt_graphs
 from benchmarks.gpu.random_model import LLAMA_8B, LLAMA_8B_FP8
 from benchmarks.gpu.step_log import StepLog
 from cluster.engine.engine import Engine
+from cluster.engine.models.config import ModelConfig
 
 MIXED_WINDOW = range(120, 132)  # all places are taken by then, and prompts follow those that end
 MOST_KERNELS = 12
@@ -103,15 +104,19 @@ def profile_mixed(bench: EngineBench, count: int) -> None:
 def compare_graphs(values: Sequence[int], num_requests: int, *, has_fp8: bool) -> None:
     """The mixed workload with each value of `graph_prompt_rows`."""
     start = time.perf_counter()
-    make = bench_maker(LLAMA_8B_FP8 if has_fp8 else LLAMA_8B)
+    make = bench_maker(_shape(has_fp8=has_fp8))
     compare_prompt_graphs(lambda value: make(graph_prompt_rows=value), values, num_requests)
     print(f"{time.perf_counter() - start:.0f} s in all")
 
 
-def profile_engine(only: str | None, num_requests: int) -> None:
+def _shape(*, has_fp8: bool) -> ModelConfig:
+    return LLAMA_8B_FP8 if has_fp8 else LLAMA_8B
+
+
+def profile_engine(only: str | None, num_requests: int, *, has_fp8: bool) -> None:
     """All, or the one that is named."""
     start = time.perf_counter()
-    bench = make_bench()
+    bench = make_bench(_shape(has_fp8=has_fp8))
     print(f"engine: {bench.engine.num_blocks} blocks, ready after {time.perf_counter() - start:.1f} s", flush=True)
     if only in (None, "prefill"):
         profile_prefill(bench)

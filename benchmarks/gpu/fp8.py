@@ -181,7 +181,8 @@ def short(plan: Fp8Plan) -> str:
     if plan.kind == "rings":
         depths = f"{plan.num_stages}+{plan.x_stages}l{plan.lead}s{plan.store_parts}"
         return f"rings{plan.block_m}x{plan.block_n}.{depths}g{plan.group_m}"
-    return f"{plan.kind}{plan.block_m}x{plan.block_n}w{plan.num_warps}.{plan.num_stages}{flags}"
+    group = f"g{plan.group_m}" if plan.kind == "hopper" else ""
+    return f"{plan.kind}{plan.block_m}x{plan.block_n}w{plan.num_warps}.{plan.num_stages}{flags}{group}"
 
 
 def run(out: Path, budget_s: float) -> None:

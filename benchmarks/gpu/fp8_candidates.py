@@ -45,7 +45,8 @@ def rings(*, silu_mul: bool) -> Iterator[Fp8Plan]:
     """Depths of the rings beside the buffers of the result, and how far the consumers are apart."""
     wide = ((5, 3, 2, 2, 8), (5, 3, 2, 1, 8), (4, 4, 1, 1, 8), (5, 3, 2, 3, 8), (5, 3, 2, 2, 16), (4, 4, 1, 0, 8))
     narrow = ((8, 4, 1, 3, 8), (6, 6, 1, 2, 8), (8, 4, 1, 3, 16))
-    for block_n, depths in ((128, wide),) if silu_mul else ((256, wide), (128, narrow)):
+    tall = ((5, 3, 2, 2, 32),) if silu_mul else ((4, 4, 1, 1, 32),)  # of groups, with the depths that served best
+    for block_n, depths in ((128, wide + tall),) if silu_mul else ((256, wide + tall), (128, narrow)):
         for num_stages, x_stages, store_parts, lead, group_m in depths:
             yield Fp8Plan(
                 kind="rings", block_m=128, block_n=block_n, num_stages=num_stages, x_stages=x_stages, lead=lead,

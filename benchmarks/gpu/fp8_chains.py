@@ -7,7 +7,6 @@ taking turns, and the error of its results against float64. All plans of a chain
 
 from __future__ import annotations
 
-import statistics
 import time
 from typing import NamedTuple
 
@@ -88,7 +87,7 @@ def run(budget_s: float) -> None:
                 continue
             offered = [plan for chain in CHAINS for plan in plans(num_rows, chain, silu_mul=layer.silu_mul)]
             sound = sustained.sound_plans(bench, offered, num_rows)
-            times = [statistics.median(found) for found in sustained.measure(bench, sound, num_rows, _TURN_S, _ROUNDS)]
+            times = [turns.median_ms for turns in sustained.measure(bench, sound, num_rows, _TURN_S, _ROUNDS)]
             best: dict[int, tuple[float, str]] = {}
             for plan, milliseconds in zip(sound, times, strict=True):
                 best[plan.chain] = min(best.get(plan.chain, (float("inf"), "")), (milliseconds, short(plan.plan)))

@@ -1,36 +1,41 @@
 """GEMM plans under sustained load, where the card's power decides: `python -m benchmarks.gpu.sustained`.
 
 Each plan computes for a fraction of a second at a time, taking turns; turns of milliseconds (`tune`) run at clocks
-that a long prefill never sees. Bits are compared first. Prints TFLOP/s and the ratio to the table's plan; `--out` gets
-lines as `tables.make_table` reads them, the table's plan for its default cuBLAS. With `--fp8` the FP8 products of
-`sustained_fp8.py`, within a minute, and a table of them at the end.
+that a long prefill never sees. Bits are compared first. Prints TFLOP/s, the ratio to the table's plan, clock and power
+near the end of the turns, and the share of the tensor cores' peak at that clock; `--out` gets lines as
+`tables.make_table` reads them, the table's plan for its default cuBLAS. With `--fp8` the FP8 products of
+`sustained_fp8.py`, and a table of them at the end.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 import msgspec
 import torch
+import triton
 
 from benchmarks.gpu import candidates
+from benchmarks.gpu.clocks import BF16_FLOP_PER_CLOCK, sampler
 from benchmarks.gpu.gemm import LayerBench
 from benchmarks.gpu.shapes import FUSED_LAYERS, LAYERS, Layer
+from benchmarks.gpu.turns import GraphTurns, Turns
 from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.kernels.triton.plans import LinearPlan
 
 Plan = TypeVar("Plan", contravariant=True)
 ALL_LAYERS = {layer.name: layer for layer in (*LAYERS, *FUSED_LAYERS)}
-CALLS_AT_ONCE = 8  # between two looks at the clock
+LEAST_CALLS = 8  # of a graph
+FP8_BUDGET_S, MOST_FP8_BUDGET_S = 60.0, 200.0
 
 
-def plans_for(ops: CudaOps, layer: Layer, num_rows: int, most: int) -> list[LinearPlan]:
+def plans_for(ops: CudaOps, layer: Layer, num_rows: int, most: int | None = None) -> list[LinearPlan]:
     """The table's plan first, then the library's and those of the kernels for many rows."""
     outputs = layer.out_features // 2 if layer.silu_mul else layer.out_features
     mine = ops.plans.linear(outputs, layer.in_features, num_rows, silu_mul=layer.silu_mul)
@@ -50,17 +55,9 @@ class Bench(Protocol[Plan]):
     def differing(self, plan: Plan, num_rows: int) -> int: ...
 
 
-def turn_ms(bench: Bench[Plan], plan: Plan, num_rows: int, seconds: float) -> float:
-    """Milliseconds of one product over at least that time, weights taking turns so that L2 stays cold."""
-    out = torch.empty((num_rows, bench.out_features), device="cuda", dtype=torch.bfloat16)
-    torch.cuda.synchronize()
-    start, count = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
-        for _ in range(CALLS_AT_ONCE):
-            bench.run(plan, num_rows, count % len(bench.weights), out)
-            count += 1
-        torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - start) / count
+def rotation(num_weights: int) -> list[int]:
+    """Which weights the calls of a graph read: all equally often, so that L2 stays cold."""
+    return list(range(num_weights)) * -(-LEAST_CALLS // num_weights)
 
 
 def sound_plans(bench: Bench[Plan], plans: list[Plan], num_rows: int) -> list[Plan]:
@@ -68,8 +65,8 @@ def sound_plans(bench: Bench[Plan], plans: list[Plan], num_rows: int) -> list[Pl
     for plan in plans:
         try:
             differing = bench.differing(plan, num_rows)
-        except RuntimeError as error:
-            print(f"  does not run: {plan}: {str(error).splitlines()[-1][:120]}", flush=True)
+        except (triton.TritonError, RuntimeError) as error:
+            print(f"  does not run: {plan}: {' '.join(str(error).split())[-120:]}", flush=True)
             continue
         if differing:
             print(f"  {differing} bits differ: {plan}", flush=True)
@@ -78,15 +75,28 @@ def sound_plans(bench: Bench[Plan], plans: list[Plan], num_rows: int) -> list[Pl
     return found
 
 
-def measure(bench: Bench[Plan], plans: list[Plan], num_rows: int, seconds: float, rounds: int) -> list[list[float]]:
-    """Milliseconds per plan and round; the first round warms up and is not told."""
-    times: list[list[float]] = [[] for _ in plans]
-    for index in range(rounds + 1):
-        for plan, found in zip(plans, times, strict=True):
-            milliseconds = turn_ms(bench, plan, num_rows, seconds)
-            if index:
-                found.append(milliseconds)
-    return times
+def measure(bench: Bench[Plan], plans: list[Plan], num_rows: int, seconds: float, rounds: int) -> list[Turns]:
+    """What each plan's turns found; the first round warms up and is not told."""
+    out = torch.empty((num_rows, bench.out_features), device="cuda", dtype=torch.bfloat16)
+    indices = rotation(len(bench.weights))
+    graphs = [GraphTurns([partial(bench.run, plan, num_rows, index, out) for index in indices]) for plan in plans]
+    sample = sampler()
+    taken = [[graph.take(seconds, sample) for graph in graphs] for _ in range(rounds + 1)]
+    graphs.clear()
+    torch.cuda.empty_cache()  # their memory pools
+    return [Turns.of(turns) for turns in zip(*taken[1:], strict=True)]
+
+
+def print_cell(
+    layer: Layer, num_rows: int, plans: list[LinearPlan], turns: list[Turns], most: int | None = None
+) -> None:  # fmt: skip
+    """The fastest first, with its ratio to the first plan."""
+    flop = 2.0 * num_rows * layer.out_features * layer.in_features
+    ranked = sorted(zip(plans, turns, strict=True), key=lambda pair: pair[1].median_ms)
+    for plan, found in ranked[:most]:
+        milliseconds, load = found.median_ms, found.load(flop, BF16_FLOP_PER_CLOCK)
+        speed = f"{milliseconds * 1e3:8.1f} us {flop / milliseconds / 1e9:6.1f} TFLOP/s {found.ratio(turns[0]):.3f}"
+        print(f"{layer.name} {num_rows}: {speed} {load} {plan}", flush=True)
 
 
 def main() -> None:
@@ -99,7 +109,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.25, help="of a turn")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--most", type=int, default=10, help="plans of a cell")
-    parser.add_argument("--budget", type=float, default=120.0, help="seconds; no cell is begun later")
+    parser.add_argument("--budget", type=float, help="seconds; no cell is begun later (120; --fp8: 60, at most 200)")
     parser.add_argument("--out", type=Path, help="a file of JSON lines")
     parser.add_argument(
         "--fp8", action="store_true", help="FP8 products; of the others --budget and --out, a directory then"
@@ -108,9 +118,9 @@ def main() -> None:
     if options.fp8:
         from benchmarks.gpu import sustained_fp8
 
-        sustained_fp8.run(min(options.budget, 60.0), options.out)
+        sustained_fp8.run(min(options.budget or FP8_BUDGET_S, MOST_FP8_BUDGET_S), options.out)
         return
-    deadline_s = time.monotonic() + options.budget
+    deadline_s = time.monotonic() + (options.budget or 120.0)
     ops = CudaOps(torch.device("cuda"))
     for name in options.layers:
         layer = ALL_LAYERS[name]
@@ -120,17 +130,13 @@ def main() -> None:
                 print(f"not begun: {name}, {num_rows} rows")
                 continue
             plans = sound_plans(bench, plans_for(ops, layer, num_rows, options.most), num_rows)
-            times = measure(bench, plans, num_rows, options.seconds, options.rounds)
-            flops = 2.0 * num_rows * layer.out_features * layer.in_features
-            for plan, found in sorted(zip(plans, times, strict=True), key=lambda pair: statistics.median(pair[1])):
-                median = statistics.median(found)
-                ratio = statistics.median(a / b for a, b in zip(found, times[0], strict=True))
-                figures = f"{median * 1e3:8.1f} us {flops / median / 1e9:6.1f} TFLOP/s {ratio:.3f}"
-                print(f"{name} {num_rows}: {figures} {plan}", flush=True)
-                if options.out is not None:
-                    line = {"layer": name, "num_rows": num_rows, "plan": msgspec.to_builtins(plan), "ms": found}
-                    with options.out.open("a") as file:
-                        file.write(json.dumps(line | {"base_ms": times[0]}) + "\n")
+            turns = measure(bench, plans, num_rows, options.seconds, options.rounds)
+            print_cell(layer, num_rows, plans, turns)
+            if options.out is not None:
+                with options.out.open("a") as file:
+                    for plan, found in zip(plans, turns, strict=True):
+                        line = {"layer": name, "num_rows": num_rows, "plan": msgspec.to_builtins(plan), "ms": found.ms}
+                        file.write(json.dumps(line | {"base_ms": turns[0].ms}) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""FP8 products under sustained load: the plan of the table against the kernel with two rings.
+"""FP8 products under sustained load: the plan of the table against the kernel with two rings, and for fewer rows
+against every other.
 
 `python -m benchmarks.gpu.sustained --fp8`, within its budget: plans are tried and compiled in processes of their own
-first, since one that hangs would take everything with it. Then each layer of an 8B model at 512 to 8,192 rows, plans
+first, since one that hangs would take everything with it. Then each layer of an 8B model at 128 to 8,192 rows, plans
 taking turns of a twentieth of a second. `--out DIR` gets the device's table with the plans that were faster.
 """
 
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import statistics
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -18,15 +18,18 @@ import msgspec
 import torch
 
 from benchmarks.gpu import fp8_candidates, fp8_vet, sustained
+from benchmarks.gpu.clocks import FP8_FLOP_PER_CLOCK
 from benchmarks.gpu.fp8 import short, write_table
 from benchmarks.gpu.fp8_layers import LAYERS, HardOperands, random_weights
 from benchmarks.gpu.shapes import Layer
+from benchmarks.gpu.turns import Turns
 from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.kernels.fp8 import CHANNEL_CHAIN
 from cluster.engine.kernels.triton.fp8_plans import REFERENCE_FP8, Fp8Plan
 from cluster.engine.kernels.triton.fp8_table import Fp8Entry
 
-_ROWS = (8192, 2048, 4096, 1024, 512)  # what matters most comes first
+_ROWS = (8192, 2048, 4096, 1024, 512, 256, 128)  # what matters most comes first
+_MOST_ROWS_OF_ALL_KINDS = 1024  # above only rings compete
 _COLD_BYTES = 200 << 20
 _TURN_S = 0.05
 _ROUNDS = 2
@@ -37,7 +40,15 @@ class Cell(NamedTuple):
     layer: Layer
     num_rows: int
     plans: list[Fp8Plan]  # the table's first
-    ms: list[float]
+    turns: list[Turns]
+
+    @property
+    def ms(self) -> list[float]:
+        return [turns.median_ms for turns in self.turns]
+
+    @property
+    def flop(self) -> float:
+        return 2.0 * self.num_rows * self.layer.out_features * self.layer.in_features
 
     @property
     def best(self) -> int:
@@ -81,9 +92,7 @@ class Fp8LayerBench:
 def run(budget_s: float, out: Path | None) -> None:
     """Print each cell, then one table."""
     start_s = time.monotonic()
-    verdicts = fp8_vet.vet(
-        max(2, min(14, os.cpu_count() or 2)), 0.6 * budget_s, lambda job: job[1].kind in ("hopper", "rings")
-    )
+    verdicts = fp8_vet.vet(max(2, min(14, os.cpu_count() or 2)), 0.6 * budget_s, wanted_jobs().__contains__)
     for verdict in verdicts:
         if verdict.error or verdict.differing:
             print(f"left out: {short(verdict.plan)}: {verdict.error or f'{verdict.differing} values differ'}")
@@ -102,8 +111,7 @@ def run(budget_s: float, out: Path | None) -> None:
                 print(f"no time left: {layer.name}, {num_rows} rows")
                 continue
             plans = sustained.sound_plans(bench, plans, num_rows)
-            times = sustained.measure(bench, plans, num_rows, _TURN_S, _ROUNDS)
-            cells.append(Cell(layer, num_rows, plans, [statistics.median(found) for found in times]))
+            cells.append(Cell(layer, num_rows, plans, sustained.measure(bench, plans, num_rows, _TURN_S, _ROUNDS)))
             _print_cell(cells[-1])
         del bench
         torch.cuda.empty_cache()
@@ -115,7 +123,8 @@ def run(budget_s: float, out: Path | None) -> None:
 
 
 def with_faster_plans(entries: list[Fp8Entry], cells: list[Cell]) -> list[Fp8Entry]:
-    """A table's entries, those of the measured shapes and rows with the fastest plan."""
+    """A table's entries, those of the measured shapes and rows with the fastest plan. A plan in several kernels stays:
+    another one was measured in its place."""
     faster = {}
     for cell in cells:
         outputs = cell.layer.out_features // (2 if cell.layer.silu_mul else 1)
@@ -125,8 +134,21 @@ def with_faster_plans(entries: list[Fp8Entry], cells: list[Cell]) -> list[Fp8Ent
     found = []
     for entry in entries:
         plan = faster.get((entry.out_features, entry.in_features, entry.max_rows, entry.silu_mul))
-        found.append(entry if plan is None else msgspec.structs.replace(entry, plan=plan, otherwise=None))
+        stays = plan is None or entry.plan.kind == "separate"
+        found.append(entry if stays else msgspec.structs.replace(entry, plan=plan, otherwise=None))
     return found
+
+
+def offered(num_rows: int, *, silu_mul: bool) -> list[Fp8Plan]:
+    """What competes with the table's plan."""
+    if num_rows <= _MOST_ROWS_OF_ALL_KINDS:
+        return fp8_candidates.candidates(num_rows, silu_mul=silu_mul)
+    return list(fp8_candidates.rings(silu_mul=silu_mul))
+
+
+def wanted_jobs() -> set[fp8_vet.Job]:
+    """All plans that compete somewhere; those that the table may name for these rows are among them."""
+    return {(silu, plan) for silu in (False, True) for rows in _ROWS for plan in offered(rows, silu_mul=silu)}
 
 
 def _plans(
@@ -135,36 +157,40 @@ def _plans(
     mine = ops.fp8.plans.linear(out_features, layer.in_features, num_rows, silu_mul=layer.silu_mul)
     if mine.kind == "separate":
         mine = Fp8Plan(kind="hopper", block_m=128, block_n=128, num_stages=4)
-    rings = [plan for plan in fp8_candidates.rings(silu_mul=layer.silu_mul) if (layer.silu_mul, plan) in sound]
-    return [mine, *rings]
-
-
-def _teraflops(cell: Cell, milliseconds: float) -> float:
-    return 2.0 * cell.num_rows * cell.layer.out_features * cell.layer.in_features / milliseconds / 1e9
+    others = [plan for plan in offered(num_rows, silu_mul=layer.silu_mul) if (layer.silu_mul, plan) in sound]
+    return list(dict.fromkeys([mine, *others]))
 
 
 def _print_cell(cell: Cell) -> None:
-    ranked = sorted(zip(cell.ms, cell.plans, strict=True), key=lambda pair: pair[0])
-    found = " ".join(f"{short(plan)}={milliseconds * 1e3:.1f}us" for milliseconds, plan in ranked)
-    print(f"{cell.layer.name} {cell.num_rows}: {found}", flush=True)
+    ranked = sorted(zip(cell.turns, cell.plans, strict=True), key=lambda pair: pair[0].median_ms)
+    words = []
+    for turns, plan in ranked:
+        load = turns.load(cell.flop, FP8_FLOP_PER_CLOCK)
+        words.append(f"{short(plan)}={turns.median_ms * 1e3:.1f}us{f',{load}' if load else ''}")
+    print(f"{cell.layer.name} {cell.num_rows}: {' '.join(words)}", flush=True)
 
 
 def _print_table(cells: list[Cell]) -> None:
     """Ratios of time, new to old; a layer's products together say what a step of that many rows gains."""
-    print(
-        f"\n{'layer':16s} {'rows':>5s} {'table us':>9s} {'TFLOP/s':>8s} {'rings us':>9s} {'TFLOP/s':>8s}  ratio  plan"
-    )
+    side = f"{'us':>8s} {'TFLOP/s':>8s} {'load':18s}"
+    print(f"\n{'layer':16s} {'rows':>5s}  table's {side} best's {side} ratio  plan")
     for cell in cells:
-        old, new = cell.ms[0], cell.ms[cell.best]
+        base, best = (_figures(cell, index) for index in (0, cell.best))
+        ratio = cell.ms[cell.best] / cell.ms[0]
         print(
-            f"{cell.layer.name:16s} {cell.num_rows:5d} {old * 1e3:9.1f} {_teraflops(cell, old):8.0f} {new * 1e3:9.1f} "
-            f"{_teraflops(cell, new):8.0f}  {new / old:.3f}  {short(cell.plans[cell.best])}"
+            f"{cell.layer.name:16s} {cell.num_rows:5d}          {base}        {best} {ratio:.3f}  "
+            f"{short(cell.plans[cell.best])}"
         )
     for num_rows in sorted({cell.num_rows for cell in cells}):
         some = [cell for cell in cells if cell.num_rows == num_rows]
         old, new = sum(cell.ms[0] for cell in some), sum(cell.ms[cell.best] for cell in some)
         words = f"{len(some)} products at {num_rows} rows"
-        print(f"{words}: {old * 1e3:.0f} us, with rings {new * 1e3:.0f} us: {new / old:.3f}")
+        print(f"{words}: {old * 1e3:.0f} us, with the best {new * 1e3:.0f} us: {new / old:.3f}")
     ratios = [math.log(cell.ms[cell.best] / cell.ms[0]) for cell in cells]
     if ratios:
         print(f"geomean of the ratios: {math.exp(sum(ratios) / len(ratios)):.3f}")
+
+
+def _figures(cell: Cell, index: int) -> str:
+    milliseconds, load = cell.ms[index], cell.turns[index].load(cell.flop, FP8_FLOP_PER_CLOCK)
+    return f"{milliseconds * 1e3:8.1f} {cell.flop / milliseconds / 1e9:8.0f} {load:18s}"

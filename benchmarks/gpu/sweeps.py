@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
@@ -38,28 +39,50 @@ SPLIT_PLANS = [
     for programs in (2, 3, 4)
 ]
 FINALISTS = 4
+EPILOGUES = {"plain": False, "silu_mul": True}
 _CANNOT_RUN = (triton.OutOfResources, triton.CompilationError, RuntimeError)
 
 
-def compile_share(share: int, shares: int) -> None:
+def compiled_plans(row_counts: Iterable[int], epilogues: Iterable[str]) -> list[tuple[bool, LinearPlan]]:
+    """(SwiGLU, plan) of every candidate, in an order that all processes share."""
+    silu_muls = [EPILOGUES[name] for name in epilogues]
+    every = {(silu, p) for rows in row_counts for silu in silu_muls for p in candidates(rows, silu_mul=silu)}
+    return sorted(every, key=str)
+
+
+def compile_share(
+    share: int, shares: int, row_counts: Iterable[int] = ROW_COUNTS, epilogues: Iterable[str] = tuple(EPILOGUES)
+) -> None:  # fmt: skip
     """Compile every GEMM candidate of this share into Triton's cache on disk."""
     ops = CudaOps(torch.device("cuda"))
-    every = {(silu, p) for rows in ROW_COUNTS for silu in (False, True) for p in candidates(rows, silu_mul=silu)}
     weight = ops.pack_linear(torch.zeros((1024, 512), device="cuda", dtype=torch.bfloat16))
     x = torch.zeros((256, 512), device="cuda", dtype=torch.bfloat16)
-    for silu, plan in sorted(every, key=str)[share::shares]:
-        out = torch.empty((256, 512 if silu else 1024), device="cuda", dtype=torch.bfloat16)
-        try:
-            ops.run_linear(x, weight, None, out, plan, silu_mul=silu)
-        except _CANNOT_RUN as error:
-            print("cannot run", silu, plan, str(error)[:200])
+    for silu, plan in compiled_plans(row_counts, epilogues)[share::shares]:
+        # fp32 too: bits are compared of the accumulators
+        for dtype in (torch.bfloat16,) if plan.kind == "cublaslt" else (torch.bfloat16, torch.float32):
+            out = torch.empty((256, 512 if silu else 1024), device="cuda", dtype=dtype)
+            try:
+                ops.run_linear(x, weight, None, out, plan, silu_mul=silu)
+            except _CANNOT_RUN as error:
+                print("cannot run", silu, plan, str(error)[:200])
     torch.cuda.synchronize()
 
 
-def compile_all(shares: int = 12) -> None:
+def share_words(
+    share: int, shares: int, row_counts: Iterable[int], epilogues: Iterable[str]
+) -> tuple[str, ...]:  # fmt: skip
+    """What follows `python -m benchmarks.gpu` for a process that compiles a share."""
+    return ("compile-share", str(share), str(shares), "--rows", *map(str, row_counts), "--epilogues", *epilogues)
+
+
+def compile_all(
+    shares: int = 12, row_counts: Iterable[int] = ROW_COUNTS, epilogues: Iterable[str] = tuple(EPILOGUES)
+) -> None:  # fmt: skip
     """Processes share the work: compiling is one thread each."""
-    command = [sys.executable, "-m", "benchmarks.gpu", "compile-share"]
-    children = [subprocess.Popen([*command, str(share), str(shares)]) for share in range(shares)]
+    children = [
+        subprocess.Popen([sys.executable, "-m", "benchmarks.gpu", *share_words(share, shares, row_counts, epilogues)])
+        for share in range(shares)
+    ]
     for child in children:
         child.wait(timeout=300)
 

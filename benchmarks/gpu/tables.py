@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
-from benchmarks.gpu.shapes import FUSED_LAYERS, LAYERS
+from benchmarks.gpu.shapes import FUSED_LAYERS, LAYERS, Layer
 from cluster.engine.kernels.triton.plans import AttentionPlan, LinearPlan
 from cluster.engine.kernels.triton.table import LinearEntry, PlanTable, file_stem
 
-__all__ = ["best_ratios", "file_stem", "make_table", "write_table"]
+__all__ = ["best_ratios", "file_stem", "make_table", "with_plans", "write_table"]
 
 
 def best_ratios(measurements: Path) -> dict[tuple[str, int], tuple[float, LinearPlan]]:
@@ -44,6 +45,19 @@ def make_table(measurements: Path, device: str, versions: dict[str, str], attent
             )
         )
     return PlanTable(device=device, versions=versions, linear=tuple(entries), attention=attention)
+
+
+def with_plans(entries: Sequence[LinearEntry], plans: Mapping[tuple[Layer, int], LinearPlan]) -> list[LinearEntry]:
+    """A table's entries, those of these layers and rows with these plans; there are no new ones."""
+    by_shape = {
+        (layer.out_features // (2 if layer.silu_mul else 1), layer.in_features, num_rows, layer.silu_mul): plan
+        for (layer, num_rows), plan in plans.items()
+    }
+    shapes = [(entry.out_features, entry.in_features, entry.max_rows, entry.silu_mul) for entry in entries]
+    return [
+        msgspec.structs.replace(entry, plan=by_shape.get(shape, entry.plan))
+        for entry, shape in zip(entries, shapes, strict=True)
+    ]
 
 
 def write_table(table: PlanTable, path: Path) -> None:

@@ -8,24 +8,22 @@ import torch
 
 
 def graph_ms(calls: Sequence[Callable[[], object]], *, min_ms: float = 4.0, replays: int = 5) -> float:
-    """Median milliseconds of one call. `calls` do the same on different inputs, so that L2 stays cold.
+    """Median milliseconds of one call. `calls` do the same on different inputs, so that L2 stays cold."""
+    graph = capture(calls)
+    once = replay_ms(graph)
+    rounds = max(1, min(200, round(min_ms / max(once, 1e-3))))
+    times = [_timed(_repeat(graph, rounds)) / (rounds * len(calls)) for _ in range(replays)]
+    return sorted(times)[len(times) // 2]
 
-    Everything runs once before capture, which compiles kernels and sizes workspaces.
-    """
+
+def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """One graph of all calls. They run once before, which compiles kernels and sizes workspaces."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for call in calls:
             call()
     torch.cuda.synchronize()
-    graph = _capture(calls)
-    once = _replay_ms(graph)
-    rounds = max(1, min(200, round(min_ms / max(once, 1e-3))))
-    times = [_timed(_repeat(graph, rounds)) / (rounds * len(calls)) for _ in range(replays)]
-    return sorted(times)[len(times) // 2]
-
-
-def _capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:
@@ -41,7 +39,8 @@ def _repeat(graph: torch.cuda.CUDAGraph, count: int) -> Callable[[], object]:
     return replay
 
 
-def _replay_ms(graph: torch.cuda.CUDAGraph) -> float:
+def replay_ms(graph: torch.cuda.CUDAGraph) -> float:
+    """Of one replay, after another one."""
     graph.replay()
     return _timed(graph.replay)
 
@@ -53,15 +52,8 @@ def interleaved_ms(
 
     Clocks and temperature drift over a second of load; turns of milliseconds give every variant the same share.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for calls in variants:
-            for call in calls:
-                call()
-    torch.cuda.synchronize()
-    graphs = [_capture(calls) for calls in variants]
-    counts = [max(1, round(min_ms / max(_replay_ms(graph), 1e-3))) for graph in graphs]
+    graphs = [capture(calls) for calls in variants]
+    counts = [max(1, round(min_ms / max(replay_ms(graph), 1e-3))) for graph in graphs]
     times: list[list[float]] = [[] for _ in variants]
     for index in range(rounds + 1):
         for graph, count, calls, found in zip(graphs, counts, variants, times, strict=True):

@@ -6,10 +6,13 @@ import pytest
 
 pytest.importorskip("triton")
 
+from benchmarks.gpu import fp8_vet
+from benchmarks.gpu.clocks import UNKNOWN
 from benchmarks.gpu.shapes import Layer
-from benchmarks.gpu.sustained_fp8 import Cell, with_faster_plans
+from benchmarks.gpu.sustained_fp8 import Cell, offered, wanted_jobs, with_faster_plans
+from benchmarks.gpu.turns import Turns
 from cluster.engine.kernels.triton.fp8_plans import Fp8Plan
-from cluster.engine.kernels.triton.fp8_table import Fp8Entry
+from cluster.engine.kernels.triton.fp8_table import Fp8Entry, load_fp8_plans
 
 OLD = Fp8Plan(kind="hopper", block_m=128, block_n=128, num_stages=4)
 RINGS = [Fp8Plan(kind="rings", block_m=128, block_n=128, num_stages=4, lead=lead) for lead in (0, 1)]
@@ -22,13 +25,17 @@ def entry(rows: int, plan: Fp8Plan = OLD, *, silu_mul: bool = False, otherwise: 
     )  # fmt: skip
 
 
+def turns(*milliseconds: float) -> list[Turns]:
+    return [Turns([each], [UNKNOWN]) for each in milliseconds]
+
+
 def test_only_faster_plans_of_measured_cells_are_taken() -> None:
     plain, fused = Layer("plain", 512, 256), Layer("fused", 1024, 256, silu_mul=True)
     cells = [
-        Cell(plain, 512, [LIBRARY, *RINGS], [3.0, 2.0, 1.0]),
-        Cell(plain, 1024, [OLD, *RINGS], [1.0, 1.1, 1.2]),
-        Cell(fused, 512, [OLD, *RINGS], [3.0, 1.0, 2.0]),
-        Cell(fused, 2048, [OLD], [3.0]),
+        Cell(plain, 512, [LIBRARY, *RINGS], turns(3.0, 2.0, 1.0)),
+        Cell(plain, 1024, [OLD, *RINGS], turns(1.0, 1.1, 1.2)),
+        Cell(fused, 512, [OLD, *RINGS], turns(3.0, 1.0, 2.0)),
+        Cell(fused, 2048, [OLD], turns(3.0)),
     ]
     entries = [
         entry(64), entry(512, LIBRARY, otherwise=OLD), entry(1024), entry(512, silu_mul=True),
@@ -36,3 +43,35 @@ def test_only_faster_plans_of_measured_cells_are_taken() -> None:
     ]  # fmt: skip
     found = with_faster_plans(entries, cells)
     assert found == [entries[0], entry(512, RINGS[1]), entries[2], entry(512, RINGS[0], silu_mul=True), entries[4]]
+
+
+def test_rows_that_the_table_does_not_tell_apart_get_no_entry() -> None:
+    cells = [Cell(Layer("plain", 512, 256), rows, [OLD, *RINGS], turns(3.0, 2.0, 1.0)) for rows in (128, 256, 512)]
+    assert with_faster_plans([entry(256), entry(1024)], cells) == [entry(256, RINGS[1]), entry(1024)]
+
+
+def test_a_plan_in_several_kernels_stays() -> None:
+    separate = entry(128, Fp8Plan(kind="separate"), silu_mul=True)
+    cell = Cell(Layer("fused", 1024, 256, silu_mul=True), 128, [OLD, *RINGS], turns(3.0, 2.0, 1.0))
+    assert with_faster_plans([separate], [cell]) == [separate]
+
+
+@pytest.mark.parametrize("silu_mul", [False, True])
+def test_few_rows_have_all_kinds_and_many_rows_rings(silu_mul: bool) -> None:
+    for rows in (128, 256, 512, 1024):
+        assert {plan.kind for plan in offered(rows, silu_mul=silu_mul)} == {"hopper", "rings", "tma"}
+    assert {plan.kind for plan in offered(2048, silu_mul=silu_mul)} == {"rings"}
+    tall = [plan for plan in offered(8192, silu_mul=silu_mul) if plan.group_m == 32]
+    width = 128 if silu_mul else 256
+    depths = (5, 3, 2, 2) if silu_mul else (4, 4, 1, 1)
+    assert [(p.block_n, p.num_stages, p.x_stages, p.lead, p.store_parts) for p in tall] == [(width, *depths)]
+
+
+def test_all_that_competes_is_tried_by_a_child_first() -> None:
+    assert wanted_jobs() <= set(fp8_vet.all_jobs())
+
+
+def test_the_table_s_own_plans_are_compiled_by_children_too() -> None:
+    for found in load_fp8_plans("NVIDIA H200").entries():
+        if found.max_rows >= 128 and found.plan.kind != "separate":
+            assert (found.silu_mul, found.plan) in wanted_jobs()

@@ -1,0 +1,67 @@
+"""Plans tuned for some row counts: what is compiled first, which plan is taken, and the table that is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+pytest.importorskip("triton")
+
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import sweeps, tables
+from benchmarks.gpu.candidates import candidates
+from benchmarks.gpu.clocks import UNKNOWN
+from benchmarks.gpu.shapes import FUSED_LAYERS, LAYERS
+from benchmarks.gpu.tune_rows import faster_plan
+from benchmarks.gpu.turns import Turns
+from cluster.engine.kernels.triton.plans import LinearPlan
+from cluster.engine.kernels.triton.table import PlanTable, load_plan_index
+
+OLD, NEW = LinearPlan(block_n=128), LinearPlan(block_n=32)
+DEVICE = "NVIDIA H200"
+
+
+def turns(*milliseconds: float) -> Turns:
+    return Turns(list(milliseconds), [UNKNOWN] * len(milliseconds))
+
+
+def test_a_plan_is_taken_that_is_more_than_a_hundredth_faster() -> None:
+    assert faster_plan([OLD, NEW], [turns(1.0, 2.0, 1.0), turns(0.98, 1.96, 1.5)]) == NEW
+    assert faster_plan([OLD, NEW], [turns(1.0, 1.0, 1.0), turns(0.995, 0.2, 1.1)]) is None
+    assert faster_plan([OLD], [turns(1.0)]) is None
+
+
+def test_the_rest_of_the_table_stays_as_it_is(tmp_path: Path) -> None:
+    index = load_plan_index(DEVICE)
+    plain, fused = LAYERS[0], FUSED_LAYERS[0]
+    entries = tables.with_plans(index.entries(), {(plain, 32): NEW, (fused, 64): NEW, (plain, 33): NEW})
+    path = tmp_path / "table.json"
+    tables.write_table(PlanTable(device=DEVICE, linear=tuple(entries), attention=index.attention), path)
+    written = msgspec.json.decode(path.read_bytes(), type=PlanTable)
+    assert written.attention == index.attention
+    plans = {(entry.out_features, entry.in_features, entry.max_rows, entry.silu_mul): entry for entry in written.linear}
+    for shape in ((6144, 4096, 32, False), (14336, 4096, 64, True)):
+        assert plans[shape].plan == NEW
+    others = [(new, old) for new, old in zip(written.linear, index.entries(), strict=True) if new.plan != NEW]
+    assert len(others) == len(written.linear) - 2
+    assert all(new == old for new, old in others)
+
+
+def test_only_the_wanted_candidates_are_compiled() -> None:
+    assert {plan for _, plan in sweeps.compiled_plans((32, 64), ["plain"])} == {
+        plan for rows in (32, 64) for plan in candidates(rows, silu_mul=False)
+    }
+    assert {silu for silu, _ in sweeps.compiled_plans((32,), ["silu_mul"])} == {True}
+
+
+@pytest.mark.parametrize(("rows", "epilogues"), [((32, 64), ["plain"]), ((8,), ["plain", "silu_mul"])])
+def test_a_process_that_compiles_understands_what_it_is_told(
+    monkeypatch: pytest.MonkeyPatch, rows: tuple[int, ...], epilogues: list[str]
+) -> None:  # fmt: skip
+    calls: list[tuple[object, ...]] = []
+    monkeypatch.setattr(sweeps, "compile_share", lambda *args: calls.append(args))
+    monkeypatch.setattr("sys.argv", ["benchmarks.gpu", *sweeps.share_words(1, 5, rows, epilogues)])
+    command.main()
+    assert calls == [(1, 5, list(rows), epilogues)]
