@@ -112,7 +112,7 @@ def test_the_loop_of_the_rings_has_products_and_sums_and_little_else(
     assert spilled_bytes(kernel) == 0
 
 
-@pytest.mark.parametrize("plan", [NARROW_HOPPER, NARROW_RINGS, NARROW_X_REGISTERS, STREAM], ids=lambda plan: plan.kind)
+@pytest.mark.parametrize("plan", [NARROW_HOPPER, NARROW_RINGS, STREAM], ids=lambda plan: plan.kind)
 def test_quotients_of_swiglu_overlap(plan: Fp8Plan, tmp_path: Path) -> None:
     """A division of Triton's has a branch of its own, and the next one waits for it."""
     with compiled_for_hopper(tmp_path) as kernels:

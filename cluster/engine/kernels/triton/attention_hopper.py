@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from cluster.engine.kernels.triton.gluon_math import quotient
 from cluster.engine.kernels.triton.gluon_names import async_load, barrier
 from cluster.engine.kernels.triton.row_sums import lane_sums, total, wide
 
@@ -184,7 +185,7 @@ def _consume(
     acc = warpgroup_mma(p_operand, v_ring.index(last % STAGES), acc)
     M, L, O = _fold(M, L, O, m, l, acc, L_LAYOUT, O_LAYOUT)
 
-    y = gl.div_rn(O, gl.expand_dims(total(L, O_LAYOUT), 1) + gl.zeros_like(O)) + 0.0
+    y = quotient(O, gl.expand_dims(total(L, O_LAYOUT), 1) + gl.zeros_like(O)) + 0.0
     if out_ptr.dtype.element_ty == q_ptr.dtype.element_ty:
         # Back through q's buffer, whose last reader has ended, so that rows leave in pieces of 16 bytes.
         q_buffer.store(y.to(q_ptr.dtype.element_ty))

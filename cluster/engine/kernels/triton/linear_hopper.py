@@ -26,10 +26,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from cluster.engine.kernels.triton import linear
+from cluster.engine.kernels.triton.gluon_math import quotient
 from cluster.engine.kernels.triton.gluon_names import async_load, async_store, barrier
 
-_sigmoid_weighted = gluon.jit(linear._sigmoid_weighted.fn)
 _tile_of = gluon.jit(linear._tile_of.fn)
+
+
+@gluon.jit
+def _sigmoid_weighted(x):
+    """`linear._sigmoid_weighted`."""
+    return quotient(x, 1.0 + gl.exp(-x))
 
 
 @gluon.jit
