@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
 import json
+import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 

@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import msgspec
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -18,7 +17,6 @@ from benchmarks.gpu.timing import copy_bandwidth_tb_s, interleaved_ms
 from benchmarks.results import append_result
 from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.kernels.ops import AttentionMetadata
-from cluster.engine.kernels.triton import attention_launch
 
 DECODE_CASES = ((32, 4096), (32, 32768), (128, 4096), (128, 32768), (1, 32768))
 PREFILL_CASES = ((16, 2048), (8, 2048), (2, 8192), (1, 32768))
@@ -82,16 +80,6 @@ def _attention_call(
     return lambda: ops.attention(q, kv[:, 0], metadata, q.shape[2] ** -0.5)
 
 
-def _lookahead_call(
-    ops: CudaOps, q: torch.Tensor, kv: torch.Tensor, metadata: AttentionMetadata
-) -> Callable[[], torch.Tensor]:
-    """The table's plan with cache blocks looked up before their turn; the list is made once, as for all layers."""
-    plan = msgspec.structs.replace(ops.plans.attention, prefill_lookahead=True)
-    lists, scale = attention_launch.WorkLists(), q.shape[2] ** -0.5
-    multiprocessors = attention.NUM_MULTIPROCESSORS
-    return lambda: attention_launch.run_attention(q, kv[:, 0], metadata, scale, plan, multiprocessors, lists=lists)
-
-
 def record_attention(out: Path) -> None:
     """Decode as KV bytes per second over copy bandwidth, prefill over the fastest SDPA backend."""
     ops = CudaOps(torch.device("cuda"))
@@ -108,18 +96,13 @@ def record_attention(out: Path) -> None:
         q, kv, metadata = attention.paged_inputs([length] * batch, [length] * batch, num_layers=1)
         sdpa = _sdpa_calls(batch, length)
         ours = [_attention_call(ops, q, kv, metadata)]
-        ahead = [_lookahead_call(ops, q, kv, metadata)]
-        if not torch.equal(ours[0](), ahead[0]()):
-            raise AssertionError(f"prefill of {batch} x {length} with lookahead has other bits")
-        *theirs, mine, other = interleaved_ms([*sdpa.values(), ours, ahead], min_ms=5)
+        *theirs, mine = interleaved_ms([*sdpa.values(), ours], min_ms=5)
         medians = [statistics.median(times) for times in theirs]
         fastest = medians.index(min(medians))
         ratio = statistics.median(a / b for a, b in zip(theirs[fastest], mine, strict=True))
         params: dict[str, str | int] = {"batch": batch, "context": length, "backend": list(sdpa)[fastest]}
         _append("attention", "prefill_ratio_vs_sdpa", ratio, "x", params, out)
-        ratio = statistics.median(a / b for a, b in zip(theirs[fastest], other, strict=True))
-        _append("attention", "prefill_ratio_vs_sdpa", ratio, "x", params | {"plan": "lookahead"}, out)
-        del q, kv, metadata, sdpa, ours, ahead
+        del q, kv, metadata, sdpa, ours
         torch.cuda.empty_cache()
 
 

@@ -24,11 +24,7 @@ from cluster.engine.kernels.triton.table import library_versions
 
 DECODE_CASES = ((32, 4096), (32, 32768), (128, 4096), (128, 32768), (1, 32768), (1, 4096))
 PREFILL_CASES = ((16, 2048), (8, 2048), (2, 8192), (1, 32768))
-PREFILL_PLANS = [
-    AttentionPlan(prefill_kind="hopper", prefill_num_stages=stages, prefill_lookahead=lookahead)
-    for stages in (2, 4)
-    for lookahead in (False, True)
-] + [
+PREFILL_PLANS = [AttentionPlan(prefill_kind="hopper", prefill_num_stages=stages) for stages in (2, 3, 4)] + [
     AttentionPlan(prefill_block_rows=rows, prefill_num_warps=warps, prefill_num_stages=5, prefill_use_tma=True)
     for rows, warps in ((64, 4), (128, 8))
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import msgspec
 import pytest
 import torch
 
@@ -25,11 +24,7 @@ PREFILL_PLANS = [
         (128, 8, 3, False),
         (128, 8, 5, True),
     )
-] + [
-    AttentionPlan(prefill_kind="hopper", prefill_num_stages=stages, prefill_lookahead=lookahead)
-    for stages in (2, 4)
-    for lookahead in (False, True)
-]
+] + [AttentionPlan(prefill_kind="hopper", prefill_num_stages=stages) for stages in (2, 3, 4)]
 
 
 def paged(
@@ -74,14 +69,11 @@ def test_every_tile_has_the_same_bits(head_size: int) -> None:
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "head_size"), [(8, 8, 64), (10, 2, 128), (9, 3, 64), (32, 2, 128)]
 )
-@pytest.mark.parametrize("lookahead", [False, True])
 @pytest.mark.parametrize("block", [64, 128])
-def test_warp_group_kernel_equals_the_tiled_one(
-    num_heads: int, num_kv_heads: int, head_size: int, lookahead: bool, block: int
-) -> None:
+def test_warp_group_kernel_equals_the_tiled_one(num_heads: int, num_kv_heads: int, head_size: int, block: int) -> None:
     contexts = [1, 64, 700, 1537, 33, 2500, 512, 1025]
     cache = paged(num_heads, num_kv_heads, head_size, contexts, block=block)
-    hopper = AttentionPlan(prefill_kind="hopper", prefill_num_stages=3, prefill_lookahead=lookahead)
+    hopper = AttentionPlan(prefill_kind="hopper", prefill_num_stages=3)
     for rows in (contexts, [1, 64, 1, 200, 1, 1, 3, 1000], [1, 33, 97, 65, 2, 1, 511, 513]):
         tiled = cache.attend(list(range(8)), rows)
         for index, result in enumerate(cache.attend(list(range(8)), rows, plan=hopper)):
@@ -207,8 +199,7 @@ def test_neighbours_do_not_matter_in_a_window() -> None:
     for window in (50, 600):
         alone = [cache.attend([i], [c], window=window)[0] for i, c in enumerate(contexts)]
         for rows in (contexts, [1] * 8, [1, 64, 1, 200, 1, 1, 3, 1000], [1, 5, 4, 1, 2, 1, 1, 1]):
-            hopper = AttentionPlan(prefill_kind="hopper")
-            for plan in (AttentionPlan(), hopper, msgspec.structs.replace(hopper, prefill_lookahead=True)):
+            for plan in (AttentionPlan(), AttentionPlan(prefill_kind="hopper")):
                 together = cache.attend(list(range(8)), rows, plan=plan, window=window)
                 for index, count in enumerate(rows):
                     assert bits_equal(together[index], alone[index][-count:]), (window, rows, index)

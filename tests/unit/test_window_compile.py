@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from cluster.engine.kernels.triton import attention_launch
 from cluster.engine.kernels.triton.plans import AttentionPlan
 from tests.gpu.support import NUM_MULTIPROCESSORS, Paged
-from tests.unit.triton_compile import compiled_for_hopper, spilled_bytes
+from tests.unit.triton_compile import compiled_for_hopper, innermost_loops, spilled_bytes
 
 CONTEXTS = [700, 600, 1]
 TILED = AttentionPlan(prefill_use_tma=True)
@@ -47,13 +47,21 @@ def test_another_window_needs_no_other_kernel(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 40])
-def test_looking_ahead_costs_no_registers(window: int | None, tmp_path: Path) -> None:
-    """And is compiled in only where it is asked for: the loop then loads no block id before it waits."""
-    kernels = []
-    for lookahead in (False, True):
-        plan = AttentionPlan(prefill_kind="hopper", prefill_lookahead=lookahead)
-        compiled = _compiled(tmp_path, window, plan)
-        assert compiled["list_tiles_kernel"].asm["ptx"].count("st.global") == 6 + lookahead
-        kernels.append(compiled["prefill_hopper_kernel"])
-    assert spilled_bytes(kernels[1]) <= spilled_bytes(kernels[0])
-    assert kernels[0].hash != kernels[1].hash
+def test_a_softmax_is_computed_while_products_run(window: int | None, tmp_path: Path) -> None:
+    """The assembler would put it after the wait for them."""
+    kernel = _compiled(tmp_path, window, AttentionPlan(prefill_kind="hopper"))["prefill_hopper_kernel"]
+    loops = [loop for loop in innermost_loops(kernel) if "HGMMA" in loop]
+    assert len(loops) == 2  # of the two consumers
+    for loop in loops:
+        lines = loop.splitlines()
+        *_, last_product = (index for index, line in enumerate(lines) if "HGMMA" in line)
+        *_, last_wait = (index for index, line in enumerate(lines) if "WARPGROUP.DEPBAR" in line)
+        num_exponentials = sum("MUFU.EX2" in line for line in lines[last_product:last_wait])
+        assert num_exponentials >= 24  # of 32 scores a thread
+
+
+def test_a_longer_list_of_tiles_needs_no_other_kernel(tmp_path: Path) -> None:
+    plan = AttentionPlan(prefill_kind="hopper")
+    found = _compiled(tmp_path, None, plan)
+    assert "list_tiles_kernel" in found
+    assert spilled_bytes(found["prefill_hopper_kernel"]) == 0

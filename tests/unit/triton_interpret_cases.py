@@ -112,22 +112,19 @@ def test_work_and_scratch_are_bounded_by_the_window() -> None:
         cache.table[0, : len(kept)] = kept
 
 
-@pytest.mark.parametrize("window", [None, 1, 100])
-@pytest.mark.parametrize("block_size", [64, 128])
-def test_a_tile_is_listed_with_the_cache_block_it_reads_first(window: int | None, block_size: int) -> None:
-    cache = Paged([300, 90, 1, 513], num_heads=2, num_kv_heads=1, head_size=16, block_size=block_size, device="cpu")
+def test_tiles_are_listed_with_their_number_and_a_counter() -> None:
+    """The last tile of a sequence, which sees most keys, comes first; a longer list has records without rows."""
+    cache = Paged([300, 90, 1, 513], num_heads=2, num_kv_heads=1, head_size=16, device="cpu")
     metadata = cache.metadata([3, 0, 2, 1], [400, 150, 1, 90], [513, 300, 1, 90])
-    found = (
-        attention_launch.WorkLists()
-        .tiles(metadata, 25, 32, 1, attention_launch.FirstBlock(window, 64, block_size))
-        .tolist()
-    )
-    tiles = [record for record in found if record[3] > 0]
-    assert len(tiles) == 13 + 5 + 3
-    for sequence, first_row, _, num_rows, context, first_id, *_ in tiles:
-        position = context - num_rows + first_row
-        first_key = 0 if window is None else max(position - window + 1, 0)
-        assert first_id == int(metadata.block_table[sequence, first_key // 64 * 64 // block_size])
+    found = attention_launch.WorkLists().tiles(metadata, 25, 32, 1).tolist()
+    starts = metadata.query_start.tolist()
+    wanted = [
+        [sequence, first_row, starts[sequence], rows, context]
+        for sequence, rows, context in ((0, 400, 513), (1, 150, 300), (3, 90, 90))
+        for first_row in range(0, rows, 32)
+    ]
+    assert [record[:5] for record in found if record[3] > 0] == wanted[::-1]
+    assert found[0][5:7] == [len(wanted), 0]
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,8 @@ import triton.language as tl
 
 from cluster.engine.kernels.triton.overlap import begin
 
+_FOLDED_AT_ONCE = tl.constexpr(8)
+
 
 @triton.jit
 def pair_sums(x):
@@ -297,13 +299,18 @@ def fold_kernel(
         L = tl.zeros((1, 8), tl.float32)
         lanes = tl.arange(0, 8)
         O = tl.zeros((1, BLOCK_D), tl.float32)
-        for split in tl.range(0, num_splits, num_stages=4):
-            item = (before + split) * NUM_KV_HEADS + head // GROUP
-            scratch_row = item.to(tl.int64) * (max_rows * GROUP) + tile_row
-            m = tl.load(partial_m_ptr + scratch_row + tl.zeros((1,), tl.int32))
-            l = tl.load(partial_l_ptr + scratch_row * 8 + lanes[None, :])
-            acc = tl.load(partial_ptr + scratch_row * D + offs_d[None, :], mask=(offs_d < D)[None, :], other=0.0)
-            M, L, O = fold(M, L, O, m, l, acc)
+        for first in range(0, num_splits, _FOLDED_AT_ONCE):
+            for i in tl.static_range(_FOLDED_AT_ONCE):  # their loads are on the way together
+                split = first + i
+                there = split < num_splits  # m = -inf stands for a split that is not
+                item = (before + split) * NUM_KV_HEADS + head // GROUP
+                scratch_row = item.to(tl.int64) * (max_rows * GROUP) + tile_row
+                m_ptrs = partial_m_ptr + scratch_row + tl.zeros((1,), tl.int32)
+                m = tl.load(m_ptrs, mask=there, other=float("-inf"))
+                l = tl.load(partial_l_ptr + scratch_row * 8 + lanes[None, :], mask=there, other=0.0)
+                acc_ptrs = partial_ptr + scratch_row * D + offs_d[None, :]
+                acc = tl.load(acc_ptrs, mask=there & (offs_d < D)[None, :], other=0.0)
+                M, L, O = fold(M, L, O, m, l, acc)
         y = tl.math.div_rn(O, tl.broadcast_to(total(L)[:, None], O.shape)) + 0.0
         out_row = out_ptr + (row_start + row).to(tl.int64) * stride_out + head * D
         tl.store(out_row + offs_d[None, :], y.to(out_ptr.dtype.element_ty), mask=(offs_d < D)[None, :])
@@ -417,13 +424,13 @@ def prefill_kernel(
         tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=valid[:, None] & (offs_d < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["num_sequences", "max_rows", "stride_table", "window"])
+@triton.jit(do_not_specialize=["num_sequences", "max_rows"])
 def list_tiles_kernel(
-    tiles_ptr, query_start_ptr, context_len_ptr, num_sequences, max_rows, table_ptr, stride_table, window,
-    ROWS_PER_TILE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    tiles_ptr, query_start_ptr, context_len_ptr, num_sequences, max_rows, ROWS_PER_TILE: tl.constexpr,
+    BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """One record per program: sequence, first row in it, the sequence's first row of the step, its rows, its context;
-    with a block table also the cache block of the first key block that the tile's rows see in a window.
+    """One record per program: sequence, first row in it, the sequence's first row of the step, its rows, its context.
+    The first record also has the number of tiles, and a counter that starts at 0.
 
     Once per step instead of in every program of every layer. Sequences with more than max_rows rows have tiles,
     listed as `prefill_kernel` takes them; the records past the last tile have no rows.
@@ -435,6 +442,9 @@ def list_tiles_kernel(
     tiles = tl.where(last - first > max_rows, tl.cdiv(last - first, ROWS_PER_TILE), 0)
     index = tl.sum(tiles, axis=0) - 1 - tl.program_id(0)
     tile_ptr = tiles_ptr + tl.program_id(0) * 8
+    if tl.program_id(0) == 0:
+        tl.store(tile_ptr + 5, tl.sum(tiles, axis=0))
+        tl.store(tile_ptr + 6, 0)
     if index >= 0:
         sequence = find_item(tl.cumsum(tiles, axis=0), index)
         tile = index - tl.sum(tl.where(sequences < sequence, tiles, 0), axis=0)
@@ -442,13 +452,7 @@ def list_tiles_kernel(
         tl.store(tile_ptr, sequence)
         tl.store(tile_ptr + 1, tile * ROWS_PER_TILE)
         tl.store(tile_ptr + 2, row_start)
-        num_rows = tl.load(query_start_ptr + sequence + 1) - row_start
-        tl.store(tile_ptr + 3, num_rows)
-        context = tl.load(context_len_ptr + sequence)
-        tl.store(tile_ptr + 4, context)
-        if table_ptr is not None:
-            first_key = first_visible(context - num_rows + tile * ROWS_PER_TILE, window) // BLOCK_KV * BLOCK_KV
-            block_ptr = table_ptr + sequence.to(tl.int64) * stride_table + first_key // BLOCK_SIZE
-            tl.store(tile_ptr + 5, tl.load(block_ptr))
+        tl.store(tile_ptr + 3, tl.load(query_start_ptr + sequence + 1) - row_start)
+        tl.store(tile_ptr + 4, tl.load(context_len_ptr + sequence))
     else:
         tl.store(tile_ptr + 3, 0)

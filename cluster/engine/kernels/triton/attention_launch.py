@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import triton
@@ -54,7 +53,7 @@ def run_attention(
     if split_rows:
         _run_split(call, plan, split_rows, num_multiprocessors)
     if tiled_above is not None:
-        _run_prefill(call, plan, tiled_above)
+        _run_prefill(call, plan, tiled_above, num_multiprocessors)
     return out
 
 
@@ -72,14 +71,6 @@ def paths(plan: AttentionPlan, metadata: AttentionMetadata, group: int) -> tuple
     return (1 if metadata.num_rows_min <= 1 else 0), 1
 
 
-class FirstBlock(NamedTuple):
-    """What decides which cache block a tile reads first."""
-
-    window: int | None
-    block_kv: int
-    block_size: int
-
-
 class WorkLists:
     """What the attention kernels of all layers of a step have to do, listed once, on the device.
 
@@ -89,24 +80,17 @@ class WorkLists:
     def __init__(self) -> None:
         self._newest: _StepLists | None = None
 
-    def tiles(
-        self, metadata: AttentionMetadata, num_tiles: int, rows_per_tile: int, max_rows: int,
-        first_block_of: FirstBlock | None = None,
-    ) -> torch.Tensor:  # fmt: skip
-        """(num_tiles, 8) int32: the records of `attention.list_tiles_kernel`, with first cache blocks if asked for."""
+    def tiles(self, metadata: AttentionMetadata, num_tiles: int, rows_per_tile: int, max_rows: int) -> torch.Tensor:
+        """(num_tiles, 8) int32: the records of `attention.list_tiles_kernel`."""
         lists = self._of(metadata)
-        key = (num_tiles, rows_per_tile, max_rows, first_block_of)
+        key = (num_tiles, rows_per_tile, max_rows)
         found = lists.tiles.get(key)
         if found is None:
             num_sequences = metadata.context_len.shape[0]
             found = torch.empty((num_tiles, 8), dtype=torch.int32, device=metadata.context_len.device)
-            table = None if first_block_of is None else metadata.block_table
-            window, keys, block_size = first_block_of or (None, 0, 0)
             attention.list_tiles_kernel[(num_tiles,)](
                 found, metadata.query_start, metadata.context_len, num_sequences, max_rows,
-                table, None if table is None else table.stride(0), window,
-                ROWS_PER_TILE=rows_per_tile, BLOCK_B=_block_b(num_sequences), BLOCK_KV=keys, BLOCK_SIZE=block_size,
-                num_warps=1,
+                ROWS_PER_TILE=rows_per_tile, BLOCK_B=_block_b(num_sequences), num_warps=1,
             )  # fmt: skip
             lists.tiles[key] = found
         return found
@@ -140,7 +124,7 @@ class WorkLists:
 @dataclass(frozen=True, slots=True)
 class _StepLists:
     metadata: AttentionMetadata
-    tiles: dict[tuple[int, int, int, FirstBlock | None], torch.Tensor]
+    tiles: dict[tuple[int, int, int], torch.Tensor]
     splits: dict[tuple[int, int, int | None], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -217,13 +201,13 @@ def _run_split(call: _AttentionCall, plan: AttentionPlan, max_rows: int, num_mul
     )  # fmt: skip
 
 
-def _run_prefill(call: _AttentionCall, plan: AttentionPlan, max_rows: int) -> None:
+def _run_prefill(call: _AttentionCall, plan: AttentionPlan, max_rows: int, num_multiprocessors: int) -> None:
     """Serve the sequences with more than `max_rows` rows."""
     metadata, kv = call.metadata, call.kv_N2GSD
     num_rows, _, head_size = call.q_THD.shape
     in_whole_blocks = head_size in (64, 128) and kv.shape[3] % block_kv(head_size) == 0
     if plan.prefill_kind == "hopper" and in_whole_blocks:
-        _run_prefill_hopper(call, plan, max_rows)
+        _run_prefill_hopper(call, plan, max_rows, num_multiprocessors)
         return
     block_rows = max(plan.prefill_block_rows, triton.next_power_of_2(call.group))
     tiles = metadata.num_tiles(num_rows, block_rows // call.group)
@@ -242,7 +226,7 @@ def _run_prefill(call: _AttentionCall, plan: AttentionPlan, max_rows: int) -> No
     )  # fmt: skip
 
 
-def _run_prefill_hopper(call: _AttentionCall, plan: AttentionPlan, max_rows: int) -> None:
+def _run_prefill_hopper(call: _AttentionCall, plan: AttentionPlan, max_rows: int, num_multiprocessors: int) -> None:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
 
     from cluster.engine.kernels.triton import attention_hopper
@@ -257,13 +241,12 @@ def _run_prefill_hopper(call: _AttentionCall, plan: AttentionPlan, max_rows: int
     rows_per_tile = 128 // call.group
     num_tiles = metadata.num_tiles(num_rows, rows_per_tile)
     constants = call.constants(128)
-    for unused in ("NUM_KV_HEADS", "BLOCK_D", "BLOCK_ROWS"):
+    for unused in ("BLOCK_D", "BLOCK_ROWS"):
         del constants[unused]
-    first_block = FirstBlock(call.window, keys, kv.shape[3]) if plan.prefill_lookahead else None
-    attention_hopper.prefill_hopper_kernel[(num_tiles, kv.shape[2])](
-        call.q_THD, kv_rows, call.out, call.lists.tiles(metadata, num_tiles, rows_per_tile, max_rows, first_block),
+    programs = min(num_multiprocessors, num_tiles * kv.shape[2])
+    attention_hopper.prefill_hopper_kernel[(programs,)](
+        call.q_THD, kv_rows, call.out, call.lists.tiles(metadata, num_tiles, rows_per_tile, max_rows),
         metadata.block_table, call.window, call.scale_log2, call.q_THD.stride(0), call.out.stride(0),
         metadata.block_table.stride(0), kv.stride(0) // head_size, kv.stride(1) // head_size,
-        kv.stride(2) // head_size, **constants, STAGES=plan.prefill_num_stages,
-        LOOKAHEAD=plan.prefill_lookahead, num_warps=4,
+        kv.stride(2) // head_size, **constants, STAGES=plan.prefill_num_stages, num_warps=4,
     )  # fmt: skip

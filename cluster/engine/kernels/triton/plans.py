@@ -60,7 +60,6 @@ class AttentionPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     prefill_num_warps: int = 4
     prefill_num_stages: int = 3
     prefill_use_tma: bool = False  # tiled only
-    prefill_lookahead: bool = False  # hopper only: cache blocks are looked up before their turn
 
 
 REFERENCE_ATTENTION = AttentionPlan(few_rows_kind="tiled", prefill_block_rows=16, prefill_num_stages=1)
