@@ -44,10 +44,11 @@ def engine_problems(path: str, engine: EngineConfig) -> Iterator[str]:
             f"{path}.max_batched_tokens: {limits.max_batched_tokens} is less than max_num_sequences "
             f"({limits.max_num_sequences}), so not every running sequence could advance in a step; raise it"
         )
-    hint = "steps with prompts are graphs up to that many rows, and none has more than max_batched_tokens"
-    yield from between(f"{path}.graph_prompt_rows", engine.graph_prompt_rows, 0, limits.max_batched_tokens, hint)
-    if engine.graph_prompt_rows > 0 and not engine.cuda_graphs:
-        yield f"{path}.graph_prompt_rows: {engine.graph_prompt_rows} with cuda_graphs false; leave one of them out"
+    if engine.graph_prompt_rows is not None:
+        hint = "steps with prompts are graphs up to that many rows, and none has more than max_batched_tokens"
+        yield from between(f"{path}.graph_prompt_rows", engine.graph_prompt_rows, 0, limits.max_batched_tokens, hint)
+        if engine.graph_prompt_rows > 0 and not engine.cuda_graphs:
+            yield f"{path}.graph_prompt_rows: {engine.graph_prompt_rows} with cuda_graphs false; leave one of them out"
     if engine.max_model_len is not None:
         yield from between(f"{path}.max_model_len", engine.max_model_len, 16, 1 << 24, "leave it out for the model's")
     if engine.gpu_memory_fraction is not None:

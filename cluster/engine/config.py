@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 DEFAULT_GPU_FRACTION = 0.95  # of the memory of a GPU, for all workers on it
+GRAPH_PROMPT_ROWS = 1536
 
 
 class SpeculationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -31,9 +32,18 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     device: str = "cpu"  # `cpu`, `cuda` or `cuda:1`
     gpu_memory_fraction: float | None = None  # of a GPU, for weights, KV and steps; null: 0.95, shared evenly
     cuda_graphs: bool = True  # replay decode steps as CUDA graphs; false starts faster and runs slower
-    graph_prompt_rows: int = 1536  # CUDA graphs for steps with prompts, too, of up to so many rows; 0: none
+    graph_prompt_rows: int | None = None  # rows up to which steps with prompts are CUDA graphs; null: 1,536, 0: none
     num_threads: int | None = None  # CPU threads of the kernels; None: the cores this process may use
     speculation: SpeculationConfig = SpeculationConfig()  # see the section `speculation`
+
+    @property
+    def prompt_graph_rows(self) -> int:
+        """Rows up to which a step with prompts is a CUDA graph; 0: none is."""
+        if not self.cuda_graphs:
+            return 0
+        if self.graph_prompt_rows is None:
+            return min(GRAPH_PROMPT_ROWS, self.limits.max_batched_tokens)
+        return self.graph_prompt_rows
 
     @property
     def limits(self) -> EngineLimits:

@@ -247,3 +247,11 @@ def test_few_rows_of_a_step_mean_no_more_sequences_unless_they_are_asked_for(
     assert asked.limits.max_num_sequences == sequences
     assert EngineConfig(device=device, max_batched_tokens=rows, max_num_sequences=999).limits.max_num_sequences == 999
     assert EngineConfig(device=device, max_num_sequences=0).limits.max_num_sequences == 0  # to be refused by name
+
+
+def test_steps_with_prompts_are_graphs_unless_graphs_are_off() -> None:
+    assert EngineConfig(device="cuda").prompt_graph_rows == 1536
+    assert EngineConfig(device="cuda", max_batched_tokens=600).prompt_graph_rows == 600
+    assert EngineConfig(device="cuda", cuda_graphs=False).prompt_graph_rows == 0
+    assert EngineConfig(device="cuda", graph_prompt_rows=0).prompt_graph_rows == 0
+    assert EngineConfig(device="cuda", graph_prompt_rows=4096).prompt_graph_rows == 4096

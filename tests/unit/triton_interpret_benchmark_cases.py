@@ -110,8 +110,8 @@ class InterpretedExactness(Exactness):
             max_num_sequences=limits.max_num_sequences,
             max_model_len=engine.max_model_len,
             max_drafts=speculation.num_tokens if speculation.method != "none" else 0,
-            use_graphs=engine.config.graph_prompt_rows > 0,
-            graph_prompt_rows=engine.config.graph_prompt_rows,
+            use_graphs=bool(engine.config.graph_prompt_rows),
+            graph_prompt_rows=engine.config.graph_prompt_rows or 0,
         )
         engine._runner.capture_prompts()
         return engine
