@@ -19,7 +19,7 @@ def peer_lines(quantization: str | None, mode: str, factor: float) -> list[str]:
     found: list[dict[str, Any]] = [
         {"what": "setup", "quantization": quantization},
         {"what": "prefill", "tok_s": 40000.0 * factor},
-        {"what": "decode", "batch": 1, "inter_token_ms": 6.0 / factor, "s_one_token": 0.03125 / factor},
+        {"what": "decode", "batch": 1, "inter_token_ms": 6.0 / factor, "s_one_token": [0.0625, 0.03125 / factor, 0.0]},
         {"what": "decode", "batch": 256, "inter_token_ms": 12.0 / factor},
         {"what": "mixed", "total_tok_s": 26000.0 * factor},
         {"what": "end", "total_s": 110.0},

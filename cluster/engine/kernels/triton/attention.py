@@ -302,14 +302,14 @@ def fold_kernel(
         for first in range(0, num_splits, _FOLDED_AT_ONCE):
             for i in tl.static_range(_FOLDED_AT_ONCE):  # their loads are on the way together
                 split = first + i
-                there = split < num_splits  # m = -inf stands for a split that is not
+                there = tl.zeros((1,), tl.int32) + split < num_splits  # m = -inf stands for a split that is not
                 item = (before + split) * NUM_KV_HEADS + head // GROUP
                 scratch_row = item.to(tl.int64) * (max_rows * GROUP) + tile_row
                 m_ptrs = partial_m_ptr + scratch_row + tl.zeros((1,), tl.int32)
                 m = tl.load(m_ptrs, mask=there, other=float("-inf"))
-                l = tl.load(partial_l_ptr + scratch_row * 8 + lanes[None, :], mask=there, other=0.0)
+                l = tl.load(partial_l_ptr + scratch_row * 8 + lanes[None, :], mask=there[:, None], other=0.0)
                 acc_ptrs = partial_ptr + scratch_row * D + offs_d[None, :]
-                acc = tl.load(acc_ptrs, mask=there & (offs_d < D)[None, :], other=0.0)
+                acc = tl.load(acc_ptrs, mask=there[:, None] & (offs_d < D)[None, :], other=0.0)
                 M, L, O = fold(M, L, O, m, l, acc)
         y = tl.math.div_rn(O, tl.broadcast_to(total(L)[:, None], O.shape)) + 0.0
         out_row = out_ptr + (row_start + row).to(tl.int64) * stride_out + head * D
