@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument(
         "--epilogues", nargs="+", default=list(sweeps.EPILOGUES), choices=list(sweeps.EPILOGUES), help="compile-share"
     )
+    parser.add_argument("--known", action="store_true", help="compile-share: only plans that the table has somewhere")
     parser.add_argument("--quick", action="store_true", help="exactness: six of the cells")
     options = parser.parse_args()
     match options.what:
@@ -110,7 +111,7 @@ def main() -> None:
             )
         case "compile-share":
             share, shares = options.share
-            sweeps.compile_share(share, shares, options.rows, options.epilogues)
+            sweeps.compile_share(share, shares, options.rows, options.epilogues, is_known=options.known)
         case "fp8":
             fp8.run(options.out, options.budget or 60)
         case "fp8-chains":

@@ -21,10 +21,10 @@ import msgspec
 import torch
 import triton
 
-from benchmarks.gpu import candidates
 from benchmarks.gpu.clocks import BF16_FLOP_PER_CLOCK, sampler
 from benchmarks.gpu.gemm import LayerBench
 from benchmarks.gpu.shapes import FUSED_LAYERS, LAYERS, Layer
+from benchmarks.gpu.sweeps import Offer, all_candidates
 from benchmarks.gpu.turns import GraphTurns, Turns
 from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.kernels.triton.plans import LinearPlan
@@ -35,11 +35,13 @@ LEAST_CALLS = 8  # of a graph
 FP8_BUDGET_S, MOST_FP8_BUDGET_S = 60.0, 200.0
 
 
-def plans_for(ops: CudaOps, layer: Layer, num_rows: int, most: int | None = None) -> list[LinearPlan]:
+def plans_for(
+    ops: CudaOps, layer: Layer, num_rows: int, most: int | None = None, offer: Offer = all_candidates
+) -> list[LinearPlan]:
     """The table's plan first, then the library's and those of the kernels for many rows."""
     outputs = layer.out_features // 2 if layer.silu_mul else layer.out_features
     mine = ops.plans.linear(outputs, layer.in_features, num_rows, silu_mul=layer.silu_mul)
-    offered = candidates.candidates(num_rows, silu_mul=layer.silu_mul)
+    offered = offer(num_rows, layer.silu_mul)
     by_kind = sorted(offered, key=lambda plan: ("cublaslt", "hopper", "tma", "stream", "chain").index(plan.kind))
     return list(dict.fromkeys([mine, *by_kind]))[:most]
 

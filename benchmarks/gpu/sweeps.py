@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import msgspec
@@ -20,7 +20,7 @@ from benchmarks.gpu.shapes import FUSED_LAYERS, LAYERS, ROW_COUNTS, Layer
 from benchmarks.gpu.timing import copy_bandwidth_tb_s
 from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.kernels.triton.plans import AttentionPlan, LinearPlan
-from cluster.engine.kernels.triton.table import library_versions
+from cluster.engine.kernels.triton.table import library_versions, load_plan_index
 
 DECODE_CASES = ((32, 4096), (32, 32768), (128, 4096), (128, 32768), (1, 32768), (1, 4096))
 PREFILL_CASES = ((16, 2048), (8, 2048), (2, 8192), (1, 32768))
@@ -39,21 +39,38 @@ EPILOGUES = {"plain": False, "silu_mul": True}
 _CANNOT_RUN = (triton.OutOfResources, triton.CompilationError, RuntimeError)
 
 
-def compiled_plans(row_counts: Iterable[int], epilogues: Iterable[str]) -> list[tuple[bool, LinearPlan]]:
+Offer = Callable[[int, bool], Iterable[LinearPlan]]  # plans worth trying for a row count, with SwiGLU or not
+
+
+def all_candidates(num_rows: int, silu_mul: bool) -> Iterable[LinearPlan]:
+    return candidates(num_rows, silu_mul=silu_mul)
+
+
+def known_candidates(device: str) -> Offer:
+    """Only what the device's table has for some weight."""
+    entries = load_plan_index(device).entries()
+    return lambda num_rows, silu_mul: tables.known_plans(entries, num_rows, silu_mul=silu_mul)
+
+
+def compiled_plans(
+    row_counts: Iterable[int], epilogues: Iterable[str], offer: Offer = all_candidates
+) -> list[tuple[bool, LinearPlan]]:
     """(SwiGLU, plan) of every candidate, in an order that all processes share."""
     silu_muls = [EPILOGUES[name] for name in epilogues]
-    every = {(silu, p) for rows in row_counts for silu in silu_muls for p in candidates(rows, silu_mul=silu)}
+    every = {(silu, plan) for rows in row_counts for silu in silu_muls for plan in offer(rows, silu)}
     return sorted(every, key=str)
 
 
 def compile_share(
-    share: int, shares: int, row_counts: Iterable[int] = ROW_COUNTS, epilogues: Iterable[str] = tuple(EPILOGUES)
+    share: int, shares: int, row_counts: Iterable[int] = ROW_COUNTS, epilogues: Iterable[str] = tuple(EPILOGUES), *,
+    is_known: bool = False,
 ) -> None:  # fmt: skip
     """Compile every GEMM candidate of this share into Triton's cache on disk."""
     ops = CudaOps(torch.device("cuda"))
     weight = ops.pack_linear(torch.zeros((1024, 512), device="cuda", dtype=torch.bfloat16))
     x = torch.zeros((256, 512), device="cuda", dtype=torch.bfloat16)
-    for silu, plan in compiled_plans(row_counts, epilogues)[share::shares]:
+    offer = known_candidates(torch.cuda.get_device_name()) if is_known else all_candidates
+    for silu, plan in compiled_plans(row_counts, epilogues, offer)[share::shares]:
         # fp32 too: bits are compared of the accumulators
         for dtype in (torch.bfloat16,) if plan.kind == "cublaslt" else (torch.bfloat16, torch.float32):
             out = torch.empty((256, 512 if silu else 1024), device="cuda", dtype=dtype)
@@ -65,18 +82,21 @@ def compile_share(
 
 
 def share_words(
-    share: int, shares: int, row_counts: Iterable[int], epilogues: Iterable[str]
+    share: int, shares: int, row_counts: Iterable[int], epilogues: Iterable[str], *, is_known: bool = False
 ) -> tuple[str, ...]:  # fmt: skip
     """What follows `python -m benchmarks.gpu` for a process that compiles a share."""
-    return ("compile-share", str(share), str(shares), "--rows", *map(str, row_counts), "--epilogues", *epilogues)
+    words = ("compile-share", str(share), str(shares), "--rows", *map(str, row_counts), "--epilogues", *epilogues)
+    return (*words, "--known") if is_known else words
 
 
 def compile_all(
-    shares: int = 12, row_counts: Iterable[int] = ROW_COUNTS, epilogues: Iterable[str] = tuple(EPILOGUES)
+    shares: int = 12, row_counts: Iterable[int] = ROW_COUNTS, epilogues: Iterable[str] = tuple(EPILOGUES), *,
+    is_known: bool = False,
 ) -> None:  # fmt: skip
     """Processes share the work: compiling is one thread each."""
+    command = [sys.executable, "-m", "benchmarks.gpu"]
     children = [
-        subprocess.Popen([sys.executable, "-m", "benchmarks.gpu", *share_words(share, shares, row_counts, epilogues)])
+        subprocess.Popen([*command, *share_words(share, shares, row_counts, epilogues, is_known=is_known)])
         for share in range(shares)
     ]
     for child in children:

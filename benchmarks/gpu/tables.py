@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -13,7 +13,7 @@ from benchmarks.gpu.shapes import FUSED_LAYERS, LAYERS, Layer
 from cluster.engine.kernels.triton.plans import AttentionPlan, LinearPlan
 from cluster.engine.kernels.triton.table import LinearEntry, PlanTable, file_stem
 
-__all__ = ["best_ratios", "file_stem", "make_table", "with_plans", "write_table"]
+__all__ = ["best_ratios", "file_stem", "is_tuned", "known_plans", "make_table", "with_plans", "write_table"]
 
 
 def best_ratios(measurements: Path) -> dict[tuple[str, int], tuple[float, LinearPlan]]:
@@ -58,6 +58,22 @@ def with_plans(entries: Sequence[LinearEntry], plans: Mapping[tuple[Layer, int],
         msgspec.structs.replace(entry, plan=by_shape.get(shape, entry.plan))
         for entry, shape in zip(entries, shapes, strict=True)
     ]
+
+
+def known_plans(entries: Iterable[LinearEntry], num_rows: int, *, silu_mul: bool) -> list[LinearPlan]:
+    """What a table has for some weight and that many rows, and the library; each once."""
+    library = () if silu_mul else (LinearPlan(kind="cublaslt"),)
+    found = (entry.plan for entry in entries if (entry.max_rows, entry.silu_mul) == (num_rows, silu_mul))
+    return list(dict.fromkeys([*found, *library]))
+
+
+def is_tuned(path: Path, device: str, versions: dict[str, str]) -> bool:
+    """Whether the file is a table of that device, made with those versions."""
+    try:
+        table = msgspec.json.decode(path.read_bytes(), type=PlanTable)
+    except (FileNotFoundError, msgspec.DecodeError):  # of an older form, too
+        return False
+    return (table.device, table.versions) == (device, versions) and len(table.linear) > 0
 
 
 def write_table(table: PlanTable, path: Path) -> None:

@@ -56,12 +56,38 @@ def test_only_the_wanted_candidates_are_compiled() -> None:
     assert {silu for silu, _ in sweeps.compiled_plans((32,), ["silu_mul"])} == {True}
 
 
+@pytest.mark.parametrize("is_known", [False, True])
 @pytest.mark.parametrize(("rows", "epilogues"), [((32, 64), ["plain"]), ((8,), ["plain", "silu_mul"])])
 def test_a_process_that_compiles_understands_what_it_is_told(
-    monkeypatch: pytest.MonkeyPatch, rows: tuple[int, ...], epilogues: list[str]
-) -> None:  # fmt: skip
+    monkeypatch: pytest.MonkeyPatch, rows: tuple[int, ...], epilogues: list[str], is_known: bool
+) -> None:
     calls: list[tuple[object, ...]] = []
-    monkeypatch.setattr(sweeps, "compile_share", lambda *args: calls.append(args))
-    monkeypatch.setattr("sys.argv", ["benchmarks.gpu", *sweeps.share_words(1, 5, rows, epilogues)])
+    monkeypatch.setattr(sweeps, "compile_share", lambda *args, is_known: calls.append((*args, is_known)))
+    words = sweeps.share_words(1, 5, rows, epilogues, is_known=is_known)
+    monkeypatch.setattr("sys.argv", ["benchmarks.gpu", *words])
     command.main()
-    assert calls == [(1, 5, list(rows), epilogues)]
+    assert calls == [(1, 5, list(rows), epilogues, is_known)]
+
+
+def test_known_plans_are_those_of_the_table_for_as_many_rows(tmp_path: Path) -> None:
+    entries = load_plan_index(DEVICE).entries()
+    offer = sweeps.known_candidates(DEVICE)
+    for num_rows in (1, 32, 8192):
+        for silu_mul in (False, True):
+            found = set(offer(num_rows, silu_mul))
+            of_rows = {each.plan for each in entries if each.max_rows == num_rows and each.silu_mul == silu_mul}
+            assert of_rows <= found <= {*of_rows, LinearPlan(kind="cublaslt")}
+    known = sweeps.compiled_plans((32, 64), ["plain"], offer)
+    assert 1 < len(known) < len(sweeps.compiled_plans((32, 64), ["plain"]))
+
+
+def test_a_table_is_made_again_for_another_device_or_other_versions(tmp_path: Path) -> None:
+    path, versions = tmp_path / "table.json", {"triton": "3.6.0"}
+    assert not tables.is_tuned(path, DEVICE, versions)
+    path.write_text("{}")
+    assert not tables.is_tuned(path, DEVICE, versions)
+    entries = tuple(load_plan_index(DEVICE).entries())
+    tables.write_table(PlanTable(device=DEVICE, versions=versions, linear=entries), path)
+    assert tables.is_tuned(path, DEVICE, versions)
+    assert not tables.is_tuned(path, "NVIDIA H20", versions)
+    assert not tables.is_tuned(path, DEVICE, {"triton": "3.7.0"})
