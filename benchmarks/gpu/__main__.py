@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("what", choices=_WHAT)
     parser.add_argument("share", nargs="*", type=int, help="compile-*: which share, of how many; fp8-vet: plans")
     parser.add_argument("--peer", type=Path, help="JSON lines of the peer's script on the same machine")
-    parser.add_argument("--ours", type=Path, help="engine-fp8, engine-defaults: engine_8b records of the machine")
+    parser.add_argument("--ours", type=Path, help="engine-fp8, engine-defaults: engine_8b records, or their directory")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="a directory")
     parser.add_argument("--budget", type=float, help="seconds (default 400; fp8: 60; exactness: no bound)")
     parser.add_argument("--only", choices=("prefill", "decode", "mixed"), help="engine-profile: one workload")

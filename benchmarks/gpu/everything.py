@@ -138,15 +138,26 @@ def timed_chains(out: Path, peer: str | None, peer_fp8: str | None) -> list[Chai
     split = (PYTHON, "-m", "benchmarks.gpu.split", "--rate", "8", "--duration", "12", "--out", str(out / "records"))
     speculation = (PYTHON, "-m", "benchmarks.speculation", "--device", "cuda", "--model", "llama-8b", "--budget", "60")
     return [
-        Chain("engine", (*bf16, bench("engine", 200, "engine", *engine_file, out=out))),
+        Chain("engine", (*bf16, bench("engine", 200, "engine", *engine_file, out=out), _defaults(out))),
         Chain("fp8", (*fp8, bench("engine-fp8", 190, "engine-fp8", *fp8_file, out=out))),
         Chain("split", (Command("split", (*split, "--chunks", "8192", "--shares", "40", "60", "80"), 400.0),)),
         Chain("speculation", (Command("speculation", (*speculation, "--out", str(out / "records")), 110.0),)),
         Chain("attention", (bench("attention", 60, "attention", out=out),)),
+        Chain("gemm", (bench("gemm", 150, "gemm", out=out), _tune(out))),
         Chain("graphs", _graphs()),
         Chain("plans", _plans(out)),
         Chain("profile", (Command("profile", (PYTHON, "-m", "benchmarks.gpu", "engine-profile"), 150.0),)),
     ]
+
+
+def _defaults(out: Path) -> Command:
+    return bench("engine-defaults", 90, "engine-defaults", "--ours", str(out / "records"), out=out)
+
+
+def _tune(out: Path) -> Command:
+    """A whole model, from the plans that are known: it is to take a minute."""
+    words = (PYTHON, "-m", "benchmarks.gpu.tune_rows", "--known", "--budget", "60", "--out", str(out / "plans.json"))
+    return Command("tune", words, 120.0)
 
 
 def _graphs() -> tuple[Command, ...]:
@@ -163,7 +174,7 @@ def _plans(out: Path) -> tuple[Command, ...]:
     sustained = (PYTHON, "-m", "benchmarks.gpu.sustained", "--out")
     few_rows = ("--layers", "8b.gate_up_silu", "--rows", "256", "512", "1024", "2048", "--budget", "80")
     return (
-        Command("sustained-fp8", (*sustained, str(out / "fp8-plans"), "--fp8"), 100.0),
+        Command("sustained-fp8", (*sustained, str(out / "fp8-plans"), "--fp8", "--budget", "120"), 160.0),
         Command("sustained", (*sustained, str(out / "sustained.jsonl"), *few_rows), 110.0),
         Command("fp8-chains", (PYTHON, "-m", "benchmarks.gpu", "fp8-chains"), 150.0),
     )
@@ -215,7 +226,9 @@ def main() -> int:
     parser.add_argument("--deadline", type=float, default=560.0, help="seconds for everything")
     parser.add_argument("--gpus", default="0", help="numbers, as in 0,1")
     parser.add_argument(
-        "--only", nargs="*", help="groups: engine fp8 split speculation attention graphs plans profile exactness tests"
+        "--only",
+        nargs="*",
+        help="groups: engine fp8 split speculation attention gemm graphs plans profile exactness tests",
     )
     parser.add_argument("--peer", help="a command that writes the peer's JSON lines to {out}")
     parser.add_argument("--peer-fp8", help="the same with FP8")

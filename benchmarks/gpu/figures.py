@@ -44,16 +44,21 @@ def peer_figures(path: Path | None, quantization: str | None = None) -> Figures:
 
 
 def recorded_figures(path: Path, device: str, context: int = 256) -> Figures:
-    """The last ones of a file of `engine_8b` records. `ValueError` if it has none of this device."""
+    """The last ones of a file of `engine_8b` records, or of the newest such file of a directory. `ValueError` if there
+    are none of this device."""
+    files = [path]
+    if path.is_dir():
+        files = sorted(path.glob("*-engine_8b.jsonl"), key=lambda file: file.stat().st_mtime)[-1:]
+    found = [each for file in files for each in read_results(file)]
+    results = [each for each in found if each.benchmark == "engine_8b" and each.device == device]
     figures = Figures()
-    results = [each for each in read_results(path) if each.benchmark == "engine_8b" and each.device == device]
     if not results:
         raise ValueError(f"{path} has no engine_8b of {device!r}")
     for result in results:
         match result.metric, result.params:
             case "prefill_tok_s", _:
                 figures.prefill_tok_s = result.value
-            case "decode_ms", {"batch": int(batch), "context": found} if found == context:
+            case "decode_ms", {"batch": int(batch), "context": length} if length == context:
                 figures.decode_ms[batch] = result.value
             case "mixed_tok_s", _:
                 figures.mixed_tok_s = result.value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +60,15 @@ def test_the_quick_cells_are_some_of_all() -> None:
     assert len(quick) == 6
     assert {cell.name for cell in quick} < {cell.name for cell in chosen_cells(quick=False)} == {c.name for c in CELLS}
     assert max(cell.at_once for cell in quick) == NUM_REQUESTS
+
+
+def test_the_newest_records_of_a_directory_count(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no engine_8b"):
+        recorded_figures(tmp_path, "GPU")
+    for index, value in enumerate((3.0, 2.0)):
+        directory = tmp_path / str(index)
+        append_result("engine_8b", "mixed_tok_s", value, "tok/s", {}, device="GPU", directory=directory)
+        (found,) = directory.iterdir()
+        (file := tmp_path / f"{index}-engine_8b.jsonl").write_bytes(found.read_bytes())
+        os.utime(file, (1000 - index, 1000 - index))
+    assert recorded_figures(tmp_path, "GPU").mixed_tok_s == 3.0
