@@ -35,6 +35,11 @@ class Turns(NamedTuple):
     def median_ms(self) -> float:
         return statistics.median(self.ms)
 
+    @property
+    def median_mj(self) -> float:
+        """Energy of a call: what decides where the card's power does."""
+        return self.median_ms * statistics.median(sample.watts for sample in self.samples)
+
     def ratio(self, base: Turns) -> float:
         """Of time, to turns taken beside these."""
         return statistics.median(mine / other for mine, other in zip(self.ms, base.ms, strict=True))

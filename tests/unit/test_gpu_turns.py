@@ -131,3 +131,8 @@ def test_a_turn_keeps_a_batch_queued_until_its_time_is_over(monkeypatch: pytest.
     assert turn.ms == pytest.approx(0.05)
     assert device.waited_for == [0, 4, 8, 12]
     assert turn.sample.watts == 3, "read while the last batch still computes"
+
+
+def test_the_energy_of_a_call_is_its_power_over_its_time() -> None:
+    found = Turns([2.0, 1.0, 4.0], [Sample(1400, 600), Sample(1400, 700), Sample(1400, 650)])
+    assert found.median_mj == pytest.approx(1300.0)
