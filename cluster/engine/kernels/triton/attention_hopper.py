@@ -114,7 +114,7 @@ def _request_rows(
     q_ptr, q_buffer, tiles_ptr, item, num_tiles, stride_q, WHICH: gl.constexpr, GROUP: gl.constexpr,
     ROWS_PER_TILE: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
-    """Ask for 64 rows of an item's q. Where there is no row, the buffer keeps what it holds: nobody stores its result."""
+    """Ask for 64 rows of an item's q. Where there is none, the buffer keeps what it holds: nobody stores its result."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     tile_ptr = tiles_ptr + item % num_tiles * 8
     tile_row = WHICH * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
