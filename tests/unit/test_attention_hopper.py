@@ -22,7 +22,7 @@ from tests.unit.barrier_machine import Barrier, Buffer, Hazard, Machine
 
 ROWS_PER_TILE, BLOCK_KV, BLOCK_SIZE = 32, 64, 128
 ROWS_PER_BLOCK, ROWS_OF_KV, ROWS_OF_HEAD, STRIDE_TABLE = 10_000, 5_000, 128, 64
-NAMES = ("_first_visible", "_next", "_blocks", "_following", "_produce", "_consume", "prefill_hopper_kernel")
+NAMES = ("_first_visible", "next_stage", "_blocks", "_following", "_produce", "_consume", "prefill_hopper_kernel")
 FUNCTIONS: dict[str, Any] = {name: getattr(attention_hopper, name) for name in NAMES}
 COUNT, COUNTER = 5, 6  # in the first record
 
@@ -320,7 +320,7 @@ MISTAKES = {
         "        mbarrier.arrive(v_free.index(v_stage), count=1)\n        M",
         "        M",
     ),
-    "a parity that never changes": ("_next", "phase ^ 1", "phase"),
+    "a parity that never changes": ("next_stage", "phase ^ 1", "phase"),
     "rows multiplied before they arrived": ("_consume", "        async_copy.wait_group(0)\n", ""),
     "rows asked for while the ones before are read": (
         "_consume",

@@ -35,7 +35,8 @@ class Shape(NamedTuple):
 
 FUNCTIONS: dict[str, Any] = {
     **{
-        name: getattr(fp8_rings, name) for name in ("_next", "_produce_x", "_produce_w", "_consume", "fp8_rings_kernel")
+        name: getattr(fp8_rings, name)
+        for name in ("next_stage", "_produce_x", "_produce_w", "_consume", "fp8_rings_kernel")
     },
     "_tile_of": fp8_hopper._tile_of,
     "_store": linear_hopper._store,
@@ -141,17 +142,20 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]]]] = {
         [(ARRIVE.format("w_first"), "pass"), ("w_first = w_stage", f"w_first = w_stage; {ARRIVE.format('w_stage')}")],
     ),
     "one group of a chain freed": ("_consume", [("for _ in gl.static_range(CHAIN)", "for _ in gl.static_range(1)")]),
-    "the second half on other x": ("_consume", [("x_again, _ = _next(x_again, 0, X_STAGES)", "pass")]),
+    "the second half on other x": ("_consume", [("x_again, _ = next_stage(x_again, 0, X_STAGES)", "pass")]),
     "x waits for nobody at first": ("_produce_x", [("done_phase = 1", "done_phase = 0")]),
     "x waits for an older group": ("_produce_x", [("(W_STAGES - X_STAGES) % W_STAGES", "0")]),
     "W waits for one consumer": ("_produce_w", [("mbarrier.wait(done_1.index(stage), phase)", "pass")]),
     "W is expected in part": ("_produce_w", [("HALVES * 128 * GROUP_K", "128 * GROUP_K")]),
-    "x counted as W": ("_consume", [("_next(x_stage, x_phase, X_STAGES)", "_next(x_stage, x_phase, W_STAGES)")]),
+    "x counted as W": (
+        "_consume",
+        [("next_stage(x_stage, x_phase, X_STAGES)", "next_stage(x_stage, x_phase, W_STAGES)")],
+    ),
     "stored over what leaves": ("_store_part", [("tma.store_wait(0)", "pass")]),
     "no fence": ("_store_part", [("fence_async_shared()", "pass")]),
     "ends before its stores": ("_consume", [("tma.store_wait(0)", "pass")]),
     "waits for its own group": ("_consume", [("other_done.index(LEAD - 1)", "done.index(LEAD - 1)")]),
-    "the phase does not turn": ("_next", [("phase ^ 1", "phase")]),
+    "the phase does not turn": ("next_stage", [("phase ^ 1", "phase")]),
 }
 
 

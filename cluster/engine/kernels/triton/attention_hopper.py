@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from cluster.engine.kernels.triton.gluon_math import quotient
 from cluster.engine.kernels.triton.gluon_names import async_load, barrier, copy_async
+from cluster.engine.kernels.triton.gluon_rings import next_stage
 from cluster.engine.kernels.triton.row_sums import lane_sums, total, wide
 
 # Of the list's last items, which are claimed: a claim costs a microsecond, but with all of them shared out, programs
@@ -37,13 +38,6 @@ def _first_visible(position, window):
     if window is not None:
         first = gl.maximum(position - window + 1, 0)
     return first
-
-
-@gluon.jit
-def _next(stage, phase, STAGES: gl.constexpr):
-    """The buffer after this one, and the parity its barriers complete next."""
-    is_last = stage == STAGES - 1
-    return gl.where(is_last, 0, stage + 1), gl.where(is_last, phase ^ 1, phase)
 
 
 @gluon.jit
@@ -100,7 +94,7 @@ def _produce(
             mbarrier.wait(v_free.index(stage), phase)
             mbarrier.expect(v_ready.index(stage), kv_desc.block_type.nbytes)
             async_load(kv_desc, [place + rows_of_kv, 0], v_ready.index(stage), v_ring.index(stage))
-            stage, phase = _next(stage, phase, STAGES)
+            stage, phase = next_stage(stage, phase, STAGES)
         following = _following(item, tiles_ptr + 6, num_items)
         mbarrier.wait(item_free, item_phase)
         next_item.store(gl.full([1], following, gl.int32, ITEM_LAYOUT))
@@ -218,7 +212,7 @@ def _consume(
         p_operand = gl.convert_layout(p.to(q_ptr.dtype.element_ty), P_LAYOUT)
         v_stage = stage
         v_phase = phase
-        stage, phase = _next(stage, phase, STAGES)
+        stage, phase = next_stage(stage, phase, STAGES)
 
         for i in range(1, num_blocks):
             mbarrier.wait(k_ready.index(stage), phase)
@@ -250,7 +244,7 @@ def _consume(
             p_operand = gl.convert_layout(p.to(q_ptr.dtype.element_ty), P_LAYOUT)
             v_stage = stage
             v_phase = phase
-            stage, phase = _next(stage, phase, STAGES)
+            stage, phase = next_stage(stage, phase, STAGES)
 
         # The last reader of q's buffer has ended, in all warps: the next q has the rest of this item to arrive in.
         mbarrier.wait(item_ready, item_phase)

@@ -34,14 +34,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from cluster.engine.kernels.triton.fp8_hopper import _tile_of, _with_bias, silu_mul
 from cluster.engine.kernels.triton.gluon_names import async_load, barrier
+from cluster.engine.kernels.triton.gluon_rings import next_stage
 from cluster.engine.kernels.triton.linear_hopper import _store
-
-
-@gluon.jit
-def _next(stage, phase, STAGES: gl.constexpr):
-    """The buffer after this one, and the parity its barriers complete next."""
-    is_last = stage == STAGES - 1
-    return gl.where(is_last, 0, stage + 1), gl.where(is_last, phase ^ 1, phase)
 
 
 @gluon.jit
@@ -64,8 +58,8 @@ def _produce_x(
             mbarrier.wait(done.index(done_stage), done_phase)
             mbarrier.expect(ready.index(stage), 64 * GROUP_K)
             async_load(x_desc, [row, group * GROUP_K], ready.index(stage), ring.index(stage))
-            stage, phase = _next(stage, phase, X_STAGES)
-            done_stage, done_phase = _next(done_stage, done_phase, W_STAGES)
+            stage, phase = next_stage(stage, phase, X_STAGES)
+            done_stage, done_phase = next_stage(done_stage, done_phase, W_STAGES)
 
 
 @gluon.jit
@@ -92,7 +86,7 @@ def _produce_w(
             async_load(w_desc, [column, k], bar, ring.index(HALVES * stage))
             if HALVES == 2:
                 async_load(w_desc, [second, k], bar, ring.index(HALVES * stage + 1))
-            stage, phase = _next(stage, phase, W_STAGES)
+            stage, phase = next_stage(stage, phase, W_STAGES)
 
 
 @gluon.jit
@@ -162,8 +156,8 @@ def _consume(
                 mbarrier.wait(w_ready.index(w_stage), w_phase)
                 w = w_ring.index(HALVES * w_stage).permute([1, 0])
                 part = warpgroup_mma(x_ring.index(x_stage), w, part, use_acc=i > 0, is_async=True)
-                x_stage, x_phase = _next(x_stage, x_phase, X_STAGES)
-                w_stage, w_phase = _next(w_stage, w_phase, W_STAGES)
+                x_stage, x_phase = next_stage(x_stage, x_phase, X_STAGES)
+                w_stage, w_phase = next_stage(w_stage, w_phase, W_STAGES)
             part = warpgroup_mma_wait(0, deps=[part])
             if HALVES == 2:
                 acc = acc + part
@@ -173,13 +167,13 @@ def _consume(
                 for i in gl.static_range(CHAIN):
                     w = w_ring.index(HALVES * w_again + 1).permute([1, 0])
                     part = warpgroup_mma(x_ring.index(x_again), w, part, use_acc=i > 0, is_async=True)
-                    x_again, _ = _next(x_again, 0, X_STAGES)
-                    w_again, _ = _next(w_again, 0, W_STAGES)
+                    x_again, _ = next_stage(x_again, 0, X_STAGES)
+                    w_again, _ = next_stage(w_again, 0, W_STAGES)
                 part = warpgroup_mma_wait(0, deps=[part])
             barrier()
             for _ in gl.static_range(CHAIN):
                 mbarrier.arrive(done.index(w_first), count=1)
-                w_first, _ = _next(w_first, 0, W_STAGES)
+                w_first, _ = next_stage(w_first, 0, W_STAGES)
             if HALVES == 2:
                 second = second + part
             elif SCALE_ROWS > 0:
