@@ -54,7 +54,8 @@ def test_nothing_is_begun_after_the_deadline(tmp_path: Path) -> None:
 
 def test_a_peer_comes_before_what_is_compared_with_it(tmp_path: Path) -> None:
     chains = timed_chains(tmp_path, "peer --out {out}", None)
-    assert [command.name for command in chains[0].commands] == ["peer", "engine"]
+    assert [command.name for command in chains[0].commands] == ["peer", "engine", "engine-defaults"]
     assert str(tmp_path / "peer.jsonl") in chains[0].commands[0].words
     assert str(tmp_path / "peer.jsonl") in chains[0].commands[1].words
+    assert str(tmp_path / "records") in chains[0].commands[2].words  # where the engine's are by then
     assert [command.name for command in chains[1].commands] == ["engine-fp8"]
