@@ -7,12 +7,11 @@ from collections.abc import Callable
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.gpu.clocks import MULTIPROCESSORS
 from benchmarks.gpu.timing import graph_ms
 from cluster.engine.kernels.ops import AttentionMetadata
 from cluster.engine.kernels.triton import attention_launch
 from cluster.engine.kernels.triton.plans import AttentionPlan
-
-NUM_MULTIPROCESSORS = 132
 
 
 def paged_inputs(
@@ -62,7 +61,7 @@ def decode_fraction(
 
     def call(layer: int) -> Callable[[], torch.Tensor]:
         return lambda: attention_launch.run_attention(
-            q, kv[:, layer], metadata, scale, plan, NUM_MULTIPROCESSORS, lists=lists
+            q, kv[:, layer], metadata, scale, plan, MULTIPROCESSORS, lists=lists
         )
 
     milliseconds = graph_ms([call(layer) for layer in range(kv.shape[1])], min_ms=3.0, replays=3)
@@ -103,6 +102,6 @@ def prefill_ms(plan: AttentionPlan, inputs: tuple[torch.Tensor, torch.Tensor, At
     lists = attention_launch.WorkLists()
 
     def call() -> torch.Tensor:
-        return attention_launch.run_attention(q, kv[:, 0], metadata, scale, plan, NUM_MULTIPROCESSORS, lists=lists)
+        return attention_launch.run_attention(q, kv[:, 0], metadata, scale, plan, MULTIPROCESSORS, lists=lists)
 
     return graph_ms([call], min_ms=5.0, replays=3)

@@ -14,7 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from cluster.engine.kernels.triton.gluon_math import quotient, rounded_to_bf16
+from cluster.engine.kernels.triton.gluon_math import rounded_to_bf16, sigmoid_weighted
 from cluster.engine.kernels.triton.gluon_names import async_load, barrier
 
 
@@ -30,8 +30,7 @@ def _tile_of(index, num_m_tiles, num_n_tiles, GROUP_M: gl.constexpr):
 @gluon.jit
 def silu_mul(gate, up):
     """`fp8_linear.silu_mul`."""
-    gate = rounded_to_bf16(gate)
-    return quotient(gate, 1.0 + gl.exp(-gate)) * rounded_to_bf16(up)
+    return sigmoid_weighted(rounded_to_bf16(gate)) * rounded_to_bf16(up)
 
 
 @gluon.jit

@@ -85,3 +85,9 @@ def rounded_to_bf16(x):
     """`x.to(gl.bfloat16).to(gl.float32)` of fp32. Triton's converts one number at a time, in the slow unit that is to
     compute exponentials."""
     return gl.inline_asm_elementwise(_ROUND_TWO, "=f,=f,f,f", [x], gl.float32, is_pure=True, pack=2)
+
+
+@gluon.jit
+def sigmoid_weighted(x):
+    """`linear._sigmoid_weighted`."""
+    return quotient(x, 1.0 + gl.exp(-x))

@@ -26,16 +26,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from cluster.engine.kernels.triton import linear
-from cluster.engine.kernels.triton.gluon_math import quotient
+from cluster.engine.kernels.triton.gluon_math import sigmoid_weighted
 from cluster.engine.kernels.triton.gluon_names import async_load, async_store, barrier
 
 _tile_of = gluon.jit(linear._tile_of.fn)
-
-
-@gluon.jit
-def _sigmoid_weighted(x):
-    """`linear._sigmoid_weighted`."""
-    return quotient(x, 1.0 + gl.exp(-x))
 
 
 @gluon.jit
@@ -144,7 +138,7 @@ def _consume(
         row = (tile_m * 2 + WHICH) * ROWS
         if SILU_MUL:
             gate, up = _halves(acc)
-            _store(_sigmoid_weighted(gate) * up, bias_ptr, N, buffer, out_desc, row, column, False)
+            _store(sigmoid_weighted(gate) * up, bias_ptr, N, buffer, out_desc, row, column, False)
         else:
             _store(acc, bias_ptr, N, buffer, out_desc, row, column, HAS_BIAS)
     tma.store_wait(0)
