@@ -143,6 +143,10 @@ class Machine:
         """Of a partition, until it is its turn again."""
         next(turn for turn in self._turns if turn.thread is threading.current_thread()).wait(is_ready)
 
+    def finish_later(self, action: Callable[[], None]) -> None:
+        """Of what was asked for now: at any later time."""
+        self._in_flight.append(action)
+
     def load(self, desc: Any, at: list[int], barrier: Barrier, buffer: Buffer) -> None:
         buffer.write("bytes under way")
 
@@ -150,7 +154,7 @@ class Machine:
             buffer.write((desc.name, *at))
             barrier.landed(desc.block_type.shape[0] * desc.block_type.shape[1])
 
-        self._in_flight.append(land)
+        self.finish_later(land)
 
     def store(self, desc: Any, at: list[int], buffer: Buffer) -> None:
         if not buffer.is_fenced:
@@ -165,7 +169,7 @@ class Machine:
             assert isinstance(buffer.holds, Tile)
             self.stores.append(((desc.name, *at), buffer.holds))
 
-        self._in_flight.append(read)
+        self.finish_later(read)
 
     def store_wait(self, most: int) -> None:
         unread = self._unread.setdefault(threading.get_ident(), [])

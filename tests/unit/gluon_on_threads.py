@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+import runpy
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
@@ -13,16 +17,56 @@ from tests.unit.barrier_machine import Barrier, Box, Machine, Tile
 class Anything:
     """Scales, offsets and pointers: nothing that the barriers depend on."""
 
+    dtype = SimpleNamespace(element_ty=None)
+
     def __getattr__(self, name: str) -> Any:
         return lambda *_, **__: self
 
     def _same(self, *_: object) -> Anything:
         return self
 
-    __add__ = __radd__ = __iadd__ = __mul__ = __rmul__ = __lt__ = __and__ = __sub__ = _same
+    __add__ = __radd__ = __iadd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __floordiv__ = __mod__ = _same
+    __and__ = __or__ = __lt__ = __le__ = __gt__ = __ge__ = __neg__ = _same
 
 
 ANYTHING: Any = Anything()
+
+
+def memory_barriers(machine: Machine) -> SimpleNamespace:
+    """Gluon's `mbarrier`."""
+
+    def arrive(barrier: Barrier, count: int = 1, pred: bool = True) -> None:
+        if pred:
+            barrier.arrive()
+
+    return SimpleNamespace(
+        MBarrierLayout=lambda: None,
+        init=lambda barrier, count: setattr(barrier, "count", count),
+        expect=lambda barrier, num_bytes: barrier.arrive(num_bytes),
+        arrive=arrive,
+        wait=lambda barrier, phase: machine.wait(lambda: barrier.phase & 1 != phase),
+    )
+
+
+def with_globals(functions: Mapping[str, Any], names: dict[str, Any]) -> dict[str, Any]:
+    """`names` with the functions, which call each other and these names."""
+    for name, function in functions.items():
+        names[name] = FunctionType(function.fn.__code__, names, name, function.fn.__defaults__)
+    return names
+
+
+def rewritten(
+    functions: Mapping[str, Any], name: str, changes: Sequence[tuple[str, str]], directory: Path
+) -> dict[str, Any]:
+    """The functions, one of them with other text."""
+    text = textwrap.dedent(inspect.getsource(functions[name].fn))
+    text = text[text.index("def ") :]
+    for old, new in changes:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    file = directory / "rewritten.py"
+    file.write_text(f"from __future__ import annotations\n{text}")
+    return {**functions, name: SimpleNamespace(fn=runpy.run_path(str(file))[name])}
 
 
 def run_program(
@@ -34,16 +78,6 @@ def run_program(
 
     def specialize(parts: list[tuple[Callable[..., None], tuple[object, ...]]], *_: object) -> None:
         machine.run([partial(function, *args) for function, args in parts])
-
-    def arrive(barrier: Barrier, count: int = 1, pred: bool = True) -> None:
-        if pred:
-            barrier.arrive()
-
-    def expect(barrier: Barrier, num_bytes: int) -> None:
-        barrier.arrive(num_bytes)
-
-    def init(barrier: Barrier, count: int) -> None:
-        barrier.count = count
 
     names: dict[str, Any] = {
         "gl": SimpleNamespace(
@@ -65,13 +99,7 @@ def run_program(
                 lambda *_, **__: ANYTHING,
             ),
         ),
-        "mbarrier": SimpleNamespace(
-            MBarrierLayout=lambda: None,
-            init=init,
-            expect=expect,
-            arrive=arrive,
-            wait=lambda barrier, phase: machine.wait(lambda: barrier.phase & 1 != phase),
-        ),
+        "mbarrier": memory_barriers(machine),
         "tma": SimpleNamespace(store_wait=machine.store_wait),
         "async_load": machine.load,
         "async_store": machine.store,
@@ -81,7 +109,5 @@ def run_program(
         "warpgroup_mma_wait": machine.product_wait,
         **others,
     }
-    for name, function in functions.items():
-        names[name] = FunctionType(function.fn.__code__, names, name, function.fn.__defaults__)
-    names[kernel](**arguments)
+    with_globals(functions, names)[kernel](**arguments)
     return machine.stores

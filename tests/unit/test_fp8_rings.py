@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import random
-import runpy
-import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -16,7 +13,7 @@ pytest.importorskip("triton")
 
 from cluster.engine.kernels.triton import fp8_hopper, fp8_rings, linear_hopper
 from tests.unit.barrier_machine import Box, Hazard, Tile
-from tests.unit.gluon_on_threads import ANYTHING, run_program
+from tests.unit.gluon_on_threads import ANYTHING, rewritten, run_program
 
 
 class Shape(NamedTuple):
@@ -122,19 +119,6 @@ def test_every_order_of_events_ends_and_multiplies_what_belongs_together(block: 
     check_many(30, block)
 
 
-def rewritten(name: str, changes: list[tuple[str, str]], directory: Path) -> dict[str, Any]:
-    """The functions, one of them with other text."""
-    text = textwrap.dedent(inspect.getsource(FUNCTIONS[name].fn))
-    text = text[text.index("def ") :]
-    for old, new in changes:
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
-    file = directory / "rewritten.py"
-    file.write_text(f"from __future__ import annotations\n{text}")
-    names = runpy.run_path(str(file))
-    return FUNCTIONS | {name: SimpleNamespace(fn=names[name])}
-
-
 ARRIVE = "mbarrier.arrive(done.index({}), count=1)"
 MISTAKES: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "freed before its product": (
@@ -161,7 +145,7 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]]]] = {
 
 @pytest.mark.parametrize(("name", "changes"), MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_in_the_protocol_is_found(name: str, changes: list[tuple[str, str]], tmp_path: Path) -> None:
-    functions = rewritten(name, changes, tmp_path)
+    functions = rewritten(FUNCTIONS, name, changes, tmp_path)
     with pytest.raises((Hazard, AssertionError)):
         check_many(60, 7, functions)
 
