@@ -7,7 +7,6 @@ from typing import Literal, NamedTuple
 import msgspec
 
 DEFAULT_GPU_FRACTION = 0.95  # of the memory of a GPU, for all workers on it
-GRAPH_PROMPT_ROWS = 1536
 
 
 class SpeculationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -37,26 +36,23 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     speculation: SpeculationConfig = SpeculationConfig()  # see the section `speculation`
 
     @property
-    def prompt_graph_rows(self) -> int:
-        """Rows up to which a step with prompts is a CUDA graph; 0: none is."""
-        if not self.cuda_graphs:
-            return 0
-        if self.graph_prompt_rows is None:
-            return min(GRAPH_PROMPT_ROWS, self.limits.max_batched_tokens)
-        return self.graph_prompt_rows
-
-    @property
     def limits(self) -> EngineLimits:
         """What was asked for, completed by the defaults of the device."""
         defaults = CPU_LIMITS if self.device == "cpu" else GPU_LIMITS
-        asked = (self.block_size, self.max_num_sequences, self.max_batched_tokens)
+        asked = (self.block_size, self.max_num_sequences, self.max_batched_tokens, self.graph_prompt_rows)
         found = EngineLimits(
             *(default if given is None else given for given, default in zip(asked, defaults, strict=True))
         )
-        if self.max_num_sequences is not None or found.max_batched_tokens < 1:
+        if not self.cuda_graphs:
+            found = found._replace(graph_prompt_rows=0)
+        if found.max_batched_tokens < 1:
             return found
-        # Each sequence has a row in a step: who asks for few rows asks for no more sequences.
-        return found._replace(max_num_sequences=min(found.max_num_sequences, found.max_batched_tokens))
+        # Each sequence has a row in a step: who asks for few rows asks for no more sequences, and for no larger graphs.
+        if self.max_num_sequences is None:
+            found = found._replace(max_num_sequences=min(found.max_num_sequences, found.max_batched_tokens))
+        if self.graph_prompt_rows is None:
+            found = found._replace(graph_prompt_rows=min(found.graph_prompt_rows, found.max_batched_tokens))
+        return found
 
 
 class EngineLimits(NamedTuple):
@@ -65,8 +61,9 @@ class EngineLimits(NamedTuple):
     block_size: int
     max_num_sequences: int
     max_batched_tokens: int
+    graph_prompt_rows: int  # 0: no step with prompts is a CUDA graph
 
 
-CPU_LIMITS = EngineLimits(block_size=32, max_num_sequences=64, max_batched_tokens=512)
+CPU_LIMITS = EngineLimits(block_size=32, max_num_sequences=64, max_batched_tokens=512, graph_prompt_rows=0)
 # Attention on a GPU reads keys 64 at a time, from one block if it holds as many.
-GPU_LIMITS = EngineLimits(block_size=64, max_num_sequences=512, max_batched_tokens=8192)
+GPU_LIMITS = EngineLimits(block_size=64, max_num_sequences=512, max_batched_tokens=8192, graph_prompt_rows=1536)

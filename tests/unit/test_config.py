@@ -250,8 +250,8 @@ def test_few_rows_of_a_step_mean_no_more_sequences_unless_they_are_asked_for(
 
 
 def test_steps_with_prompts_are_graphs_unless_graphs_are_off() -> None:
-    assert EngineConfig(device="cuda").prompt_graph_rows == 1536
-    assert EngineConfig(device="cuda", max_batched_tokens=600).prompt_graph_rows == 600
-    assert EngineConfig(device="cuda", cuda_graphs=False).prompt_graph_rows == 0
-    assert EngineConfig(device="cuda", graph_prompt_rows=0).prompt_graph_rows == 0
-    assert EngineConfig(device="cuda", graph_prompt_rows=4096).prompt_graph_rows == 4096
+    assert EngineConfig(device="cuda").limits.graph_prompt_rows == 1536
+    assert EngineConfig(device="cuda", max_batched_tokens=600).limits.graph_prompt_rows == 600
+    assert EngineConfig(device="cuda", cuda_graphs=False).limits.graph_prompt_rows == 0
+    assert EngineConfig(device="cuda", graph_prompt_rows=0).limits.graph_prompt_rows == 0
+    assert EngineConfig(device="cuda", graph_prompt_rows=4096).limits.graph_prompt_rows == 4096

@@ -63,7 +63,7 @@ def _target_runner(
         config,
         max_model_len,
         max_drafts=_max_drafts(config),
-        graph_prompt_rows=config.prompt_graph_rows,
+        graph_prompt_rows=config.limits.graph_prompt_rows,
     )
 
 
