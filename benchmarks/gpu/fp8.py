@@ -177,12 +177,11 @@ def short(plan: Fp8Plan) -> str:
     """Its name in tables."""
     if plan.kind in ("library", "separate"):
         return plan.kind
-    flags = f"{'s' if plan.swap else ''}{'p' if plan.persistent and plan.kind in ('tma', 'hopper') else ''}"
+    flags = f"{'s' if plan.swap else ''}{'p' if plan.persistent and plan.kind == 'tma' else ''}"
     if plan.kind == "rings":
         depths = f"{plan.num_stages}+{plan.x_stages}l{plan.lead}s{plan.store_parts}"
         return f"rings{plan.block_m}x{plan.block_n}.{depths}g{plan.group_m}"
-    group = f"g{plan.group_m}" if plan.kind == "hopper" else ""
-    return f"{plan.kind}{plan.block_m}x{plan.block_n}w{plan.num_warps}.{plan.num_stages}{flags}{group}"
+    return f"{plan.kind}{plan.block_m}x{plan.block_n}w{plan.num_warps}.{plan.num_stages}{flags}"
 
 
 def run(out: Path, budget_s: float) -> None:

@@ -15,10 +15,8 @@ def _fits(plan: Fp8Plan, *, silu_mul: bool) -> bool:
     match plan.kind:
         case "stream":
             used = plan.num_stages * 4 * GROUP * (plan.block_m + 64 * halves)
-        case "hopper":
-            used = plan.num_stages * GROUP * (128 + plan.block_n * halves)
         case "rings":
-            used = GROUP * (plan.x_stages * 128 + plan.num_stages * plan.block_n * halves)
+            used = GROUP * 128 * (plan.x_stages + plan.num_stages)
             used += 128 * 128 * 2 // plan.store_parts + 1024  # that many bytes of fp32 results too: in more parts
         case "tma":
             store = plan.block_m * plan.block_n * 2 // plan.store_parts
@@ -43,26 +41,19 @@ def _few_rows(num_rows: int, *, silu_mul: bool) -> Iterator[Fp8Plan]:
 
 def rings(*, silu_mul: bool) -> Iterator[Fp8Plan]:
     """Depths of the rings beside the buffers of the result, and how far the consumers are apart."""
-    wide = ((5, 3, 2, 2, 8), (5, 3, 2, 1, 8), (4, 4, 1, 1, 8), (5, 3, 2, 3, 8), (5, 3, 2, 2, 16), (4, 4, 1, 0, 8))
-    narrow = ((8, 4, 1, 3, 8), (6, 6, 1, 2, 8), (8, 4, 1, 3, 16))
-    tall = ((5, 3, 2, 2, 32),) if silu_mul else ((4, 4, 1, 1, 32),)  # of groups, with the depths that served best
-    for block_n, depths in ((128, wide + tall),) if silu_mul else ((256, wide + tall), (128, narrow)):
-        for num_stages, x_stages, store_parts, lead, group_m in depths:
+    two_halves = ((9, 4, 4, 8), (9, 4, 4, 16), (9, 4, 6, 16), (9, 4, 0, 16), (8, 5, 3, 16), (9, 4, 4, 32))
+    one_half = ((6, 6, 2, 8), (6, 6, 2, 16), (7, 6, 3, 8), (6, 6, 0, 8))
+    for block_n, depths in ((128, two_halves),) if silu_mul else ((256, two_halves), (128, one_half)):
+        for num_stages, x_stages, lead, group_m in depths:
             yield Fp8Plan(
                 kind="rings", block_m=128, block_n=block_n, num_stages=num_stages, x_stages=x_stages, lead=lead,
-                store_parts=store_parts, group_m=group_m,
+                store_parts=2, group_m=group_m,
             )  # fmt: skip
 
 
 def _many_rows(num_rows: int, *, silu_mul: bool) -> Iterator[Fp8Plan]:
     """Above 64 rows: arithmetic decides, then the shape of the last wave of tiles."""
     if num_rows > 64:
-        for block_n, stages in ((128, 4),) if silu_mul else ((256, 4), (128, 6)):
-            for group_m, persistent in ((8, True), (16, True), (8, False)):
-                yield Fp8Plan(
-                    kind="hopper", block_m=128, block_n=block_n, num_stages=stages,
-                    group_m=group_m, persistent=persistent,
-                )  # fmt: skip
         yield from rings(silu_mul=silu_mul)
     tiles = ((128, 128, 8, 4), (64, 128, 4, 5), (128, 64, 8, 6), (64, 64, 4, 8), (64, 256, 8, 3))
     for block_m, block_n, warps, stages in tiles:

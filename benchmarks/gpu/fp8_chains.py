@@ -79,11 +79,17 @@ def plans(num_rows: int, chain: int, *, silu_mul: bool) -> list[Chained]:
     if num_rows <= 64:
         return [Chained(Fp8Plan(kind="stream", block_m=16, num_stages=2), chain), Chained(unmeasured_plan(16), chain)]
     width = 128 if silu_mul else 256
-    deep = Fp8Plan(
-        kind="rings", block_m=128, block_n=width, num_stages=5, x_stages=3, lead=2, store_parts=2, group_m=16
-    )  # fmt: skip
-    even = Fp8Plan(kind="rings", block_m=128, block_n=width, num_stages=4, x_stages=4, lead=1)
-    return [Chained(plan, chain) for plan in (deep, even)]
+    depths = ((9, 4, 4), (8, 5, 3))
+    return [
+        Chained(
+            Fp8Plan(
+                kind="rings", block_m=128, block_n=width, num_stages=num_stages, x_stages=x_stages, lead=lead,
+                store_parts=2, group_m=16,
+            ),
+            chain,
+        )
+        for num_stages, x_stages, lead in depths
+    ]  # fmt: skip
 
 
 def run(budget_s: float) -> None:

@@ -45,7 +45,7 @@ def all_jobs() -> list[Job]:
     """Every plan of every row count, each once, in a fixed order: those that could hang, for they wait on
     barriers of our own, come last."""
     jobs = {(silu, plan): None for rows in ROWS for silu in (False, True) for plan in candidates(rows, silu_mul=silu)}
-    return sorted(jobs, key=lambda job: job[1].kind in ("hopper", "rings", "stream"))
+    return sorted(jobs, key=lambda job: job[1].kind in ("rings", "stream"))
 
 
 def vet_share(indices: list[int], report: Path) -> None:

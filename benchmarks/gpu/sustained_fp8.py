@@ -1,5 +1,5 @@
-"""FP8 products under sustained load: the plan of the table against the kernel with two rings, and for fewer rows
-against every other.
+"""FP8 products under sustained load: the plan of the table against those of the kernel for many rows, and for fewer
+rows against every other.
 
 `python -m benchmarks.gpu.sustained --fp8`, within its budget: plans are tried and compiled in processes of their own
 first, since one that hangs would take everything with it. Then each layer of an 8B model at 128 to 8,192 rows, plans
@@ -156,7 +156,7 @@ def _plans(
 ) -> list[Fp8Plan]:  # fmt: skip
     mine = ops.fp8.plans.linear(out_features, layer.in_features, num_rows, silu_mul=layer.silu_mul)
     if mine.kind == "separate":
-        mine = Fp8Plan(kind="hopper", block_m=128, block_n=128, num_stages=4)
+        mine = next(fp8_candidates.rings(silu_mul=layer.silu_mul))
     others = [plan for plan in offered(num_rows, silu_mul=layer.silu_mul) if (layer.silu_mul, plan) in sound]
     return list(dict.fromkeys([mine, *others]))
 

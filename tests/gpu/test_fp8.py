@@ -26,13 +26,11 @@ if torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("FP8 is for Hopper: elsewhere e4m3 sums have other bits", allow_module_level=True)
 
 STREAM = Fp8Plan(kind="stream", block_m=16, num_stages=2)
-HOPPER = Fp8Plan(kind="hopper", block_m=128, block_n=128, num_stages=4)
-WIDE_HOPPER = Fp8Plan(kind="hopper", block_m=128, block_n=256, num_stages=4)
 COPY_ENGINE = Fp8Plan(kind="tma", block_m=64, block_n=128, num_warps=4, num_stages=4)
 SWAPPED = Fp8Plan(block_m=32, block_n=64, num_stages=6, swap=True, evict_first=True)
-RINGS = Fp8Plan(kind="rings", block_m=128, block_n=128, num_stages=4, x_stages=4, lead=2)
-WIDE_RINGS = Fp8Plan(kind="rings", block_m=128, block_n=256, num_stages=5, x_stages=3, lead=2, store_parts=2)
-PLANS = [STREAM, HOPPER, WIDE_HOPPER, RINGS, WIDE_RINGS, COPY_ENGINE, SWAPPED]
+RINGS = Fp8Plan(kind="rings", block_m=128, block_n=128, num_stages=6, x_stages=5, lead=2, group_m=4)
+WIDE_RINGS = Fp8Plan(kind="rings", block_m=128, block_n=256, num_stages=9, x_stages=4, lead=4, store_parts=2)
+PLANS = [STREAM, RINGS, WIDE_RINGS, COPY_ENGINE, SWAPPED]
 
 
 @pytest.fixture(scope="module")

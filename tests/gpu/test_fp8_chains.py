@@ -1,4 +1,4 @@
-"""Chains of several groups in the tensor core (`fp8.CHANNEL_CHAIN`, 1 as of now): one definition for all kernels."""
+"""Chains of several groups in the tensor core (`fp8.CHANNEL_CHAIN`): one definition for all kernels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def layers() -> list[HardOperands]:
     return [HardOperands(fp8, OUTPUTS, INPUTS, 300, seed=7, reveals_order=reveals) for reveals in (False, True)]
 
 
-@pytest.mark.parametrize("chain", [2, 4])
+@pytest.mark.parametrize("chain", [1, 2, 4])
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: f"{plan.kind}{plan.block_n}")
 def test_every_kernel_sums_chains_alike(layers: list[HardOperands], plan: Fp8Plan, chain: int) -> None:
     for layer in layers:

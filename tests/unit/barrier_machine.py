@@ -188,17 +188,19 @@ class Machine:
             buffer.readers += 1
         return Product([*before.operands, (x, w)], before.products)
 
-    def product_wait(self, most: int, deps: list[Product]) -> Tile:
+    def product_wait(self, most: int, deps: list[Product]) -> Tile | Product:
+        """The last `most` pairs of operands may still be read."""
         (product,) = deps
         self.wait()
+        num_done = max(0, len(product.operands) - most)
         products = product.products
-        for x, w in product.operands:
+        for x, w in product.operands[:num_done]:
             if not isinstance(x.holds, tuple) or not isinstance(w.holds, tuple):
                 raise Hazard(f"a product of {x.holds} and {w.holds}")
             products += ((x.holds, w.holds),)
             x.readers -= 1
             w.readers -= 1
-        return Tile(products)
+        return Product(product.operands[num_done:], products) if most else Tile(products)
 
     def allocate(self, dtype: object, shape: list[int], layout: object) -> Many:
         if dtype is int:

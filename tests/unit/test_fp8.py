@@ -195,7 +195,7 @@ def test_a_bf16_and_an_fp8_worker_have_different_fingerprints() -> None:
 def test_the_length_of_chains_is_in_the_fingerprint_of_an_fp8_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     ops = get_ops("cpu", 1)
     before = fingerprint(ops), fingerprint(ops, with_fp8=True)
-    monkeypatch.setattr(fp8, "CHANNEL_CHAIN", 2)
+    monkeypatch.setattr(fp8, "CHANNEL_CHAIN", 4)
     assert fingerprint(ops) == before[0]
     assert fingerprint(ops, with_fp8=True) != before[1]
 

@@ -13,9 +13,7 @@ from cluster.engine.kernels.triton.fp8_table import Fp8Entry, Fp8PlanIndex, Fp8T
 
 LIBRARY = Fp8Plan(kind="library")
 OWN = Fp8Plan(block_n=128)
-HOPPER = Fp8Plan(kind="hopper", block_m=128, block_n=256, num_stages=4)
-
-RINGS = Fp8Plan(kind="rings", block_m=128, block_n=256, num_stages=5, x_stages=3, lead=2, store_parts=2)
+RINGS = Fp8Plan(kind="rings", block_m=128, block_n=256, num_stages=9, x_stages=3, lead=8, store_parts=2)
 
 
 def entry(n: int, k: int, rows: int, plan: Fp8Plan, otherwise: Fp8Plan | None = None, silu: bool = False) -> Fp8Entry:
@@ -30,19 +28,19 @@ def test_the_smallest_bound_that_holds_the_rows_serves_and_the_largest_all_above
 
 
 def test_the_library_serves_only_what_it_was_admitted_for() -> None:
-    linear = (entry(4096, 4096, 16, OWN), entry(4096, 4096, 512, LIBRARY, HOPPER), entry(100, 100, 16, LIBRARY))
+    linear = (entry(4096, 4096, 16, OWN), entry(4096, 4096, 512, LIBRARY, RINGS), entry(100, 100, 16, LIBRARY))
     index = Fp8PlanIndex(Fp8Table(device="x", linear=linear))
     assert index.linear(4096, 4096, 100, silu_mul=False) == LIBRARY
-    assert index.linear(4096, 4096, 100, silu_mul=False, takes_library=False) == HOPPER
+    assert index.linear(4096, 4096, 100, silu_mul=False, takes_library=False) == RINGS
     assert index.linear(100, 100, 1, silu_mul=False, takes_library=False) == unmeasured_plan(16)
-    assert index.linear(4000, 4096, 100, silu_mul=False) == HOPPER  # another shape, another algorithm
+    assert index.linear(4000, 4096, 100, silu_mul=False) == RINGS  # another shape, another algorithm
     assert index.linear(4000, 4096, 1, silu_mul=False) == OWN
     assert index.linear(4096, 4096, 100, silu_mul=True) == unmeasured_plan(100)
     assert index.entries() == list(linear)
 
 
 def test_a_table_measured_with_other_libraries_brings_our_own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = Fp8Table(device="x", versions={"torch": "1"}, linear=(entry(64, 64, 16, LIBRARY, HOPPER),))
+    table = Fp8Table(device="x", versions={"torch": "1"}, linear=(entry(64, 64, 16, LIBRARY, RINGS),))
 
     class Package:
         def __truediv__(self, name: str) -> Package:
@@ -55,7 +53,7 @@ def test_a_table_measured_with_other_libraries_brings_our_own_kernels(monkeypatc
             return msgspec.json.encode(table)
 
     monkeypatch.setattr("importlib.resources.files", lambda package: Package())
-    for versions, expected in (({"torch": "1"}, LIBRARY), ({"torch": "2"}, HOPPER)):
+    for versions, expected in (({"torch": "1"}, LIBRARY), ({"torch": "2"}, RINGS)):
         monkeypatch.setattr(fp8_table, "library_versions", lambda versions=versions: versions)
         assert load_fp8_plans("x").linear(64, 64, 1, silu_mul=False) == expected
 
@@ -66,21 +64,19 @@ def test_a_device_without_a_table_runs_on_defaults() -> None:
     assert index.linear(4096, 4096, 10**5, silu_mul=False).kind == "chain"
 
 
-@pytest.mark.parametrize("plan", [HOPPER, RINGS], ids=lambda plan: plan.kind)
-def test_block_scales_take_narrower_tiles(plan: Fp8Plan) -> None:
-    assert fitting(plan, 0, silu_mul=False) == plan
-    assert fitting(plan, 0, silu_mul=True) == msgspec.structs.replace(plan, block_n=128)
-    assert fitting(plan, 128, silu_mul=False) == msgspec.structs.replace(plan, block_n=128)
+def test_block_scales_take_narrower_tiles() -> None:
+    assert fitting(RINGS, 0, silu_mul=False) == RINGS
+    assert fitting(RINGS, 0, silu_mul=True) == msgspec.structs.replace(RINGS, block_n=128)
+    assert fitting(RINGS, 128, silu_mul=False) == msgspec.structs.replace(RINGS, block_n=128)
     for scale_rows, silu_mul in ((128, True), (64, False)):
-        assert fitting(plan, scale_rows, silu_mul=silu_mul).kind == "tma"
+        assert fitting(RINGS, scale_rows, silu_mul=silu_mul).kind == "tma"
     assert fitting(OWN, 64, silu_mul=True) == OWN
 
 
-def test_longer_chains_take_the_kernel_whose_rings_hold_them() -> None:
+def test_x_of_a_chain_fits_its_ring() -> None:
     assert fitting(RINGS, 0, silu_mul=False, chain=2) == RINGS
-    for plan, chain in ((HOPPER, 2), (HOPPER, 4), (RINGS, 4)):
-        found = fitting(plan, 0, silu_mul=False, chain=chain)
-        assert (found.kind, found.block_n) == ("rings", 256)
-        assert found.x_stages >= chain
-    assert fitting(HOPPER, 0, silu_mul=True, chain=2).block_n == 128
+    found = fitting(RINGS, 0, silu_mul=False, chain=4)
+    assert (found.kind, found.block_n, found.x_stages) == ("rings", 256, 4)
+    assert found.lead < found.num_stages
+    assert fitting(RINGS, 0, silu_mul=True, chain=4).block_n == 128
     assert fitting(OWN, 0, silu_mul=True, chain=4) == OWN

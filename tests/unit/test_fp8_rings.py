@@ -1,4 +1,4 @@
-"""The barriers of the FP8 kernel with two rings: its text runs on threads, in many orders, without a GPU."""
+"""The barriers of the FP8 kernel for many rows: its text runs on threads, in many orders, without a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from cluster.engine.kernels.triton import fp8_hopper, fp8_rings, linear_hopper
+from cluster.engine.kernels.triton import fp8_rings, linear_hopper
 from tests.unit.barrier_machine import Box, Hazard, Tile
 from tests.unit.gluon_on_threads import ANYTHING, rewritten, run_program
 
@@ -33,13 +33,15 @@ class Shape(NamedTuple):
 FUNCTIONS: dict[str, Any] = {
     **{
         name: getattr(fp8_rings, name)
-        for name in ("next_stage", "_produce_x", "_produce_w", "_consume", "fp8_rings_kernel")
+        for name in ("next_stage", "_produce_x", "_produce_w", "_free", "_consume", "fp8_rings_kernel")
     },
-    "_tile_of": fp8_hopper._tile_of,
+    "_tile_of": linear_hopper._tile_of,
     "_store": linear_hopper._store,
     "_store_part": linear_hopper._store_part,
 }
 OTHERS: dict[str, Any] = {
+    "tl": SimpleNamespace(minimum=min),
+    "_again": lambda value: value,
     "_halves": Tile.halves,
     "_channel_scales": lambda *_: None,
     "_scaled": lambda acc, *_: acc,
@@ -100,10 +102,10 @@ def any_shape(random_: random.Random) -> Shape:
     chain = random_.choice((1, 1, 2, 4))
     outputs, num_groups = random_.choice((40, 128, 300, 520)), chain * random_.randint(1, 9 // chain)
     tiles = -(-num_rows // 128) * -(-outputs // block_n)
-    w_stages = random_.randint(chain, 6)
-    lead = min(random_.randint(0, w_stages - 1), num_groups, w_stages // chain * chain)  # as it is launched
+    w_stages = random_.randint(min(2, chain), 7)
+    lead = min(random_.randint(0, w_stages - 1), num_groups)  # as it is launched
     return Shape(
-        num_rows, outputs, num_groups, block_n, silu_mul, random_.randint(chain, w_stages), w_stages, lead,
+        num_rows, outputs, num_groups, block_n, silu_mul, random_.randint(chain, 6), w_stages, lead,
         random_.choice((1, 2, 4)), random_.randint(1, tiles), chain,
     )  # fmt: skip
 
@@ -119,26 +121,36 @@ def test_every_order_of_events_ends_and_multiplies_what_belongs_together(block: 
     check_many(30, block)
 
 
-ARRIVE = "mbarrier.arrive(done.index({}), count=1)"
 MISTAKES: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "freed before its product": (
         "_consume",
-        [(ARRIVE.format("w_first"), "pass"), ("w_first = w_stage", f"w_first = w_stage; {ARRIVE.format('w_stage')}")],
+        [("warpgroup_mma_wait(1, deps=[part])", "warpgroup_mma_wait(2, deps=[part])")],
     ),
-    "one group of a chain freed": ("_consume", [("for _ in gl.static_range(CHAIN)", "for _ in gl.static_range(1)")]),
-    "the second half on other x": ("_consume", [("x_again, _ = next_stage(x_again, 0, X_STAGES)", "pass")]),
-    "x waits for nobody at first": ("_produce_x", [("done_phase = 1", "done_phase = 0")]),
-    "x waits for an older group": ("_produce_x", [("(W_STAGES - X_STAGES) % W_STAGES", "0")]),
-    "W waits for one consumer": ("_produce_w", [("mbarrier.wait(done_1.index(stage), phase)", "pass")]),
-    "W is expected in part": ("_produce_w", [("HALVES * 128 * GROUP_K", "128 * GROUP_K")]),
+    "a buffer of a chain is kept": ("_consume", [("if i > 0:", "if i > 1:")]),
+    "x freed by the first half": ("_free", [("if is_x_free:", "if True:")]),
+    "the second half on other x": ("_consume", [("_again(first_x_stage)", "x_stage")]),
+    "x waits for a buffer that nobody had": ("_produce_x", [("phase = 1", "phase = 0")]),
     "x counted as W": (
         "_consume",
         [("next_stage(x_stage, x_phase, X_STAGES)", "next_stage(x_stage, x_phase, W_STAGES)")],
     ),
+    "W waits for one consumer": (
+        "fp8_rings_kernel",
+        [("w_free.index(stage), count=2", "w_free.index(stage), count=1")],
+    ),
+    "W is expected in part": (
+        "_produce_w",
+        [("ready.index(stage), 128 * GROUP_K", "ready.index(stage), 64 * GROUP_K")],
+    ),
+    "W of the other half": ("_produce_w", [("column + half *", "column + (1 - half) *")]),
+    "a chain of one group": ("_produce_w", [("(group + i) * GROUP_K", "group * GROUP_K")]),
     "stored over what leaves": ("_store_part", [("tma.store_wait(0)", "pass")]),
     "no fence": ("_store_part", [("fence_async_shared()", "pass")]),
     "ends before its stores": ("_consume", [("tma.store_wait(0)", "pass")]),
-    "waits for its own group": ("_consume", [("other_done.index(LEAD - 1)", "done.index(LEAD - 1)")]),
+    "the first consumer waits for itself": (
+        "_consume",
+        [("if WHICH == 1 and LEAD > 0:", "if WHICH == 0 and LEAD > 0:")],
+    ),
     "the phase does not turn": ("next_stage", [("phase ^ 1", "phase")]),
 }
 
@@ -151,8 +163,8 @@ def test_a_mistake_in_the_protocol_is_found(name: str, changes: list[tuple[str, 
 
 
 def test_a_lead_that_one_consumer_cannot_take_alone_would_never_end() -> None:
-    """Six stages hold one chain of four groups, so five groups are two chains. Launches shorten such a lead."""
-    shape = Shape(128, 128, 8, 128, False, 4, 6, 4, 1, 1, chain=4)
+    """The first consumer frees its sixth buffer with the product of a seventh, for which six stages have no room."""
+    shape = Shape(128, 128, 8, 128, False, 4, 6, 5, 1, 1, chain=4)
     check(shape, 1)
     with pytest.raises(Hazard, match="wait for ever"):
-        check(shape._replace(lead=5), 1)
+        check(shape._replace(lead=6), 1)

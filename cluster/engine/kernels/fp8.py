@@ -23,7 +23,7 @@ from enum import Enum
 import torch
 
 GROUP = 128  # input features that are summed by the tensor core before they meet the fp32 accumulator
-CHANNEL_CHAIN = 1  # groups that the tensor core sums in one go, per channel: 1, 2 or 4. Decides bits, as GROUP does
+CHANNEL_CHAIN = 2  # groups that the tensor core sums in one go, per channel: 1, 2 or 4. Decides bits, as GROUP does
 E4M3_MAX = 448.0
 _CHUNK_ELEMENTS = 1 << 24  # of a weight quantised at once: bounds the fp32 temporaries
 SMALLEST_AMAX = 2.0**-100  # amax below counts as this, so that scales and their inverses are normal numbers

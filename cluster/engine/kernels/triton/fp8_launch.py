@@ -120,8 +120,6 @@ def run_linear(
             _run_chain(call)
         case "tma" if _tma_takes(out_MN):
             _run_tma(call)
-        case "hopper":
-            _run_hopper(call)
         case "rings" if _tma_takes(out_MN):
             _run_rings(call)
         case "stream" if operands.scale_rows % 64 == 0:
@@ -207,16 +205,6 @@ def _run_tma(call: _Call) -> None:
     )  # fmt: skip
 
 
-def _run_hopper(call: _Call) -> None:
-    from cluster.engine.kernels.triton import fp8_hopper
-
-    plan = call.plan
-    programs = min(call.tiles, call.num_programs) if plan.persistent else call.tiles
-    fp8_hopper.fp8_hopper_kernel[(programs,)](
-        *_gluon_arguments(call, 64, 128), BLOCK_N=plan.block_n, GROUP_M=plan.group_m, **_gluon_constants(call)
-    )
-
-
 def _run_rings(call: _Call) -> None:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
 
@@ -232,7 +220,7 @@ def _run_rings(call: _Call) -> None:
     fp8_rings.fp8_rings_kernel[(programs,)](
         *operands[:-1], BLOCK_N=plan.block_n, GROUP_M=plan.group_m, HAS_BIAS=call.bias_N is not None,
         SILU_MUL=call.silu_mul, SCALE_ROWS=call.operands.scale_rows, X_STAGES=plan.x_stages, W_STAGES=plan.num_stages,
-        LEAD=min(plan.lead, call.num_groups, plan.num_stages // call.chain * call.chain), CHAIN=call.chain,
+        LEAD=min(plan.lead, call.num_groups), CHAIN=call.chain,
         enable_fp_fusion=False, num_warps=4,
     )  # fmt: skip
 

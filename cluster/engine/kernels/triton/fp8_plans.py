@@ -22,14 +22,13 @@ class Fp8Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     chain     loads through pointers
     tma       loads through the bulk copy engine
-    hopper    one producer warp and two consumer warp groups; 128 rows of x, 128 or 256 outputs
-    rings     the same tiles; x and W in rings of their own, results through the copy engine
+    rings     many rows: two consumer warp groups, x and W in rings of their own; 128 rows of x, 128 or 256 outputs
     stream    few rows: a producer warp fills a deep ring, one warp group sums four groups side by side
     library   torch._scaled_mm, where its bits were admitted
     separate  SwiGLU only: the plain product by its own plan, then one kernel that quantises too
     """
 
-    kind: Literal["chain", "tma", "hopper", "rings", "stream", "library", "separate"] = "chain"
+    kind: Literal["chain", "tma", "rings", "stream", "library", "separate"] = "chain"
     block_m: int = 64
     block_n: int = 64
     num_warps: int = 4
@@ -37,11 +36,11 @@ class Fp8Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     group_m: int = 8
     swap: bool = False
     evict_first: bool = False  # chain: do not keep weights in L2
-    persistent: bool = True  # tma, hopper, rings: as many programs as multiprocessors
+    persistent: bool = True  # tma, rings: as many programs as multiprocessors
     flatten: bool = False  # tma: overlap a tile's store with the next tile's loads
     store_parts: int = 1  # tma, rings: 1 or 2; of 128 columns in rings, one buffer after the other
-    x_stages: int = 4  # rings: depth of x's; `num_stages` is that of W's
-    lead: int = 0  # rings: groups that one consumer is ahead of the other, less than num_stages
+    x_stages: int = 4  # rings: buffers of 64 x 128 for each consumer; `num_stages` are those of W, 128 x 128 each
+    lead: int = 0  # rings: buffers of W that one consumer is ahead of the other, less than num_stages
 
     def __post_init__(self) -> None:
         tall, narrow = (self.block_n, self.block_m) if self.swap else (self.block_m, self.block_n)
@@ -50,8 +49,6 @@ class Fp8Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                 raise ValueError(f"{self}: wgmma needs a tall side of 64 or more, and 4 or 8 warps")
             if not 16 <= narrow <= 256 or narrow & (narrow - 1) or tall & (tall - 1):
                 raise ValueError(f"{self}: tile sides are powers of two, the narrow one from 16 to 256")
-        if self.kind == "hopper" and (self.block_m != 128 or self.block_n not in (128, 256)):
-            raise ValueError(f"{self}: the warp-group kernel has tiles of 128 x 128 and 128 x 256")
         if self.kind == "rings":
             self._check_rings()
         if self.kind == "stream" and (self.block_n != 64 or self.block_m not in (8, 16, 32, 64)):
@@ -59,9 +56,9 @@ class Fp8Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     def _check_rings(self) -> None:
         if self.block_m != 128 or self.block_n not in (128, 256) or self.store_parts not in (1, 2):
-            raise ValueError(f"{self}: tiles of two rings are 128 x 128 and 128 x 256, stored in 1 or 2 parts")
-        if not 1 <= self.x_stages <= self.num_stages or not 0 <= self.lead < self.num_stages:
-            raise ValueError(f"{self}: num_stages must be at least x_stages, and more than lead")
+            raise ValueError(f"{self}: tiles of the rings are 128 x 128 and 128 x 256, stored in 1 or 2 parts")
+        if self.x_stages < 1 or self.num_stages < 2 or not 0 <= self.lead < self.num_stages:
+            raise ValueError(f"{self}: x_stages must be 1 at least, num_stages 2 at least and more than lead")
 
 
 REFERENCE_FP8 = Fp8Plan(num_stages=1)
@@ -69,16 +66,15 @@ REFERENCE_FP8 = Fp8Plan(num_stages=1)
 
 def fitting(plan: Fp8Plan, scale_rows: int, *, silu_mul: bool, chain: int = 1) -> Fp8Plan:
     """`plan`, or its like where SwiGLU, which counts gate and up columns each, or block scales (`scale_rows` rows
-    of W to a scale, 0: none) leave the warp-group kernels too few registers, or a chain of several groups does not
-    fit their rings."""
-    if plan.kind not in ("hopper", "rings"):
+    of W to a scale, 0: none) leave the warp groups too few registers, or x of a chain does not fit its ring."""
+    if plan.kind != "rings":
         return plan
     if scale_rows not in (0, 128) or (scale_rows and silu_mul):
         return Fp8Plan(kind="tma", block_m=128, block_n=64, num_warps=8, num_stages=4)
     if scale_rows or silu_mul:
         plan = msgspec.structs.replace(plan, block_n=128)
-    if chain > 1 and (plan.kind == "hopper" or chain > plan.x_stages):  # hopper frees a stage with each group
-        plan = Fp8Plan(kind="rings", block_m=128, block_n=plan.block_n, num_stages=4, group_m=plan.group_m)
+    if chain > plan.x_stages:
+        plan = msgspec.structs.replace(plan, x_stages=chain, num_stages=8, lead=min(plan.lead, 7), store_parts=2)
     return plan
 
 

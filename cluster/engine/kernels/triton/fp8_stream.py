@@ -13,7 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from cluster.engine.kernels.triton.fp8_hopper import silu_mul
+from cluster.engine.kernels.triton.gluon_math import silu_mul
 from cluster.engine.kernels.triton.gluon_names import async_load, barrier
 
 
@@ -85,7 +85,7 @@ def _add(acc, part, x_scale_rows, w_scale_ptr, group, num_groups, SCALE_ROWS: gl
 
 @gluon.jit
 def _scaled(acc, x_scale, w_scale_ptr, columns, N, SCALE_ROWS: gl.constexpr):
-    """`fp8_hopper._scaled` with outputs along axis 0."""
+    """`fp8_linear._scaled` with outputs along axis 0."""
     if SCALE_ROWS == 0:
         w_scale = gl.load(w_scale_ptr + columns, mask=columns < N, other=0.0)
         acc = (acc * gl.expand_dims(x_scale, 0)) * gl.expand_dims(w_scale, 1)

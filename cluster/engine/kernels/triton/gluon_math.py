@@ -91,3 +91,9 @@ def rounded_to_bf16(x):
 def sigmoid_weighted(x):
     """`linear._sigmoid_weighted`."""
     return quotient(x, 1.0 + gl.exp(-x))
+
+
+@gluon.jit
+def silu_mul(gate, up):
+    """`fp8_linear.silu_mul`."""
+    return sigmoid_weighted(rounded_to_bf16(gate)) * rounded_to_bf16(up)
