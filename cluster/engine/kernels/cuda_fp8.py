@@ -8,6 +8,7 @@ import torch
 
 from cluster.engine.kernels import fp8
 from cluster.engine.kernels.fp8 import Scaling
+from cluster.engine.kernels.gpu_share import library_serves
 from cluster.engine.kernels.ops import LinearWeight
 from cluster.engine.kernels.plan_admission import PlanAdmission
 from cluster.engine.kernels.triton import fp8_launch
@@ -53,6 +54,7 @@ class CudaFp8:
         self._device = device
         self.admission = admission or PlanAdmission(device)
         self._capability = torch.cuda.get_device_capability(device)
+        self._library_serves = library_serves()
         self._num_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         self.plans = load_fp8_plans(torch.cuda.get_device_name(device))
 
@@ -78,8 +80,9 @@ class CudaFp8:
     ) -> torch.Tensor:
         out = torch.empty((x.shape[0], weight.out_features), dtype=out_dtype, device=x.device)
         is_plain = bias_N is None and out_dtype == torch.bfloat16 and weight.scaling is Scaling.CHANNEL
+        takes_library = is_plain and self._library_serves
         plan = self.plans.linear(
-            weight.out_features, weight.in_features, x.shape[0], silu_mul=False, takes_library=is_plain
+            weight.out_features, weight.in_features, x.shape[0], silu_mul=False, takes_library=takes_library
         )
         self._serve_linear(self.quantized(x, weight), weight, bias_N, out, plan, silu_mul=False)
         return out

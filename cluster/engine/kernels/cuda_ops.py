@@ -14,6 +14,7 @@ import torch
 
 from cluster.engine.kernels import cuda_plans
 from cluster.engine.kernels.cuda_fp8 import CudaFp8, CudaFp8Weight
+from cluster.engine.kernels.gpu_share import library_serves
 from cluster.engine.kernels.ops import (
     AttentionMetadata,
     ExpertChoice,
@@ -27,7 +28,7 @@ from cluster.engine.kernels.triton import attention_launch, latent_launch, launc
 from cluster.engine.kernels.triton.latent_launch import LatentPlan
 from cluster.engine.kernels.triton.moe_plans import MoePlan, MoeShape, load_moe_plan_index
 from cluster.engine.kernels.triton.plans import AttentionPlan, LinearPlan
-from cluster.engine.kernels.triton.table import load_plan_index, unmeasured_plan
+from cluster.engine.kernels.triton.table import load_plan_index, plan_without_library, unmeasured_plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +112,7 @@ class CudaOps:
         self.plans = load_plan_index(torch.cuda.get_device_name(device))
         self.pdl = pdl
         self.admission = PlanAdmission(device)
+        self._library_serves = library_serves()
         self._lists = attention_launch.WorkLists()
         self.moe_plans = load_moe_plan_index(torch.cuda.get_device_name(device))
         self.latent_plan = LatentPlan()
@@ -187,8 +189,8 @@ class CudaOps:
         num_rows = x_TK.shape[0]
         if num_rows == 0:
             return
-        if plan.kind == "cublaslt" and (bias_N is not None or silu_mul):  # it has neither
-            plan = unmeasured_plan(num_rows)
+        if plan.kind == "cublaslt" and (bias_N is not None or silu_mul or not self._library_serves):  # it has neither
+            plan = plan_without_library(num_rows)
         launch_plan = partial(self._launch_linear, weight=weight, bias_N=bias_N, silu_mul=silu_mul)
         plan = cuda_plans.linear_plan(
             self.admission, launch_plan, weight.weight_NK, bias_N, num_rows, out_TN.dtype, plan, silu_mul=silu_mul

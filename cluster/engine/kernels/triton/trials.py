@@ -16,7 +16,7 @@ from cluster.engine.kernels.plan_admission import MAX_COMPARED_ROWS, rows_scope
 from cluster.engine.kernels.triton import launch
 from cluster.engine.kernels.triton.moe_plans import REFERENCE_MOE, MoePlan, MoeShape, unmeasured_moe_plan
 from cluster.engine.kernels.triton.plans import REFERENCE_LINEAR, LinearPlan
-from cluster.engine.kernels.triton.table import unmeasured_plan
+from cluster.engine.kernels.triton.table import plan_without_library, unmeasured_plan
 
 _MAX_COMPARED_OUTPUTS = 4096  # columns: first and last ones, where tiles begin and end
 
@@ -49,7 +49,7 @@ class LinearTrial:
 
     @property
     def others(self) -> Sequence[LinearPlan]:
-        return unmeasured_plan(self.num_rows), REFERENCE_LINEAR
+        return plan_without_library(self.num_rows), unmeasured_plan(self.num_rows), REFERENCE_LINEAR
 
     def scope(self, plan: LinearPlan) -> Hashable:
         rows = self.num_rows if plan.kind == "cublaslt" else -rows_scope(self.num_rows)
