@@ -18,6 +18,8 @@ from benchmarks.results import append_result
 from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.kernels.ops import AttentionMetadata
 
+_MODEL_LAYERS = 32  # of an 8B model: as many attentions are in the graph of its step
+_MOST_KEYS = 1 << 22  # of all layers together, 4 KiB each
 DECODE_CASES = ((32, 4096), (32, 32768), (128, 4096), (128, 32768), (1, 32768))
 PREFILL_CASES = ((16, 2048), (8, 2048), (2, 8192), (1, 32768))
 
@@ -86,7 +88,7 @@ def record_attention(out: Path) -> None:
     copy_tb_s = copy_bandwidth_tb_s()
     _append("attention", "copy_bandwidth", copy_tb_s, "TB/s", {}, out)
     for batch, context in DECODE_CASES:
-        layers = 1 if batch * context > 2**21 else 4
+        layers = max(1, min(_MODEL_LAYERS, _MOST_KEYS // (batch * context)))
         inputs = attention.paged_inputs([1] * batch, [context] * batch, num_layers=layers)
         _, fraction = attention.decode_fraction(batch, context, ops.plans.attention, copy_tb_s, inputs)
         _append("attention", "decode_bandwidth_fraction", fraction, "x", {"batch": batch, "context": context}, out)

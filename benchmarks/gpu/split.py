@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -78,11 +79,15 @@ def compared_answers(url: str) -> list[Any]:
 def measure(variant: Variant, model: Path, device: str, load: Sequence[str], more: Sequence[str]) -> Measured:
     engine = [f"{role}.engine.device={device}" for role in ("prefill", "decode")]
     with deployment(str(model), [*engine, *more, *variant.settings]) as running:
-        answers = compared_answers(running.url)
-        with tempfile.TemporaryDirectory() as directory:
-            output = Path(directory) / "result.jsonl"
-            run_load(running, [*load, "--output", str(output)])
-            _, line = read_result(output)
+        try:
+            answers = compared_answers(running.url)
+            with tempfile.TemporaryDirectory() as directory:
+                output = Path(directory) / "result.jsonl"
+                run_load(running, [*load, "--output", str(output)])
+                _, line = read_result(output)
+        except KeyboardInterrupt:
+            print(f"{variant.name} was interrupted:\n{running.log_tail()}", flush=True)
+            raise
         for row in running.log.read_text(errors="replace").splitlines():
             if "warning" in row.lower():
                 print(f"  {row.strip()[:300]}")
@@ -172,6 +177,7 @@ def main(config: ModelConfig = LLAMA_8B) -> None:
     parser.add_argument("--set", action="append", default=[], help="more configuration, KEY=VALUE")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or a deployment would outlive a time limit
     with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
         model = options.model or write_llama_directory(Path(directory) / "llama-8b", config, device=options.device)
         load = [

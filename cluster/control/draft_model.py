@@ -35,6 +35,7 @@ def load_draft_model(
         torch.device(config.device),
         max_position=config.max_model_len,
         progress=lambda done, total: show("loading the draft model", done, total),
+        hashing=lambda done, total: show("hashing the draft model", done, total),
     )
     if draft.config.vocab_size != target.config.vocab_size:
         raise ModelError(

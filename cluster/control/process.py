@@ -108,6 +108,7 @@ def load_worker(
         max_position=config.engine.max_model_len,
         quantization=config.model_quantization,
         progress=lambda done, total: show("loading weights", done, total),
+        hashing=lambda done, total: show("hashing weights", done, total),
     )
     numeric_fingerprint = fingerprint(
         ops,

@@ -6,7 +6,8 @@ import fcntl
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from cluster.errors import ModelError
 Progress = Callable[[int, int], None]  # (bytes done, bytes in total); total is an estimate for downloads
 
 _CHUNK_BYTES = 4 << 20
+_MOST_HASHED_AT_ONCE = 8  # files
 _LOCK_POLL_S = 0.1
 
 
@@ -90,6 +92,27 @@ def file_sha256(path: Path, progress: Progress = no_progress) -> str:
     sha256 = _hash(real, state.st_size, progress)
     _write_entry(entry_path, _DigestEntry(*key, sha256))
     return sha256
+
+
+def files_sha256(paths: Sequence[Path], progress: Progress = no_progress) -> list[str]:
+    """`file_sha256` of each, several at a time: hashing leaves the interpreter, and large models lie in many files.
+
+    `progress` is called from several threads, with bytes of all files that must be read.
+    """
+    parts: dict[Path, tuple[int, int]] = {}
+
+    def hashed(path: Path) -> str:
+        def note(done_bytes: int, num_bytes: int) -> None:
+            parts[path] = done_bytes, num_bytes
+            done, total = (sum(numbers) for numbers in zip(*list(parts.values()), strict=True))
+            progress(done, total)
+
+        return file_sha256(path, note)
+
+    if not paths:
+        return []
+    with ThreadPoolExecutor(min(len(paths), os.cpu_count() or 1, _MOST_HASHED_AT_ONCE)) as pool:
+        return list(pool.map(hashed, paths))
 
 
 def _hash(path: Path, num_bytes: int, progress: Progress) -> str:

@@ -12,9 +12,11 @@ import torch
 
 from benchmarks.gpu.gemm import revealing_inputs
 from cluster.engine.kernels.cuda_ops import CudaOps
+from cluster.engine.kernels.gpu_share import SHARE_VARIABLE
 from cluster.engine.kernels.probe_lists import ALL_PROBES
 from cluster.engine.kernels.probes import Magnitudes, draw
 from cluster.engine.kernels.registry import describe_difference
+from cluster.engine.kernels.triton import launch
 from cluster.engine.kernels.triton.plans import REFERENCE_LINEAR, AttentionPlan, LinearPlan
 from cluster.engine.kernels.triton.table import LinearEntry, PlanIndex, PlanTable
 from tests.gpu.support import bits_equal, num_differing
@@ -37,6 +39,20 @@ def ops_with(plan: LinearPlan | None, attention: AttentionPlan | None) -> CudaOp
     if attention is not None:
         ops.plans.attention = attention
     return ops
+
+
+def test_a_process_with_a_share_of_the_device_does_not_ask_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuBLASLt leaves parts of results unwritten there."""
+    monkeypatch.setenv(SHARE_VARIABLE, "60")
+    ops = ops_with(LinearPlan(kind="cublaslt"), None)
+    monkeypatch.setattr(launch, "run_library_linear", lambda *_: pytest.fail("the library was asked"))
+    weight = ops.pack_linear(draw(torch.Generator().manual_seed(1), 1024, 512, Magnitudes.WIDE).bfloat16())
+    for num_rows in (40, 200, 500, 2000):
+        x = draw(torch.Generator().manual_seed(num_rows), num_rows, 512, Magnitudes.WIDE).bfloat16().cuda()
+        expected = torch.empty((num_rows, 1024), dtype=torch.bfloat16, device="cuda")
+        ops.run_linear(x, weight, None, expected, REFERENCE_LINEAR, silu_mul=False)
+        assert bits_equal(ops.linear(x, weight), expected)
+    assert ops.admission.refusals == []
 
 
 @pytest.fixture(scope="module")

@@ -7,18 +7,20 @@ import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from gguf import GGMLQuantizationType
 
 from cluster.engine.kernels import get_ops
-from cluster.engine.models.identity import ModelIdentity
+from cluster.engine.models import loader
+from cluster.engine.models.identity import ModelIdentity, identity_of_gguf
 from cluster.engine.models.loader import load_model
 from cluster.engine.parallel.group import SingleRank
 from cluster.errors import ModelError
 from cluster.model_files import cache, demo
-from cluster.model_files.cache import file_lock, file_sha256
+from cluster.model_files.cache import file_lock, file_sha256, files_sha256
 from cluster.model_files.source import SourceKind, resolve_model
 from tests.unit.model_factory import random_model, save_gguf, save_safetensors
 
@@ -142,6 +144,27 @@ def test_a_digest_is_remembered_until_the_file_changes(tmp_path: Path, monkeypat
     assert file_sha256(path) == hashlib.sha256(b"three").hexdigest()
 
 
+def test_files_are_hashed_several_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [tmp_path / name for name in ("c", "a", "b", "d")]
+    for index, path in enumerate(paths):
+        path.write_bytes(bytes([index]) * (index + 1))
+    file_sha256(paths[3])  # known: not read again
+    all_read = threading.Barrier(3)
+    read = cache._hash
+
+    def hashed(*arguments: Any) -> str:
+        all_read.wait(timeout=10)
+        return read(*arguments)
+
+    monkeypatch.setattr(cache, "_hash", hashed)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    seen: list[tuple[int, int]] = []
+    found = files_sha256(paths, lambda *report: seen.append(report))
+    assert found == [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    assert seen[-1] == (6, 6)
+    assert files_sha256([]) == []
+
+
 class LoneRank:
     """A rank whose neighbours are elsewhere: enough to load, not to run."""
 
@@ -191,6 +214,26 @@ def test_progress_grows_to_its_total(tmp_path: Path) -> None:
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert seen[-1][0] == seen[-1][1] > 0
     assert len(seen) > 10
+
+
+def test_hashing_that_takes_longer_than_loading_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_gguf(random_model("llama"), tmp_path / "tiny.gguf", GGMLQuantizationType.F16)
+    seen: list[tuple[int, int]] = []
+    is_seen = threading.Event()
+
+    def slowly(header: Any, config: Any, revision: str, progress: Any) -> ModelIdentity:
+        progress(1, 10)
+        assert is_seen.wait(10)
+        return identity_of_gguf(header, config, revision, progress)
+
+    def show(done_bytes: int, total_bytes: int) -> None:
+        seen.append((done_bytes, total_bytes))
+        is_seen.set()
+
+    monkeypatch.setattr(loader, "identity_of_gguf", slowly)
+    monkeypatch.setattr(loader, "_SHOWN_EVERY_S", 0.01)
+    load_model(path, get_ops("cpu", 1), SingleRank(), torch.device("cpu"), hashing=show)
+    assert set(seen) == {(1, 10)}
 
 
 def test_loading_leaves_no_thread_behind(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import msgspec
 
 from cluster.engine.models.config import ModelConfig, WeightFormat
-from cluster.model_files.cache import file_sha256
+from cluster.model_files.cache import Progress, files_sha256, no_progress
 from cluster.model_files.gguf_header import GGUFHeader
 from cluster.model_files.safetensors_header import SafetensorsTensor
 
@@ -30,17 +30,21 @@ class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
 
 
-def identity_of_gguf(header: GGUFHeader, config: ModelConfig, revision: str) -> ModelIdentity:
-    """Reads the whole file unless its digest is remembered (`file_sha256`)."""
+def identity_of_gguf(
+    header: GGUFHeader, config: ModelConfig, revision: str, progress: Progress = no_progress
+) -> ModelIdentity:
+    """Reads the whole file unless its digest is remembered."""
     manifest = [(name, tensor.shape, str(tensor.type_id)) for name, tensor in sorted(header.tensors.items())]
     encodings = {tensor.encoding(header.path).name for tensor in header.tensors.values()}
-    return _identity(config, manifest, [file_sha256(header.path)], encodings, revision)
+    return _identity(config, manifest, files_sha256([header.path], progress), encodings, revision)
 
 
-def identity_of_safetensors(tensors: dict[str, SafetensorsTensor], config: ModelConfig, revision: str) -> ModelIdentity:
-    """Reads all weight files unless their digests are remembered (`file_sha256`)."""
+def identity_of_safetensors(
+    tensors: dict[str, SafetensorsTensor], config: ModelConfig, revision: str, progress: Progress = no_progress
+) -> ModelIdentity:
+    """Reads all weight files unless their digests are remembered."""
     manifest = [(name, tensor.shape, tensor.dtype) for name, tensor in sorted(tensors.items())]
-    contents = [file_sha256(path) for path in sorted({tensor.path for tensor in tensors.values()})]
+    contents = files_sha256(sorted({tensor.path for tensor in tensors.values()}), progress)
     return _identity(config, manifest, contents, {tensor.dtype for tensor in tensors.values()}, revision)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -42,6 +42,7 @@ from cluster.model_files.safetensors_header import read_safetensors_directory
 from cluster.model_files.source import ModelSource, SourceKind, resolve_model
 
 logger = logging.getLogger(__name__)
+_SHOWN_EVERY_S = 1.0
 
 
 class LoadedModel(NamedTuple):
@@ -61,11 +62,13 @@ def load_model(
     max_position: int | None = None,
     quantization: Literal["fp8"] | None = None,
     progress: Progress = no_progress,
+    hashing: Progress = no_progress,
 ) -> LoadedModel:
     """Load the part of `group.rank` onto `device`.
 
     `max_position` shortens the context (and the rotary table). `quantization` makes FP8 of a checkpoint that
-    is not FP8 already. `progress` counts first a download, if there is one, then bf16 bytes loaded. Raises
+    is not FP8 already. `progress` counts first a download, if there is one, then bf16 bytes loaded. `hashing` counts
+    bytes of weight files whose digest is not known yet, when all are loaded and that is what is waited for. Raises
     `ModelError` naming the file, tensor or field.
     """
     if not isinstance(source, ModelSource):
@@ -93,15 +96,28 @@ def load_model(
     num_positions = min(max_position or config.max_position, config.max_position)
     try:
         with ThreadPoolExecutor(max_workers=1) as pool:  # hashing leaves the interpreter to the loader
-            identity = pool.submit(identify, config, source.revision)
+            hashed = _Counted()
+            identity = pool.submit(identify, config, source.revision, hashed.note)
             if device.type == "cuda":
                 check_weights_fit(device, config.weight_bytes // group.size)
             loader = _RankLoader(config, weights, ops, group, device, progress, is_made_fp8)
             model = DecoderModel(config, loader.load(num_positions), ops, group)
+            while not wait([identity], _SHOWN_EVERY_S).done:
+                hashing(*hashed.bytes)
             return LoadedModel(model, config, identity.result())
     finally:
         weights.close()
         ctypes.CDLL(None).malloc_trim(0)  # glibc would keep what the temporary copies took
+
+
+class _Counted:
+    """What a thread has told last, for another one that shows it."""
+
+    def __init__(self) -> None:
+        self.bytes = (0, 0)  # done, in total
+
+    def note(self, done_bytes: int, total_bytes: int) -> None:
+        self.bytes = (done_bytes, total_bytes)
 
 
 class _RankLoader(RankReader):
