@@ -114,6 +114,7 @@ def load_worker(
         ops,
         with_fp8=loaded.config.weight_format is not WeightFormat.BF16,
         with_latent=loaded.config.latent is not None,
+        progress=lambda done, total: show("fingerprinting kernels", done, total),
     )
     draft_model = load_draft_model(config.engine, source, loaded, ops, show)
     show("allocating the KV pool", 0, 0)

@@ -42,7 +42,7 @@ def test_each_worker_gets_a_gpu_of_its_own_while_there_are_enough() -> None:
 
 def test_workers_on_one_gpu_share_its_memory_and_multiprocessors() -> None:
     topology = placed(1, prefill={}, decode={})
-    assert devices(topology) == {"prefill-0": ("cuda:0", 60, 2), "decode-0": ("cuda:0", 100, 2)}
+    assert devices(topology) == {"prefill-0": ("cuda:0", 80, 2), "decode-0": ("cuda:0", 100, 2)}
     assert shared_gpus(topology) == {"cuda:0"}
     told = placed(1, prefill={"gpu_percent": 40}, decode={"gpu_percent": 80})
     assert devices(told) == {"prefill-0": ("cuda:0", 40, 2), "decode-0": ("cuda:0", 80, 2)}
