@@ -30,6 +30,7 @@ from cluster.control.identity import kv_identity
 from cluster.control.worker_config import WorkerConfig, read_cluster_key, read_config
 from cluster.engine.engine import Engine
 from cluster.engine.kernels import fingerprint, get_ops
+from cluster.engine.kernels.cuda_select import keep_compiled_kernels
 from cluster.engine.models.config import WeightFormat
 from cluster.engine.models.loader import load_model
 from cluster.engine.parallel.group import SingleRank
@@ -95,6 +96,8 @@ def load_worker(
     engine_id = f"{parts.role.value}-{secrets.token_hex(8)}"
     torch.set_num_threads(1)  # the kernels bring their own threads, torch's would only contend with them
     show("admitting kernels", 0, 0)
+    if config.engine.device.startswith("cuda"):
+        keep_compiled_kernels()
     ops = get_ops(config.engine.device, config.engine.num_threads)
     if ops.device.type == "cuda":
         torch.cuda.set_device(ops.device)  # where kernels start that are not told

@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from typing import TYPE_CHECKING
 
 import torch
 
 from cluster.errors import ConfigError
+from cluster.model_files.cache import cache_location
 
 if TYPE_CHECKING:
     from cluster.engine.kernels.cuda_ops import CudaOps
+
+
+_TRITON_VARIABLES = ("TRITON_CACHE_DIR", "TRITON_HOME")  # where Triton keeps what it compiled
+
+
+def keep_compiled_kernels() -> None:
+    """For a process of ours: Triton's cache lies in ours unless the environment names a place. Compiling is most of a
+    first start (minutes); on a volume that is kept, or that pods share, it happens once. A cache that cannot be
+    written is left to Triton's own default."""
+    if any(name in os.environ for name in _TRITON_VARIABLES):
+        return
+    directory = cache_location() / "triton"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if os.access(directory, os.W_OK | os.X_OK):
+        os.environ["TRITON_CACHE_DIR"] = str(directory)
 
 
 def make_cuda_ops(device: str) -> CudaOps:
