@@ -140,7 +140,7 @@ def timed_chains(out: Path, peer: str | None, peer_fp8: str | None) -> list[Chai
     return [
         Chain("engine", (*bf16, bench("engine", 200, "engine", *engine_file, out=out), _defaults(out))),
         Chain("fp8", (*fp8, bench("engine-fp8", 190, "engine-fp8", *fp8_file, out=out))),
-        Chain("split", (Command("split", (*split, "--chunks", "8192", "--shares", "40", "60", "80"), 400.0),)),
+        Chain("split", (Command("split", (*split, "--chunks", "8192", "--shares", "40", "60", "80"), 540.0),)),
         Chain("speculation", (Command("speculation", (*speculation, "--out", str(out / "records")), 110.0),)),
         Chain("attention", (bench("attention", 60, "attention", out=out),)),
         Chain("gemm", (bench("gemm", 150, "gemm", out=out), _tune(out))),

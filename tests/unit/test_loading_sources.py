@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -234,6 +235,31 @@ def test_hashing_that_takes_longer_than_loading_is_told(tmp_path: Path, monkeypa
     monkeypatch.setattr(loader, "_SHOWN_EVERY_S", 0.01)
     load_model(path, get_ops("cpu", 1), SingleRank(), torch.device("cpu"), hashing=show)
     assert set(seen) == {(1, 10)}
+
+
+def test_a_model_that_cannot_be_loaded_is_not_hashed_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_gguf(random_model("llama"), tmp_path / "tiny.gguf", GGMLQuantizationType.F16)
+    ends: list[BaseException] = []
+
+    def for_ever(header: Any, config: Any, revision: str, progress: Any) -> ModelIdentity:
+        try:
+            for _ in range(100_000):
+                progress(1, 10)
+                time.sleep(0.001)
+        except ModelError as error:
+            ends.append(error)
+            raise
+        raise AssertionError("nobody ended it")
+
+    def show(done_bytes: int, total_bytes: int) -> None:
+        raise ModelError("missing tensor")
+
+    monkeypatch.setattr(loader, "identity_of_gguf", for_ever)
+    with pytest.raises(ModelError, match="missing tensor"):
+        load_model(path, get_ops("cpu", 1), SingleRank(), torch.device("cpu"), progress=show)
+    assert len(ends) == 1
 
 
 def test_loading_leaves_no_thread_behind(tmp_path: Path) -> None:

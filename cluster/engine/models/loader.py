@@ -95,11 +95,11 @@ def load_model(
         logger.warning("%s: FP8 on a CPU is emulated: slow, for tests", source.path)
     num_positions = min(max_position or config.max_position, config.max_position)
     try:
-        with ThreadPoolExecutor(max_workers=1) as pool:  # hashing leaves the interpreter to the loader
-            hashed = _Counted()
+        if device.type == "cuda":
+            check_weights_fit(device, config.weight_bytes // group.size)
+        # Hashing leaves the interpreter to the loader.
+        with ThreadPoolExecutor(max_workers=1) as pool, _Hashing() as hashed:
             identity = pool.submit(identify, config, source.revision, hashed.note)
-            if device.type == "cuda":
-                check_weights_fit(device, config.weight_bytes // group.size)
             loader = _RankLoader(config, weights, ops, group, device, progress, is_made_fp8)
             model = DecoderModel(config, loader.load(num_positions), ops, group)
             while not wait([identity], _SHOWN_EVERY_S).done:
@@ -110,13 +110,23 @@ def load_model(
         ctypes.CDLL(None).malloc_trim(0)  # glibc would keep what the temporary copies took
 
 
-class _Counted:
-    """What a thread has told last, for another one that shows it."""
+class _Hashing:
+    """What a hashing thread has told last. Once this is left, what it tells next ends it: a model that cannot be loaded
+    is not hashed to its end."""
 
     def __init__(self) -> None:
         self.bytes = (0, 0)  # done, in total
+        self._is_over = False
+
+    def __enter__(self) -> _Hashing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over = True
 
     def note(self, done_bytes: int, total_bytes: int) -> None:
+        if self._is_over:
+            raise ModelError("the model could not be loaded: its weights need no digest")
         self.bytes = (done_bytes, total_bytes)
 
 
