@@ -11,7 +11,7 @@ from benchmarks.gpu.attention import paged_inputs
 from benchmarks.gpu.timing import graph_ms
 from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.kernels.fp8 import quantize_weight
-from cluster.engine.kernels.ops import AttentionMetadata, LinearWeight
+from cluster.engine.kernels.ops import AttentionMetadata, LinearWeight, Rotation
 
 LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_SIZE, FFN, VOCABULARY = 32, 4096, 32, 8, 128, 14336, 128256
 
@@ -64,8 +64,8 @@ class DecodeStep:
         x = ops.rms_norm(residual, self.layers[0].norm_K, 1e-5, input_of=self.layers[0].qkv)
         for index, layer in enumerate(self.layers):
             qkv = ops.linear(x, layer.qkv, out_dtype=self.qkv_dtype)
-            q = ops.rope_and_cache(qkv, kv[:, index], metadata, self.cos_sin_PD, HEADS)
-            mixed = ops.attention(q, kv[:, index], metadata, HEAD_SIZE**-0.5)
+            rotation = Rotation(self.cos_sin_PD, HEADS)
+            mixed = ops.rope_attention(qkv, kv[:, index], metadata, rotation, HEAD_SIZE**-0.5)
             update = ops.linear(mixed, layer.o, out_dtype=ops.residual_dtype)
             x = ops.add_rms_norm(residual, update, layer.norm_K, 1e-5, input_of=layer.gate_up)
             active = ops.linear_silu_mul(x, layer.gate_up, input_of=layer.down)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.kernels.triton import attention, attention_launch
+from cluster.engine.kernels.triton.attention_trials import RopeAttentionTrial
 from cluster.engine.kernels.triton.plans import AttentionPlan
 from tests.gpu.support import NUM_MULTIPROCESSORS, Paged, bits_equal, in_graph, mutated, num_differing, relative_error
 
@@ -271,3 +274,35 @@ def test_planted_moving_splits_are_found(tmp_path: Path, monkeypatch: pytest.Mon
     out = cache.attend([0], [1], [2200])[0]
     assert relative_error(out, whole[2199:2200]) < 1e-2
     assert num_differing(out, whole[2199:2200]) > 0
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_size"), HEADS)
+@pytest.mark.parametrize("window", [None, 600])
+def test_single_rows_are_rotated_and_stored_by_the_split_kernel(
+    num_heads: int, num_kv_heads: int, head_size: int, window: int | None
+) -> None:
+    """Beside the rotary kernel: results and cache, eager and in a graph, however many warps and stages."""
+    ops = CudaOps(torch.device("cuda"))
+    for warps, stages in ((4, 5), (4, 3), (2, 3), (8, 2)):
+        ops.plans.attention = AttentionPlan(
+            split_takes_rope=True, split_num_warps=warps, split_num_stages=stages, split_programs_per_multiprocessor=64
+        )
+        for dtype in (torch.float32, torch.bfloat16):
+            trial = RopeAttentionTrial(
+                lambda *_: pytest.fail("it is not run"), ops.plans.attention, num_heads, (num_kv_heads, 64, head_size),
+                dtype, torch.bfloat16, window, 40, ops.device,
+            )  # fmt: skip
+            inputs = trial.draw(3, ops.plans.attention)
+            expected_kv, kv = inputs.kv_N2GSD.clone(), inputs.kv_N2GSD.clone()
+            q = ops.rope_and_cache(inputs.qkv_TC, expected_kv, inputs.unpadded, *inputs.rotation)
+            expected = ops.attention(q, expected_kv, inputs.unpadded, 0.1, window=window)
+            found = ops.rope_attention(inputs.qkv_TC, kv, inputs.metadata, inputs.rotation, 0.1, window=window)
+            assert bits_equal(found, expected)
+            assert bits_equal(kv.nan_to_num(7.0), expected_kv.nan_to_num(7.0))
+            kv.copy_(inputs.kv_N2GSD)
+            again = in_graph(
+                partial(ops.rope_attention, inputs.qkv_TC, kv, inputs.metadata, inputs.rotation, 0.1, window=window)
+            )
+            assert bits_equal(again, expected)
+            assert bits_equal(kv.nan_to_num(7.0), expected_kv.nan_to_num(7.0))
+    assert ops.admission.refusals == []

@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from cluster.engine.kernels.ops import Rotation
 from cluster.engine.kernels.triton import attention_launch
 from cluster.engine.kernels.triton.plans import AttentionPlan
 from tests.gpu.support import NUM_MULTIPROCESSORS, Paged
@@ -44,6 +45,24 @@ def test_a_window_is_compiled_in_only_where_there_is_one(tmp_path: Path) -> None
 def test_another_window_needs_no_other_kernel(tmp_path: Path) -> None:
     first, second = (_compiled(tmp_path, window) for window in (40, 512))
     assert {kernel.hash for kernel in first.values()} == {kernel.hash for kernel in second.values()}
+
+
+def test_a_row_s_own_key_is_stored_before_any_block_is_asked_for(tmp_path: Path) -> None:
+    """By the split kernel that rotates: other threads of the program read it."""
+    plan = AttentionPlan(split_takes_rope=True, split_num_stages=5)
+    cache = Paged(CONTEXTS, num_heads=8, num_kv_heads=2, head_size=128, device="cpu")
+    metadata = cache.metadata([0, 1, 2], [1, 1, 1], CONTEXTS)
+    rotation = Rotation(torch.zeros(max(CONTEXTS), 128), 8)
+    with compiled_for_hopper(tmp_path) as kernels:
+        attention_launch.run_rope_attention(
+            torch.zeros(3, 12 * 128), cache.layer, metadata, rotation, cache.scale, plan, NUM_MULTIPROCESSORS
+        )  # fmt: skip
+    (kernel,) = [kernel for kernel in kernels if kernel.metadata.name == "split_kernel"]
+    ptx = kernel.asm["ptx"]
+    stored, loads = ptx.rindex("st.global.b16", 0, ptx.index("cp.async.cg")), ptx.index("cp.async.cg")
+    assert "bar.sync" in ptx[stored:loads]
+    assert ptx[:loads].count("st.global.b16") == 2  # K and V
+    assert spilled_bytes(kernel) == 0
 
 
 @pytest.mark.parametrize("window", [None, 40])

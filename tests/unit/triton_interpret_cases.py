@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.engine.kernels.ops import AttentionMetadata
+from cluster.engine.kernels.ops import AttentionMetadata, Rotation
 from cluster.engine.kernels.triton import attention, attention_launch, launch
+from cluster.engine.kernels.triton.attention_trials import RopeAttentionTrial
 from cluster.engine.kernels.triton.plans import AttentionPlan, LinearPlan
 from cluster.engine.kv_cache import KVLayout
 from kvconnector import digest
@@ -140,6 +141,82 @@ def test_planted_wrong_windows_are_found(old: str, new: str, tmp_path: Path, mon
     monkeypatch.setattr(attention_launch, "attention", mutated(attention, old, new, tmp_path))
     rows = cache.attend([0], [200], window=70)[0]
     assert not relative_error(rows, cache.expected(0, 70)) < 2e-3
+
+
+def rope_results(
+    shape: tuple[int, int, int, int], window: int | None, num_sequences: int, qkv_dtype: torch.dtype
+) -> list[list[torch.Tensor]]:
+    """Results and caches of single rows: rotated by the split kernel; in two steps, with the tiled kernel."""
+    num_heads, num_kv_heads, block_size, head_size = shape
+
+    def run(
+        qkv: torch.Tensor, kv: torch.Tensor, metadata: AttentionMetadata, rotation: Rotation, plan: AttentionPlan
+    ) -> torch.Tensor:
+        if attention_launch.takes_rope(plan, metadata, rotation):
+            return attention_launch.run_rope_attention(qkv, kv, metadata, rotation, 0.2, plan, 3, window=window)
+        q = launch.run_rope_and_cache(qkv, kv, metadata, *rotation)
+        return attention_launch.run_attention(q, kv, metadata, 0.2, plan, 3, window=window)
+
+    plan = AttentionPlan(split_takes_rope=True)
+    trial = RopeAttentionTrial(
+        run, plan, num_heads, (num_kv_heads, block_size, head_size), qkv_dtype, torch.float16, window, num_sequences,
+        torch.device("cpu"),
+    )  # fmt: skip
+    inputs = trial.draw(1, plan)
+    assert attention_launch.takes_rope(plan, inputs.metadata, inputs.rotation)
+    return [trial.found(inputs, plan), trial.expected(inputs)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "window", "num_sequences"),
+    [((4, 2, 64, 16), None, 8), ((6, 2, 16, 24), None, 10), ((3, 1, 128, 32), 40, 8), ((4, 2, 64, 16), 700, 8)],
+)
+def test_the_split_kernel_rotates_and_stores_as_the_rotary_kernel_does(
+    shape: tuple[int, int, int, int], window: int | None, num_sequences: int
+) -> None:
+    """Rows whose own key is the first or the last of a block, of a split, of several; some sequences are padding."""
+    for dtype in (torch.float32, torch.float16):
+        found, expected = rope_results(shape, window, num_sequences, dtype)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert torch.equal(ours.view(torch.int16), theirs.view(torch.int16))
+        assert not torch.isnan(found[0]).any()  # so each row's own key was there in time
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("-crossed, crossed", "crossed, -crossed"),
+        ("if (context - 1) // SPLIT_KEYS == split:", "if split == 0:"),
+        ("head_ptr + place +", "head_ptr + place + D +"),
+        ("tl.store(target + stride_kv, v", "tl.store(target, v"),
+        ("((head + NUM_KV_HEADS) * D)", "((head + 1) * D)"),
+        ("(context - 1).to(tl.int64) * D", "context.to(tl.int64) * 0"),
+    ],
+)
+def test_planted_mistakes_in_the_rotating_split_kernel_are_found(
+    old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_launch, "attention", mutated(attention, old, new, tmp_path))
+    found, expected = rope_results((4, 2, 64, 16), None, 8, torch.float32)
+    same = [torch.equal(a.view(torch.int16), b.view(torch.int16)) for a, b in zip(found, expected, strict=True)]
+    assert not all(same)
+
+
+def test_only_single_rows_without_norms_are_rotated_by_the_split_kernel() -> None:
+    cache = Paged([70], num_heads=2, num_kv_heads=1, head_size=16, dtype=torch.float16, device="cpu")
+    table, norm = torch.zeros(100, 16), torch.ones(16)
+    plan = AttentionPlan(split_takes_rope=True)
+    single, several = cache.metadata([0], [1], [70]), cache.metadata([0], [2], [70])
+    assert attention_launch.takes_rope(plan, single, Rotation(table, 2))
+    assert not attention_launch.takes_rope(plan, several, Rotation(table, 2))
+    assert not attention_launch.takes_rope(plan, single, Rotation(table, 2, norm, norm))
+    assert not attention_launch.takes_rope(AttentionPlan(), single, Rotation(table, 2))
+    tiled = AttentionPlan(split_takes_rope=True, few_rows_kind="tiled")
+    assert not attention_launch.takes_rope(tiled, single, Rotation(table, 2))
+    with pytest.raises(ValueError, match=r"qkv has 48 columns, expected \(2 \+ 2 \* 1\) \* 16"):
+        attention_launch.run_rope_attention(
+            torch.zeros(1, 48), cache.layer, single, Rotation(table, 2), 0.2, plan, 1
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("normed", [False, True])

@@ -18,6 +18,7 @@ from cluster.engine.engine import Engine
 from cluster.engine.gpu import runner as gpu_runner
 from cluster.engine.gpu.runner import GpuModelRunner
 from cluster.engine.kernels import get_ops
+from cluster.engine.kernels.ops import TwoStepAttention
 from cluster.engine.kernels.triton import launch
 from cluster.engine.models.loader import load_model
 from cluster.engine.parallel.group import SingleRank
@@ -29,7 +30,7 @@ from tests.unit.model_factory import random_model, save_safetensors
 NUM_BLOCKS, BLOCK_SIZE, MAX_SEQUENCES, MAX_ROWS = 24, 16, 6, 40
 
 
-class InterpretedOps:
+class InterpretedOps(TwoStepAttention):
     """The CPU's operations, and the statistics of the logits from the GPU's kernel."""
 
     def __init__(self) -> None:

@@ -14,11 +14,12 @@ from cluster.engine.kernels.ops import (
     HeadWeight,
     LinearWeight,
     Ops,
+    TwoStepAttention,
 )
 
 
 @dataclass(frozen=True, slots=True)
-class ComposedOps:
+class ComposedOps(TwoStepAttention):
     """Each field serves a family of operations; families share packed data only within themselves."""
 
     name: str

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ from cluster.engine.kernels.ops import (
     GroupedRouting,
     HeadWeight,
     LinearWeight,
+    Rotation,
 )
 from cluster.engine.kernels.plan_admission import PlanAdmission
 from cluster.engine.kernels.triton import attention_launch, latent_launch, launch, moe_launch
@@ -283,6 +285,40 @@ class CudaOps:
         if q_THD.shape[0]:
             plan = cuda_plans.attention_plan(self.admission, run, q_THD, kv_N2GSD, metadata, window, plan)
         return run(q_THD, kv_N2GSD, metadata, plan)
+
+    def rope_attention(
+        self,
+        qkv_TC: torch.Tensor,
+        kv_N2GSD: torch.Tensor,
+        metadata: AttentionMetadata,
+        rotation: Rotation,
+        scale: float,
+        *,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        def run(
+            qkv_TC: torch.Tensor, kv_N2GSD: torch.Tensor, metadata: AttentionMetadata, rotation: Rotation,
+            plan: AttentionPlan,
+        ) -> torch.Tensor:  # fmt: skip
+            options: dict[str, Any] = {"window": window, "pdl": self._pdl(qkv_TC), "lists": self._lists}
+            if attention_launch.takes_rope(plan, metadata, rotation):
+                return attention_launch.run_rope_attention(
+                    qkv_TC, kv_N2GSD, metadata, rotation, scale, plan, self._num_multiprocessors, **options
+                )
+            q_THD = launch.run_rope_and_cache(qkv_TC, kv_N2GSD, metadata, *rotation, pdl=options["pdl"])
+            return attention_launch.run_attention(
+                q_THD, kv_N2GSD, metadata, scale, plan, self._num_multiprocessors, **options
+            )
+
+        plan = self.plans.attention
+        if len(qkv_TC) and attention_launch.takes_rope(plan, metadata, rotation):
+            plan = cuda_plans.rope_attention_plan(
+                self.admission, run, qkv_TC, kv_N2GSD, metadata, rotation, window, plan
+            )  # fmt: skip
+            if plan.split_takes_rope:
+                return run(qkv_TC, kv_N2GSD, metadata, rotation, plan)
+        q_THD = self.rope_and_cache(qkv_TC, kv_N2GSD, metadata, *rotation)
+        return self.attention(q_THD, kv_N2GSD, metadata, scale, window=window)
 
     def pack_heads(self, weight_HNK: torch.Tensor) -> CudaHeadWeight:
         return CudaHeadWeight(launch.aligned(weight_HNK.to(self.device)))

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-from cluster.engine.kernels.ops import AttentionMetadata
+from cluster.engine.kernels.ops import AttentionMetadata, Rotation
 from cluster.engine.kernels.plan_admission import PlanAdmission
 from cluster.engine.kernels.triton import attention_launch
-from cluster.engine.kernels.triton.attention_trials import AttentionTrial
+from cluster.engine.kernels.triton.attention_trials import AttentionTrial, RopeAttentionTrial
 from cluster.engine.kernels.triton.moe_plans import MoePlan, MoeShape
 from cluster.engine.kernels.triton.plans import AttentionPlan, LinearPlan
 from cluster.engine.kernels.triton.trials import ExpertsTrial, LinearTrial
@@ -62,6 +62,29 @@ def attention_plan(
         plan = admitted(plan, split_rows)
         _, tiled_above = attention_launch.paths(plan, metadata, group)
     return plan if tiled_above is None else admitted(plan, 0)
+
+
+def rope_attention_plan(
+    admission: PlanAdmission,
+    run: Callable[[torch.Tensor, torch.Tensor, AttentionMetadata, Rotation, AttentionPlan], torch.Tensor],
+    qkv_TC: torch.Tensor,
+    kv_N2GSD: torch.Tensor,
+    metadata: AttentionMetadata,
+    rotation: Rotation,
+    window: int | None,
+    plan: AttentionPlan,
+) -> AttentionPlan:
+    """`plan`, or the same that rotates in a kernel of its own."""
+    num_sequences = metadata.context_len.shape[0]
+    _, _, num_kv_heads, block_size, head_size = kv_N2GSD.shape
+    cache_shape, dtypes = (num_kv_heads, block_size, head_size), (qkv_TC.dtype, kv_N2GSD.dtype)
+    call = ("rope attention", rotation.num_heads, cache_shape, *dtypes, window, num_sequences, plan)
+    return admission.serving(
+        call, plan,
+        lambda: RopeAttentionTrial(
+            run, plan, rotation.num_heads, cache_shape, *dtypes, window, num_sequences, qkv_TC.device
+        ),
+    )  # fmt: skip
 
 
 def experts_plan(

@@ -16,7 +16,7 @@ bits for any T, any neighbours and any column shard of the weights.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 
@@ -114,6 +114,16 @@ class AttentionMetadata:
         num_sequences = self.context_len.shape[0]
         bound = self.num_prompts_max
         return num_rows // rows_per_tile + (num_sequences if bound is None else min(num_sequences, bound))
+
+
+class Rotation(NamedTuple):
+    """What `Ops.rope_and_cache` does to rows; see there."""
+
+    cos_sin_PD: torch.Tensor
+    num_heads: int
+    q_norm_D: torch.Tensor | None = None
+    k_norm_D: torch.Tensor | None = None
+    norm_eps: float = 0.0
 
 
 class Ops(Protocol):
@@ -234,6 +244,19 @@ class Ops(Protocol):
         sliding_window`). None: keys 0 .. p."""
         ...
 
+    def rope_attention(
+        self,
+        qkv_TC: torch.Tensor,
+        kv_N2GSD: torch.Tensor,
+        metadata: AttentionMetadata,
+        rotation: Rotation,
+        scale: float,
+        *,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        """`rope_and_cache`, then `attention` of its q: the same bits, in one kernel where a device has it."""
+        ...
+
     def pack_heads(self, weight_HNK: torch.Tensor) -> HeadWeight:
         """Take the (N, K) bf16 weights of H heads into the device's layout."""
         ...
@@ -330,3 +353,22 @@ class Ops(Protocol):
         """(T, K) in `residual_dtype`: Σ weight * row from zero over j ascending (so by expert index), in
         fp32, one rounding."""
         ...
+
+
+class TwoStepAttention:
+    """`Ops.rope_attention` of what has no kernel for both."""
+
+    __slots__ = ()
+
+    def rope_attention(
+        self: Ops,
+        qkv_TC: torch.Tensor,
+        kv_N2GSD: torch.Tensor,
+        metadata: AttentionMetadata,
+        rotation: Rotation,
+        scale: float,
+        *,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        q_THD = self.rope_and_cache(qkv_TC, kv_N2GSD, metadata, *rotation)
+        return self.attention(q_THD, kv_N2GSD, metadata, scale, window=window)

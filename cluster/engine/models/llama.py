@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cluster.engine.kernels.ops import AttentionMetadata, LinearWeight, Ops
+from cluster.engine.kernels.ops import AttentionMetadata, LinearWeight, Ops, Rotation
 from cluster.engine.kv_cache import KVCache, KVLayout
 from cluster.engine.models.config import ModelConfig
 from cluster.engine.models.feed_forward import FeedForward, Placement
@@ -170,17 +170,9 @@ class DecoderModel:
         if layer.latent is not None:
             mixed_TCl = layer.latent.mix(qkv_TCl, kv_N2GSD, metadata, rope_table_PD, scale, ops)
         else:
-            q_THlD = ops.rope_and_cache(
-                qkv_TCl,
-                kv_N2GSD,
-                metadata,
-                rope_table_PD,
-                self.plan.heads.query.length,
-                layer.q_norm_D,
-                layer.k_norm_D,
-                config.rms_norm_eps,
-            )
-            mixed_TCl = ops.attention(q_THlD, kv_N2GSD, metadata, scale, window=window)
+            num_heads = self.plan.heads.query.length
+            rotation = Rotation(rope_table_PD, num_heads, layer.q_norm_D, layer.k_norm_D, config.rms_norm_eps)
+            mixed_TCl = ops.rope_attention(qkv_TCl, kv_N2GSD, metadata, rotation, scale, window=window)
         mixed_TC = self.group.all_gather_columns(mixed_TCl, self.plan.attention_widths)
         return self.placement.into_residual(mixed_TC, layer.output)
 

@@ -12,7 +12,7 @@ from cluster.engine.kernels.cpu.arithmetic import GROUP, LANES, InstructionClass
 from cluster.engine.kernels.cpu.latent import LatentLoop
 from cluster.engine.kernels.cpu.library import Functions
 from cluster.engine.kernels.cpu.moe import ExpertLoop
-from cluster.engine.kernels.ops import AttentionMetadata, LinearWeight
+from cluster.engine.kernels.ops import AttentionMetadata, LinearWeight, TwoStepAttention
 
 _BF16, _F32 = torch.bfloat16, torch.float32
 MAX_HEAD_SIZE = 256
@@ -36,7 +36,7 @@ class PackedWeight:
         return tiles_TGPX.flatten(1)[:, : self.in_features]
 
 
-class NativeOps(ExpertLoop, LatentLoop):
+class NativeOps(ExpertLoop, LatentLoop, TwoStepAttention):
     """`Ops` by one variant of one instruction class."""
 
     residual_dtype = torch.float32

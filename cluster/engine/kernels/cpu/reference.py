@@ -12,7 +12,7 @@ from cluster.engine.kernels.cpu.arithmetic import SPLIT, InstructionClass, dot_c
 from cluster.engine.kernels.cpu.attend import Split, merge, rotate, split_weights
 from cluster.engine.kernels.cpu.latent import LatentLoop
 from cluster.engine.kernels.cpu.moe import ExpertLoop
-from cluster.engine.kernels.ops import AttentionMetadata, LinearWeight
+from cluster.engine.kernels.ops import AttentionMetadata, LinearWeight, TwoStepAttention
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class ReferenceWeight:
         return self.weight_NK[indices_T]
 
 
-class ReferenceOps(ExpertLoop, LatentLoop):
+class ReferenceOps(ExpertLoop, LatentLoop, TwoStepAttention):
     """The operations of `Ops` for one instruction class, one rounding at a time."""
 
     residual_dtype = torch.float32

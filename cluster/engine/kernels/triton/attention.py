@@ -195,20 +195,59 @@ def list_splits_kernel(
         tl.store(record_ptr + 4, context)
 
 
+@triton.jit
+def turned(row_ptr, heads, keep, angles_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(heads, BLOCK_D) of one row, rotated by its position's angles: as `rope.rope_cache_kernel` has it."""
+    HALF: tl.constexpr = D // 2
+    offs_d = tl.arange(0, BLOCK_D)
+    in_low = offs_d < HALF
+    keep = keep[:, None] & (offs_d < D)[None, :]
+    x = tl.load(row_ptr + (heads * D)[:, None] + offs_d[None, :], mask=keep, other=0.0).to(tl.float32)
+    offs_other = tl.where(in_low, offs_d + HALF, offs_d - HALF)
+    other = tl.load(row_ptr + (heads * D)[:, None] + offs_other[None, :], mask=keep, other=0.0).to(tl.float32)
+    angles = angles_ptr + tl.where(in_low, offs_d, offs_d - HALF)
+    cos = tl.load(angles, mask=offs_d < D, other=0.0)
+    sin = tl.load(angles + HALF, mask=offs_d < D, other=0.0)
+    crossed = other * tl.broadcast_to(sin[None, :], other.shape)
+    crossed = tl.where(in_low[None, :], -crossed, crossed)
+    return tl.fma(x, tl.broadcast_to(cos[None, :], x.shape), crossed)
+
+
+@triton.jit
+def store_kv(
+    head_ptr, row_ptr, angles_ptr, slot, kv_head, stride_block, stride_kv, NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """The row's own K, rotated, and V of one head."""
+    offs_d = tl.arange(0, BLOCK_D)
+    head = tl.zeros((1,), tl.int32) + NUM_HEADS + kv_head
+    is_stored = tl.zeros((1,), tl.int32) + (slot >= 0).to(tl.int32) > 0
+    keep = is_stored[:, None] & (offs_d < D)[None, :]
+    k = turned(row_ptr, head, is_stored, angles_ptr, D, BLOCK_D)
+    v = tl.load(row_ptr + ((head + NUM_KV_HEADS) * D)[:, None] + offs_d[None, :], mask=keep, other=0.0).to(tl.float32)
+    place = slot // BLOCK_SIZE * stride_block + slot % BLOCK_SIZE * D
+    target = head_ptr + place + tl.zeros((1, 1), tl.int64) + offs_d[None, :]
+    tl.store(target, k.to(head_ptr.dtype.element_ty), mask=keep)
+    tl.store(target + stride_kv, v.to(head_ptr.dtype.element_ty), mask=keep)
+
+
 @triton.jit(do_not_specialize=["num_sequences", "max_rows", "window"])
 def split_kernel(
     q_ptr, kv_ptr, out_ptr, partial_ptr, partial_m_ptr, partial_l_ptr, records_ptr, firsts_ptr, table_ptr,
-    num_sequences, max_rows, window, scale_log2, stride_q, stride_out, stride_table, stride_block, stride_kv,
-    stride_head,
+    cos_sin_ptr, slot_ptr, num_sequences, max_rows, window, scale_log2, stride_q, stride_out, stride_table,
+    stride_block, stride_kv, stride_head,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KV: tl.constexpr, SPLIT_KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    PDL: tl.constexpr,
+    TAKES_ROPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Few rows, many keys: one (sequence, split, KV head) at a time, partial results to scratch.
 
     The list of work is on the device, so the grid is fixed and the kernel can be captured. Partials of item i
     lie at i: (max_rows · GROUP, D) values, m, and (.., 8) l. A sequence of one split is folded here and goes to
     the result: `fold_kernel` leaves it alone.
+
+    TAKES_ROPE: single rows, of which q_ptr has qkv, heads of q first, before they are rotated. The program of the split
+    that the row's own key belongs to stores it before it reads the block.
     """
     begin(PDL)
     num_items = tl.load(firsts_ptr + num_sequences) * NUM_KV_HEADS
@@ -228,14 +267,25 @@ def split_kernel(
         row = tile_row // GROUP
         head = kv_head * GROUP + tile_row % GROUP
         valid = row < num_rows
-        q_ptrs = q_ptr + (row_start + row).to(tl.int64)[:, None] * stride_q + head[:, None] * D + offs_d[None, :]
-        q = tl.load(q_ptrs, mask=valid[:, None] & (offs_d < D)[None, :], other=0.0)
+        head_ptr = kv_ptr + kv_head * stride_head
+        if TAKES_ROPE:
+            row_ptr = q_ptr + row_start.to(tl.int64) * stride_q
+            angles_ptr = cos_sin_ptr + (context - 1).to(tl.int64) * D
+            if (context - 1) // SPLIT_KEYS == split:
+                store_kv(
+                    head_ptr, row_ptr, angles_ptr, tl.load(slot_ptr + row_start), kv_head, stride_block, stride_kv,
+                    NUM_KV_HEADS * GROUP, NUM_KV_HEADS, D, BLOCK_D, BLOCK_SIZE,
+                )  # fmt: skip
+                tl.debug_barrier()  # the program's other threads read it
+            q = turned(row_ptr, head, valid, angles_ptr, D, BLOCK_D).to(kv_ptr.dtype.element_ty)
+        else:
+            q_ptrs = q_ptr + (row_start + row).to(tl.int64)[:, None] * stride_q + head[:, None] * D + offs_d[None, :]
+            q = tl.load(q_ptrs, mask=valid[:, None] & (offs_d < D)[None, :], other=0.0)
         q_pos = tl.where(valid, context - num_rows + row, context - 1)
 
         m = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
         l = tl.zeros((BLOCK_ROWS, 8), tl.float32)
         acc = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
-        head_ptr = kv_ptr + kv_head * stride_head
         sequence_table = table_ptr + sequence.to(tl.int64) * stride_table
         first_key = split * SPLIT_KEYS
         stop = tl.minimum(first_key + SPLIT_KEYS, context)

@@ -6,13 +6,13 @@ As in `launch.py`, nothing waits for the device, and a call can be captured into
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from cluster.engine.kernels.ops import AttentionMetadata
+from cluster.engine.kernels.ops import AttentionMetadata, Rotation
 from cluster.engine.kernels.triton import attention
 from cluster.engine.kernels.triton.overlap import overlap
 from cluster.engine.kernels.triton.plans import SPLIT_KEYS, AttentionPlan, block_kv
@@ -37,6 +37,61 @@ def run_attention(
 
     Sequences of few rows take the split kernels, the others the tiled one: the same bits.
     """
+    call = _checked(q_THD, kv_N2GSD, metadata, scale, out_dtype or q_THD.dtype, window, pdl, lists)
+    if q_THD.shape[0] == 0:
+        return call.out
+    split_rows, tiled_above = paths(plan, metadata, call.group)
+    if split_rows:
+        _run_split(call, plan, split_rows, num_multiprocessors)
+    if tiled_above is not None:
+        _run_prefill(call, plan, tiled_above, num_multiprocessors)
+    return call.out
+
+
+def takes_rope(plan: AttentionPlan, metadata: AttentionMetadata, rotation: Rotation) -> bool:
+    """Whether `run_rope_attention` computes this step: single rows, and no norm of heads, whose sum the rotary kernel
+    has in an order of its own."""
+    is_plain = rotation.q_norm_D is None and rotation.k_norm_D is None
+    return plan.split_takes_rope and plan.few_rows_kind == "split" and metadata.num_rows_max == 1 and is_plain
+
+
+def run_rope_attention(
+    qkv_TC: torch.Tensor,
+    kv_N2GSD: torch.Tensor,
+    metadata: AttentionMetadata,
+    rotation: Rotation,
+    scale: float,
+    plan: AttentionPlan,
+    num_multiprocessors: int,
+    *,
+    window: int | None = None,
+    pdl: int = False,
+    lists: WorkLists | None = None,
+) -> torch.Tensor:
+    """`run_rope_and_cache` and `run_attention` of its q in one kernel, where `takes_rope`."""
+    num_kv_heads, head_size = kv_N2GSD.shape[2], kv_N2GSD.shape[4]
+    heads_THD = qkv_TC.view(len(qkv_TC), -1, head_size)
+    if heads_THD.shape[1] != rotation.num_heads + 2 * num_kv_heads:
+        raise ValueError(
+            f"qkv has {qkv_TC.shape[1]} columns, expected ({rotation.num_heads} + 2 * {num_kv_heads}) * {head_size}"
+        )
+    q_THD = heads_THD[:, : rotation.num_heads]
+    call = _checked(q_THD, kv_N2GSD, metadata, scale, kv_N2GSD.dtype, window, pdl, lists)
+    if len(qkv_TC):
+        _run_split(replace(call, cos_sin_PD=rotation.cos_sin_PD), plan, 1, num_multiprocessors)
+    return call.out
+
+
+def _checked(
+    q_THD: torch.Tensor,
+    kv_N2GSD: torch.Tensor,
+    metadata: AttentionMetadata,
+    scale: float,
+    out_dtype: torch.dtype,
+    window: int | None,
+    pdl: int,
+    lists: WorkLists | None,
+) -> _AttentionCall:
     num_rows, num_heads, head_size = q_THD.shape
     num_kv_heads = kv_N2GSD.shape[2]
     if num_heads % num_kv_heads:
@@ -45,16 +100,8 @@ def run_attention(
         raise ValueError(f"the softmax scale must be positive, got {scale}")
     if window is not None and window < 1:
         raise ValueError(f"a window must hold at least the row's own key, got {window}")
-    out = torch.empty((num_rows, num_heads * head_size), dtype=out_dtype or q_THD.dtype, device=q_THD.device)
-    if num_rows == 0:
-        return out
-    call = _AttentionCall(q_THD, kv_N2GSD, metadata, out, scale / math.log(2.0), window, pdl, lists or WorkLists())
-    split_rows, tiled_above = paths(plan, metadata, call.group)
-    if split_rows:
-        _run_split(call, plan, split_rows, num_multiprocessors)
-    if tiled_above is not None:
-        _run_prefill(call, plan, tiled_above, num_multiprocessors)
-    return out
+    out = torch.empty((num_rows, num_heads * head_size), dtype=out_dtype, device=q_THD.device)
+    return _AttentionCall(q_THD, kv_N2GSD, metadata, out, scale / math.log(2.0), window, pdl, lists or WorkLists())
 
 
 def paths(plan: AttentionPlan, metadata: AttentionMetadata, group: int) -> tuple[int, int | None]:
@@ -143,6 +190,7 @@ class _AttentionCall:
     window: int | None  # None is a constant to the compiler
     pdl: int
     lists: WorkLists
+    cos_sin_PD: torch.Tensor | None = None  # of rows that are yet to be rotated: q is the first part of qkv then
 
     @property
     def group(self) -> int:
@@ -185,10 +233,12 @@ def _run_split(call: _AttentionCall, plan: AttentionPlan, max_rows: int, num_mul
     splits, firsts = call.lists.splits(metadata, records, max_rows, call.window)
     programs = min(items, num_multiprocessors * plan.split_programs_per_multiprocessor)
     constants = call.constants(block_rows)
+    cos_sin = call.q_THD if call.cos_sin_PD is None else call.cos_sin_PD
     attention.split_kernel[(programs,)](
         call.q_THD, kv, call.out, partial, partial_m, partial_l, splits, firsts, metadata.block_table,
-        call.num_sequences, max_rows, call.window, call.scale_log2, call.q_THD.stride(0),
-        call.out.stride(0), metadata.block_table.stride(0), kv.stride(0), kv.stride(1), kv.stride(2), **constants,
+        cos_sin, metadata.slot_mapping, call.num_sequences, max_rows, call.window, call.scale_log2,
+        call.q_THD.stride(0), call.out.stride(0), metadata.block_table.stride(0), kv.stride(0), kv.stride(1),
+        kv.stride(2), **constants, TAKES_ROPE=call.cos_sin_PD is not None,
         num_warps=plan.split_num_warps, num_stages=plan.split_num_stages, **overlap(call.pdl),
     )  # fmt: skip
     if splits_each <= 1:

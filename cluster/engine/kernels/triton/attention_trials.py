@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import msgspec
 import torch
 
-from cluster.engine.kernels.ops import AttentionMetadata
+from cluster.engine.kernels.ops import AttentionMetadata, Rotation
 from cluster.engine.kernels.triton.plans import REFERENCE_ATTENTION, SPLIT_KEYS, AttentionPlan
 
 # Of the sequences: contexts that end before, at and after a split's edge, and rows that are not whole tiles.
@@ -122,3 +122,80 @@ class AttentionTrial:
             context_len_max=max(contexts),
             num_rows_min=1 if self.split_rows else 2,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class RopeInputs:
+    """A cache in which the rows' own keys are not stored yet. `metadata` is padded to the sequences of the step."""
+
+    qkv_TC: torch.Tensor
+    kv_N2GSD: torch.Tensor
+    metadata: AttentionMetadata
+    unpadded: AttentionMetadata
+    rotation: Rotation
+
+
+@dataclass(frozen=True, slots=True)
+class RopeAttentionTrial:
+    """Steps of single rows whose split kernel rotates and stores, too, beside the rotary kernel and the tiled one.
+
+    `run`: qkv, one layer's cache, metadata, rotation, as they are served. The cache is compared as well.
+    """
+
+    run: Callable[[torch.Tensor, torch.Tensor, AttentionMetadata, Rotation, AttentionPlan], torch.Tensor]
+    wanted: AttentionPlan
+    num_heads: int
+    cache_shape: tuple[int, int, int]  # KV heads, block size, head size
+    qkv_dtype: torch.dtype
+    dtype: torch.dtype
+    window: int | None
+    num_sequences: int
+    device: torch.device
+
+    @property
+    def subject(self) -> str:
+        return f"rotary embedding in {self._attention.subject}"
+
+    @property
+    def others(self) -> Sequence[AttentionPlan]:
+        return (msgspec.structs.replace(self.wanted, split_takes_rope=False),)
+
+    def scope(self, plan: AttentionPlan) -> Hashable:
+        return "rope", self.qkv_dtype, self._attention.scope(plan)
+
+    def draw(self, seed: int, plan: AttentionPlan) -> RopeInputs:
+        inputs = self._attention.draw(seed, plan)
+        num_kv_heads, block_size, head_size = self.cache_shape
+        last_T = inputs.unpadded.context_len.long() - 1
+        block_T = inputs.unpadded.block_table.gather(1, (last_T // block_size)[:, None])[:, 0].long()
+        inputs.kv_N2GSD[block_T, :, :, last_T % block_size] = torch.nan
+        slot_T = block_T * block_size + last_T % block_size
+        generator = torch.Generator(device=self.device).manual_seed(seed)
+        num_columns = (self.num_heads + 2 * num_kv_heads) * head_size
+        qkv = torch.randn((len(last_T), num_columns), generator=generator, device=self.device) * 3
+        angles = torch.randn((int(last_T.max()) + 1, head_size), generator=generator, device=self.device)
+        return RopeInputs(
+            qkv.to(self.qkv_dtype), inputs.kv_N2GSD,
+            replace(inputs.metadata, slot_mapping=slot_T, positions=last_T),
+            replace(inputs.unpadded, slot_mapping=slot_T, positions=last_T), Rotation(angles, self.num_heads),
+        )  # fmt: skip
+
+    def expected(self, inputs: RopeInputs) -> list[torch.Tensor]:
+        kv_N2GSD = inputs.kv_N2GSD.clone()
+        return [self.run(inputs.qkv_TC, kv_N2GSD, inputs.unpadded, inputs.rotation, REFERENCE_ATTENTION), kv_N2GSD]
+
+    def found(self, inputs: RopeInputs, plan: AttentionPlan) -> list[torch.Tensor]:
+        kv_N2GSD = inputs.kv_N2GSD.clone()
+        return [self.run(inputs.qkv_TC, kv_N2GSD, inputs.metadata, inputs.rotation, plan), kv_N2GSD]
+
+    @property
+    def _attention(self) -> AttentionTrial:
+        """Of the same contexts, one row each; it draws and describes."""
+
+        def nothing(*_: object) -> torch.Tensor:
+            raise AssertionError("it is not run")
+
+        return AttentionTrial(
+            nothing, self.wanted, self.num_heads, self.cache_shape, self.dtype, self.window, 1, self.num_sequences,
+            self.device,
+        )  # fmt: skip
