@@ -117,6 +117,12 @@ def _again(value):
 
 
 @gluon.jit
+def _now(sums):
+    """The same sums, computed here: later, beside the second half's products, they would not fit the registers."""
+    return gl.inline_asm_elementwise("mov.f32 $0, $1;", "=f,f", [sums], gl.float32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def _free(
     x_free, w_free, ahead, x_stage, w_stage, is_x_free: gl.constexpr, LEADS: gl.constexpr, is_ahead,
 ):  # fmt: skip
@@ -204,6 +210,8 @@ def _consume(
                     acc = gl.fma(part, gl.expand_dims(scale, 1) + gl.zeros_like(acc), acc)
                 else:
                     acc = acc + part
+                    if HALVES == 2:
+                        acc = _now(acc)
         y = _scaled(acc, x_scale, w_scale, LAYOUT, SCALE_ROWS)
         y = _with_bias(y, bias_ptr, columns, N, HAS_BIAS)
         if SILU_MUL:
