@@ -145,6 +145,7 @@ def timed_chains(out: Path, peer: str | None, peer_fp8: str | None) -> list[Chai
         Chain("attention", (bench("attention", 60, "attention", out=out),)),
         Chain("gemm", (bench("gemm", 150, "gemm", out=out), _tune(out))),
         Chain("graphs", _graphs()),
+        Chain("rope", (Command("rope-attention", (PYTHON, "-m", "benchmarks.gpu.rope_attention"), 160.0),)),
         Chain("plans", _plans(out)),
         Chain("profile", (Command("profile", (PYTHON, "-m", "benchmarks.gpu", "engine-profile"), 150.0),)),
     ]
@@ -228,7 +229,7 @@ def main() -> int:
     parser.add_argument(
         "--only",
         nargs="*",
-        help="groups: engine fp8 split speculation attention gemm graphs plans profile exactness tests",
+        help="groups: engine fp8 split speculation attention gemm graphs rope plans profile exactness tests",
     )
     parser.add_argument("--peer", help="a command that writes the peer's JSON lines to {out}")
     parser.add_argument("--peer-fp8", help="the same with FP8")
