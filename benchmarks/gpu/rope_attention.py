@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
+import sys
 from typing import NamedTuple
 
 import msgspec
@@ -58,7 +59,7 @@ def measure(model: DecoderModel, ops: CudaOps, *, takes_rope: bool) -> Side:
     return side
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu.rope_attention", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -70,7 +71,8 @@ def main() -> None:
     print("            ms of a step at batch", *BATCHES)
     sides = [measure(model, ops, takes_rope=takes_rope) for takes_rope in SIDES]
     first, *others = (list(side.answers.values()) for side in sides)
-    print("answers equal:", all(other == first for other in others))
+    are_equal = all(other == first for other in others)
+    print("answers equal:", are_equal)
     for index, batch in enumerate(BATCHES):
         one, two = (
             statistics.fmean(side.decode_ms[index] for side in sides if side.takes_rope is takes_rope)
@@ -79,7 +81,8 @@ def main() -> None:
         print(f"batch {batch}: {two:.3f} -> {one:.3f} ms ({one / two:.3f})")
     for refusal in dict.fromkeys(refusal for side in sides for refusal in side.refusals):
         print(refusal)
+    return 0 if are_equal else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

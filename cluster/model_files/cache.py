@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -97,22 +98,33 @@ def file_sha256(path: Path, progress: Progress = no_progress) -> str:
 def files_sha256(paths: Sequence[Path], progress: Progress = no_progress) -> list[str]:
     """`file_sha256` of each, several at a time: hashing leaves the interpreter, and large models lie in many files.
 
-    `progress` is called from several threads, with bytes of all files that must be read.
+    `progress` is called by one thread at a time, with bytes of all files; one that is not read again counts as read.
     """
-    parts: dict[Path, tuple[int, int]] = {}
+    sizes = {path: _num_bytes(path) for path in paths}
+    done_bytes = dict.fromkeys(paths, 0)
+    lock = threading.Lock()
 
     def hashed(path: Path) -> str:
-        def note(done_bytes: int, num_bytes: int) -> None:
-            parts[path] = done_bytes, num_bytes
-            done, total = (sum(numbers) for numbers in zip(*list(parts.values()), strict=True))
-            progress(done, total)
+        def note(done: int, _: int) -> None:
+            with lock:
+                done_bytes[path] = done
+                progress(sum(done_bytes.values()), sum(sizes.values()))
 
-        return file_sha256(path, note)
+        found = file_sha256(path, note)
+        done_bytes[path] = sizes[path]
+        return found
 
     if not paths:
         return []
     with ThreadPoolExecutor(min(len(paths), os.cpu_count() or 1, _MOST_HASHED_AT_ONCE)) as pool:
         return list(pool.map(hashed, paths))
+
+
+def _num_bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def _hash(path: Path, num_bytes: int, progress: Progress) -> str:

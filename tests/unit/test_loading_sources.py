@@ -162,7 +162,8 @@ def test_files_are_hashed_several_at_a_time(tmp_path: Path, monkeypatch: pytest.
     seen: list[tuple[int, int]] = []
     found = files_sha256(paths, lambda *report: seen.append(report))
     assert found == [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
-    assert seen[-1] == (6, 6)
+    assert {total for _, total in seen} == {10}
+    assert 6 <= seen[-1][0] <= 10  # one file is known: it counts when it was asked for
     assert files_sha256([]) == []
 
 

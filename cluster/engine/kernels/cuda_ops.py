@@ -191,7 +191,8 @@ class CudaOps:
         num_rows = x_TK.shape[0]
         if num_rows == 0:
             return
-        if plan.kind == "cublaslt" and (bias_N is not None or silu_mul or not self._library_serves):  # it has neither
+        has_epilogue = bias_N is not None or silu_mul  # the library has none
+        if plan.kind == "cublaslt" and (has_epilogue or not self._library_serves):
             plan = plan_without_library(num_rows)
         launch_plan = partial(self._launch_linear, weight=weight, bias_N=bias_N, silu_mul=silu_mul)
         plan = cuda_plans.linear_plan(

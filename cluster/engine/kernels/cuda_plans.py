@@ -74,7 +74,7 @@ def rope_attention_plan(
     window: int | None,
     plan: AttentionPlan,
 ) -> AttentionPlan:
-    """`plan`, or the same that rotates in a kernel of its own."""
+    """`plan`, or one that does not rotate: the rotary kernel and the attention's own plan serve then."""
     num_sequences = metadata.context_len.shape[0]
     _, _, num_kv_heads, block_size, head_size = kv_N2GSD.shape
     cache_shape, dtypes = (num_kv_heads, block_size, head_size), (qkv_TC.dtype, kv_N2GSD.dtype)

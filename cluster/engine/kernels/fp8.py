@@ -22,7 +22,7 @@ from enum import Enum
 
 import torch
 
-GROUP = 128  # input features that are summed by the tensor core before they meet the fp32 accumulator
+GROUP = 128  # input features that share a scale where scales come in blocks, and the unit of chains
 CHANNEL_CHAIN = 2  # groups that the tensor core sums in one go, per channel: 1, 2 or 4. Decides bits, as GROUP does
 E4M3_MAX = 448.0
 _CHUNK_ELEMENTS = 1 << 24  # of a weight quantised at once: bounds the fp32 temporaries

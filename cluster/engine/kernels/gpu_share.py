@@ -12,4 +12,7 @@ def library_serves() -> bool:
     of the multiprocessors: at 37 shapes in one start). Comparing bits finds that, but what fails in silence is better
     not asked at all."""
     share = os.environ.get(SHARE_VARIABLE, "")
-    return not share or float(share) >= 100
+    try:
+        return not share or float(share) >= 100
+    except ValueError:
+        return False  # whatever the driver makes of it

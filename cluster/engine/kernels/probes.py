@@ -13,7 +13,7 @@ from enum import Enum
 
 import torch
 
-from cluster.engine.kernels.ops import AttentionMetadata, Ops
+from cluster.engine.kernels.ops import AttentionMetadata, Ops, Rotation
 from cluster.engine.kernels.registry import describe_difference
 
 Outputs = tuple[torch.Tensor, ...]
@@ -209,16 +209,21 @@ class PagedInputs:
     def store(self, ops: Ops, spans: Sequence[tuple[int, int, int]]) -> tuple[torch.Tensor, AttentionMetadata]:
         """Rotate and store the rows; returns their queries."""
         metadata = self.metadata(spans)
-        rows = torch.cat([self.qkv_of_sequence[sequence][start:end] for sequence, start, end in spans])
-        q = ops.rope_and_cache(
-            rows, self.kv_N2GSD, metadata, self.cos_sin_PD, self.shape.num_heads, *self.norms, norm_eps=1e-6
-        )
-        return q, metadata
+        return ops.rope_and_cache(self._qkv(spans), self.kv_N2GSD, metadata, *self._rotation), metadata
 
     def attend(self, ops: Ops, spans: Sequence[tuple[int, int, int]]) -> torch.Tensor:
-        """`store`, then attention over everything stored so far."""
-        q, metadata = self.store(ops, spans)
-        return ops.attention(q, self.kv_N2GSD, metadata, self.shape.head_size**-0.5, window=self.shape.window)
+        """Rotate and store the rows, then attention over everything stored so far, as a model asks for it."""
+        scale = self.shape.head_size**-0.5
+        return ops.rope_attention(
+            self._qkv(spans), self.kv_N2GSD, self.metadata(spans), self._rotation, scale, window=self.shape.window
+        )
+
+    def _qkv(self, spans: Sequence[tuple[int, int, int]]) -> torch.Tensor:
+        return torch.cat([self.qkv_of_sequence[sequence][start:end] for sequence, start, end in spans])
+
+    @property
+    def _rotation(self) -> Rotation:
+        return Rotation(self.cos_sin_PD, self.shape.num_heads, *self.norms, 1e-6)
 
 
 def attention_probe(shape: CacheShape) -> Probe:

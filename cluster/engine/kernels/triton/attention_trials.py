@@ -139,7 +139,7 @@ class RopeInputs:
 class RopeAttentionTrial:
     """Steps of single rows whose split kernel rotates and stores, too, beside the rotary kernel and the tiled one.
 
-    `run`: qkv, one layer's cache, metadata, rotation, as they are served. The cache is compared as well.
+    `run`: qkv, one layer's cache, metadata, rotation, as they are served. What was stored is compared as well.
     """
 
     run: Callable[[torch.Tensor, torch.Tensor, AttentionMetadata, Rotation, AttentionPlan], torch.Tensor]
@@ -158,7 +158,7 @@ class RopeAttentionTrial:
 
     @property
     def others(self) -> Sequence[AttentionPlan]:
-        return (msgspec.structs.replace(self.wanted, split_takes_rope=False),)
+        return msgspec.structs.replace(self.wanted, split_takes_rope=False), REFERENCE_ATTENTION
 
     def scope(self, plan: AttentionPlan) -> Hashable:
         return "rope", self.qkv_dtype, self._attention.scope(plan)
@@ -181,12 +181,17 @@ class RopeAttentionTrial:
         )  # fmt: skip
 
     def expected(self, inputs: RopeInputs) -> list[torch.Tensor]:
-        kv_N2GSD = inputs.kv_N2GSD.clone()
-        return [self.run(inputs.qkv_TC, kv_N2GSD, inputs.unpadded, inputs.rotation, REFERENCE_ATTENTION), kv_N2GSD]
+        return self._results(inputs, inputs.unpadded, REFERENCE_ATTENTION)
 
     def found(self, inputs: RopeInputs, plan: AttentionPlan) -> list[torch.Tensor]:
+        return self._results(inputs, inputs.metadata, plan)
+
+    def _results(self, inputs: RopeInputs, metadata: AttentionMetadata, plan: AttentionPlan) -> list[torch.Tensor]:
+        """(T, H * D), and (T, 2, G, D) of the cache."""
         kv_N2GSD = inputs.kv_N2GSD.clone()
-        return [self.run(inputs.qkv_TC, kv_N2GSD, inputs.metadata, inputs.rotation, plan), kv_N2GSD]
+        out = self.run(inputs.qkv_TC, kv_N2GSD, metadata, inputs.rotation, plan)
+        slot_T = metadata.slot_mapping
+        return [out, kv_N2GSD[slot_T // kv_N2GSD.shape[3], :, :, slot_T % kv_N2GSD.shape[3]]]
 
     @property
     def _attention(self) -> AttentionTrial:

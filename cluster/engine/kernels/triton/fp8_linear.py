@@ -2,11 +2,11 @@
 
 Shape legend: M rows of x, N output features, K input features (a multiple of 128), G = K / 128 groups.
 
-The canonical order, whatever the tile: the products of each group of 128 along K are summed by `wgmma`
-into an accumulator that starts at zero, and the G sums are added, ascending, in fp32. The tensor core
-keeps too few bits of an FP8 accumulator for a long chain; a chain of four instructions loses little.
+The canonical order, whatever the tile: the products of each chain of groups of 128 along K (`fp8.CHANNEL_CHAIN`
+groups, one with block scales) are summed by `wgmma` into an accumulator that starts at zero, and these sums are
+added, ascending, in fp32. The tensor core keeps too few bits of an FP8 accumulator for all of K.
 
-    CHANNEL   acc = acc + sum_g;                                       y = (acc * x_scale[m]) * w_scale[n]
+    CHANNEL   acc = acc + sum_c;                                       y = (acc * x_scale[m]) * w_scale[n]
     BLOCK     acc = fma(sum_g, x_scale[m, g] * w_scale[n / R, g], acc);                            y = acc
 
 then the bias is added, and there is one rounding. With SwiGLU, gate and up are rounded to bf16 as two

@@ -49,7 +49,8 @@ class LinearTrial:
 
     @property
     def others(self) -> Sequence[LinearPlan]:
-        return plan_without_library(self.num_rows), unmeasured_plan(self.num_rows), REFERENCE_LINEAR
+        own = plan_without_library(self.num_rows), unmeasured_plan(self.num_rows)
+        return *dict.fromkeys(own), REFERENCE_LINEAR
 
     def scope(self, plan: LinearPlan) -> Hashable:
         rows = self.num_rows if plan.kind == "cublaslt" else -rows_scope(self.num_rows)
