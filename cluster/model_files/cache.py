@@ -80,11 +80,7 @@ def file_sha256(path: Path, progress: Progress = no_progress) -> str:
 
     Raises `ModelError` if the file cannot be read. A cache that cannot be written costs time only.
     """
-    real = path.resolve()
-    try:
-        state = real.stat()
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from error
+    real, state = path.resolve(), _state(path)
     entry_path = cache_directory() / "digests" / f"{hashlib.sha256(os.fsencode(real)).hexdigest()[:32]}.json"
     known = _read_entry(entry_path)
     key = (str(real), state.st_size, state.st_mtime_ns, state.st_ino)
@@ -100,7 +96,7 @@ def files_sha256(paths: Sequence[Path], progress: Progress = no_progress) -> lis
 
     `progress` is called by one thread at a time, with bytes of all files; one that is not read again counts as read.
     """
-    sizes = {path: _num_bytes(path) for path in paths}
+    sizes = {path: _state(path).st_size for path in paths}
     done_bytes = dict.fromkeys(paths, 0)
     lock = threading.Lock()
 
@@ -120,9 +116,9 @@ def files_sha256(paths: Sequence[Path], progress: Progress = no_progress) -> lis
         return list(pool.map(hashed, paths))
 
 
-def _num_bytes(path: Path) -> int:
+def _state(path: Path) -> os.stat_result:
     try:
-        return path.stat().st_size
+        return path.stat()
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from error
 

@@ -10,7 +10,7 @@ import torch
 
 from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.kernels.triton import attention, attention_launch
-from cluster.engine.kernels.triton.attention_trials import RopeAttentionTrial
+from cluster.engine.kernels.triton.attention_trials import AttentionCase, RopeAttentionTrial
 from cluster.engine.kernels.triton.plans import AttentionPlan
 from tests.gpu.support import NUM_MULTIPROCESSORS, Paged, bits_equal, in_graph, mutated, num_differing, relative_error
 
@@ -288,10 +288,8 @@ def test_single_rows_are_rotated_and_stored_by_the_split_kernel(
             split_takes_rope=True, split_num_warps=warps, split_num_stages=stages, split_programs_per_multiprocessor=64
         )
         for dtype in (torch.float32, torch.bfloat16):
-            trial = RopeAttentionTrial(
-                lambda *_: pytest.fail("it is not run"), ops.plans.attention, num_heads, (num_kv_heads, 64, head_size),
-                dtype, torch.bfloat16, window, 40, ops.device,
-            )  # fmt: skip
+            case = AttentionCase(num_heads, (num_kv_heads, 64, head_size), torch.bfloat16, window, 1, 40, ops.device)
+            trial = RopeAttentionTrial(lambda *_: pytest.fail("it is not run"), ops.plans.attention, case, dtype)
             inputs = trial.draw(3, ops.plans.attention)
             expected_kv, kv = inputs.kv_N2GSD.clone(), inputs.kv_N2GSD.clone()
             q = ops.rope_and_cache(inputs.qkv_TC, expected_kv, inputs.unpadded, *inputs.rotation)

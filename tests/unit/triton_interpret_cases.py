@@ -15,7 +15,7 @@ import torch
 
 from cluster.engine.kernels.ops import AttentionMetadata, Rotation
 from cluster.engine.kernels.triton import attention, attention_launch, launch
-from cluster.engine.kernels.triton.attention_trials import RopeAttentionTrial
+from cluster.engine.kernels.triton.attention_trials import AttentionCase, RopeAttentionTrial
 from cluster.engine.kernels.triton.plans import AttentionPlan, LinearPlan
 from cluster.engine.kv_cache import KVLayout
 from kvconnector import digest
@@ -152,16 +152,12 @@ def rope_results(
     def run(
         qkv: torch.Tensor, kv: torch.Tensor, metadata: AttentionMetadata, rotation: Rotation, plan: AttentionPlan
     ) -> torch.Tensor:
-        if attention_launch.takes_rope(plan, metadata, rotation):
-            return attention_launch.run_rope_attention(qkv, kv, metadata, rotation, 0.2, plan, 3, window=window)
-        q = launch.run_rope_and_cache(qkv, kv, metadata, *rotation)
-        return attention_launch.run_attention(q, kv, metadata, 0.2, plan, 3, window=window)
+        return attention_launch.run_rope_attention(qkv, kv, metadata, rotation, 0.2, plan, 3, window=window)
 
     plan = AttentionPlan(split_takes_rope=True)
-    trial = RopeAttentionTrial(
-        run, plan, num_heads, (num_kv_heads, block_size, head_size), qkv_dtype, torch.float16, window, num_sequences,
-        torch.device("cpu"),
-    )  # fmt: skip
+    cache_shape = (num_kv_heads, block_size, head_size)
+    case = AttentionCase(num_heads, cache_shape, torch.float16, window, 1, num_sequences, torch.device("cpu"))
+    trial = RopeAttentionTrial(run, plan, case, qkv_dtype)
     inputs = trial.draw(1, plan)
     assert attention_launch.takes_rope(plan, inputs.metadata, inputs.rotation)
     return [trial.found(inputs, plan), trial.expected(inputs)]

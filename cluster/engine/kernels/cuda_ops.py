@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -298,18 +297,16 @@ class CudaOps:
         window: int | None = None,
     ) -> torch.Tensor:
         def run(
-            qkv_TC: torch.Tensor, kv_N2GSD: torch.Tensor, metadata: AttentionMetadata, rotation: Rotation,
+            qkv_TC: torch.Tensor,
+            kv_N2GSD: torch.Tensor,
+            metadata: AttentionMetadata,
+            rotation: Rotation,
             plan: AttentionPlan,
-        ) -> torch.Tensor:  # fmt: skip
-            options: dict[str, Any] = {"window": window, "pdl": self._pdl(qkv_TC), "lists": self._lists}
-            if attention_launch.takes_rope(plan, metadata, rotation):
-                return attention_launch.run_rope_attention(
-                    qkv_TC, kv_N2GSD, metadata, rotation, scale, plan, self._num_multiprocessors, **options
-                )
-            q_THD = launch.run_rope_and_cache(qkv_TC, kv_N2GSD, metadata, *rotation, pdl=options["pdl"])
-            return attention_launch.run_attention(
-                q_THD, kv_N2GSD, metadata, scale, plan, self._num_multiprocessors, **options
-            )
+        ) -> torch.Tensor:
+            return attention_launch.run_rope_attention(
+                qkv_TC, kv_N2GSD, metadata, rotation, scale, plan, self._num_multiprocessors, window=window,
+                pdl=self._pdl(qkv_TC), lists=self._lists,
+            )  # fmt: skip
 
         plan = self.plans.attention
         if len(qkv_TC) and attention_launch.takes_rope(plan, metadata, rotation):

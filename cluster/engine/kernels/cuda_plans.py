@@ -9,7 +9,7 @@ import torch
 from cluster.engine.kernels.ops import AttentionMetadata, Rotation
 from cluster.engine.kernels.plan_admission import PlanAdmission
 from cluster.engine.kernels.triton import attention_launch
-from cluster.engine.kernels.triton.attention_trials import AttentionTrial, RopeAttentionTrial
+from cluster.engine.kernels.triton.attention_trials import AttentionCase, AttentionTrial, RopeAttentionTrial
 from cluster.engine.kernels.triton.moe_plans import MoePlan, MoeShape
 from cluster.engine.kernels.triton.plans import AttentionPlan, LinearPlan
 from cluster.engine.kernels.triton.trials import ExpertsTrial, LinearTrial
@@ -52,7 +52,8 @@ def attention_plan(
         return admission.serving(
             call, plan,
             lambda: AttentionTrial(
-                run, plan, num_heads, cache_shape, q_THD.dtype, window, split_rows, num_sequences, q_THD.device
+                run, plan,
+                AttentionCase(num_heads, cache_shape, q_THD.dtype, window, split_rows, num_sequences, q_THD.device),
             ),
         )  # fmt: skip
 
@@ -77,12 +78,23 @@ def rope_attention_plan(
     """`plan`, or one that does not rotate: the rotary kernel and the attention's own plan serve then."""
     num_sequences = metadata.context_len.shape[0]
     _, _, num_kv_heads, block_size, head_size = kv_N2GSD.shape
-    cache_shape, dtypes = (num_kv_heads, block_size, head_size), (qkv_TC.dtype, kv_N2GSD.dtype)
-    call = ("rope attention", rotation.num_heads, cache_shape, *dtypes, window, num_sequences, plan)
+    cache_shape = (num_kv_heads, block_size, head_size)
+    call = (
+        "rope attention",
+        rotation.num_heads,
+        cache_shape,
+        qkv_TC.dtype,
+        kv_N2GSD.dtype,
+        window,
+        num_sequences,
+        plan,
+    )
     return admission.serving(
         call, plan,
         lambda: RopeAttentionTrial(
-            run, plan, rotation.num_heads, cache_shape, *dtypes, window, num_sequences, qkv_TC.device
+            run, plan,
+            AttentionCase(rotation.num_heads, cache_shape, kv_N2GSD.dtype, window, 1, num_sequences, qkv_TC.device),
+            qkv_TC.dtype,
         ),
     )  # fmt: skip
 

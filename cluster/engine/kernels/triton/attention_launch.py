@@ -13,7 +13,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cluster.engine.kernels.ops import AttentionMetadata, Rotation
-from cluster.engine.kernels.triton import attention
+from cluster.engine.kernels.triton import attention, launch
 from cluster.engine.kernels.triton.overlap import overlap
 from cluster.engine.kernels.triton.plans import SPLIT_KEYS, AttentionPlan, block_kv
 
@@ -49,8 +49,8 @@ def run_attention(
 
 
 def takes_rope(plan: AttentionPlan, metadata: AttentionMetadata, rotation: Rotation) -> bool:
-    """Whether `run_rope_attention` computes this step: single rows, and no norm of heads, whose sum the rotary kernel
-    has in an order of its own."""
+    """Whether `run_rope_attention` computes this step in one kernel: single rows, and no norm of heads, whose sum the
+    rotary kernel has in an order of its own."""
     is_plain = rotation.q_norm_D is None and rotation.k_norm_D is None
     return plan.split_takes_rope and plan.few_rows_kind == "split" and metadata.num_rows_max == 1 and is_plain
 
@@ -68,14 +68,15 @@ def run_rope_attention(
     pdl: int = False,
     lists: WorkLists | None = None,
 ) -> torch.Tensor:
-    """`run_rope_and_cache` and `run_attention` of its q in one kernel, where `takes_rope`."""
-    num_kv_heads, head_size = kv_N2GSD.shape[2], kv_N2GSD.shape[4]
-    heads_THD = qkv_TC.view(len(qkv_TC), -1, head_size)
-    if heads_THD.shape[1] != rotation.num_heads + 2 * num_kv_heads:
-        raise ValueError(
-            f"qkv has {qkv_TC.shape[1]} columns, expected ({rotation.num_heads} + 2 * {num_kv_heads}) * {head_size}"
+    """`run_rope_and_cache` and `run_attention` of its q: in one kernel where `takes_rope`, else one after the other."""
+    if not takes_rope(plan, metadata, rotation):
+        q_THD = launch.run_rope_and_cache(qkv_TC, kv_N2GSD, metadata, *rotation, pdl=pdl)
+        return run_attention(
+            q_THD, kv_N2GSD, metadata, scale, plan, num_multiprocessors, window=window, pdl=pdl, lists=lists
         )
-    q_THD = heads_THD[:, : rotation.num_heads]
+    num_heads, num_kv_heads, head_size = rotation.num_heads, kv_N2GSD.shape[2], kv_N2GSD.shape[4]
+    launch.check_qkv(qkv_TC, num_heads, num_kv_heads, head_size)
+    q_THD = qkv_TC.view(len(qkv_TC), num_heads + 2 * num_kv_heads, head_size)[:, :num_heads]
     call = _checked(q_THD, kv_N2GSD, metadata, scale, kv_N2GSD.dtype, window, pdl, lists)
     if len(qkv_TC):
         _run_split(replace(call, cos_sin_PD=rotation.cos_sin_PD), plan, 1, num_multiprocessors)

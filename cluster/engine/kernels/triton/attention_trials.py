@@ -38,16 +38,10 @@ class AttentionInputs:
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionTrial:
-    """`split_rows`: no sequence has more rows, and the split kernels serve them; 0: all have several, and the tiled
-    kernel serves.
+class AttentionCase:
+    """What is attended to. `split_rows`: no sequence has more rows, and the split kernels serve them; 0: all have
+    several, and the tiled kernel serves."""
 
-    `run`: q, one layer's cache, metadata, as they are served. Results are compared with those of the tiled kernel in
-    its plainest form: a row has the same bits however it is computed.
-    """
-
-    run: Callable[[torch.Tensor, torch.Tensor, AttentionMetadata, AttentionPlan], torch.Tensor]
-    wanted: AttentionPlan
     num_heads: int
     cache_shape: tuple[int, int, int]  # KV heads, block size, head size
     dtype: torch.dtype
@@ -65,19 +59,12 @@ class AttentionTrial:
         return f"attention, {shape}, {rows}, {self.num_sequences} sequences{window}"
 
     @property
-    def others(self) -> Sequence[AttentionPlan]:
-        """Only the part of this path changes: the other one has a verdict of its own."""
-        if not self.split_rows:
-            return (msgspec.structs.replace(self.wanted, **_PLAIN_PREFILL),)
-        one_stage = msgspec.structs.replace(self.wanted, split_num_warps=4, split_num_stages=1)
-        return one_stage, msgspec.structs.replace(self.wanted, few_rows_kind="tiled")
-
-    def scope(self, plan: AttentionPlan) -> Hashable:
+    def scope(self) -> Hashable:
         sequences = max(4, (self.num_sequences - 1).bit_length())  # the sizes that kernels are compiled for
         shape = (self.num_heads, self.cache_shape, self.dtype, self.window)
         return "attention", *shape, self.split_rows, sequences
 
-    def draw(self, seed: int, plan: AttentionPlan) -> AttentionInputs:
+    def draw(self, seed: int) -> AttentionInputs:
         """Blocks lie in any order, and what no row may read is NaN."""
         generator = torch.Generator(device=self.device).manual_seed(seed)
         num_kv_heads, block_size, head_size = self.cache_shape
@@ -104,12 +91,6 @@ class AttentionTrial:
             self._metadata(contexts, rows, table[: len(contexts)]),
         )  # fmt: skip
 
-    def expected(self, inputs: AttentionInputs) -> list[torch.Tensor]:
-        return [self.run(inputs.q_THD, inputs.kv_N2GSD, inputs.unpadded, REFERENCE_ATTENTION)]
-
-    def found(self, inputs: AttentionInputs, plan: AttentionPlan) -> list[torch.Tensor]:
-        return [self.run(inputs.q_THD, inputs.kv_N2GSD, inputs.metadata, plan)]
-
     def _metadata(self, contexts: list[int], rows: list[int], table: torch.Tensor) -> AttentionMetadata:
         device, num_rows = self.device, sum(rows)
         return AttentionMetadata(
@@ -122,6 +103,40 @@ class AttentionTrial:
             context_len_max=max(contexts),
             num_rows_min=1 if self.split_rows else 2,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionTrial:
+    """`run`: q, one layer's cache, metadata, as they are served. Results are compared with those of the tiled kernel in
+    its plainest form: a row has the same bits however it is computed."""
+
+    run: Callable[[torch.Tensor, torch.Tensor, AttentionMetadata, AttentionPlan], torch.Tensor]
+    wanted: AttentionPlan
+    case: AttentionCase
+
+    @property
+    def subject(self) -> str:
+        return self.case.subject
+
+    @property
+    def others(self) -> Sequence[AttentionPlan]:
+        """Only the part of this path changes: the other one has a verdict of its own."""
+        if not self.case.split_rows:
+            return (msgspec.structs.replace(self.wanted, **_PLAIN_PREFILL),)
+        one_stage = msgspec.structs.replace(self.wanted, split_num_warps=4, split_num_stages=1)
+        return one_stage, msgspec.structs.replace(self.wanted, few_rows_kind="tiled")
+
+    def scope(self, plan: AttentionPlan) -> Hashable:
+        return self.case.scope
+
+    def draw(self, seed: int, plan: AttentionPlan) -> AttentionInputs:
+        return self.case.draw(seed)
+
+    def expected(self, inputs: AttentionInputs) -> list[torch.Tensor]:
+        return [self.run(inputs.q_THD, inputs.kv_N2GSD, inputs.unpadded, REFERENCE_ATTENTION)]
+
+    def found(self, inputs: AttentionInputs, plan: AttentionPlan) -> list[torch.Tensor]:
+        return [self.run(inputs.q_THD, inputs.kv_N2GSD, inputs.metadata, plan)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,40 +159,35 @@ class RopeAttentionTrial:
 
     run: Callable[[torch.Tensor, torch.Tensor, AttentionMetadata, Rotation, AttentionPlan], torch.Tensor]
     wanted: AttentionPlan
-    num_heads: int
-    cache_shape: tuple[int, int, int]  # KV heads, block size, head size
+    case: AttentionCase  # of single rows
     qkv_dtype: torch.dtype
-    dtype: torch.dtype
-    window: int | None
-    num_sequences: int
-    device: torch.device
 
     @property
     def subject(self) -> str:
-        return f"rotary embedding in {self._attention.subject}"
+        return f"rotary embedding in {self.case.subject}"
 
     @property
     def others(self) -> Sequence[AttentionPlan]:
         return msgspec.structs.replace(self.wanted, split_takes_rope=False), REFERENCE_ATTENTION
 
     def scope(self, plan: AttentionPlan) -> Hashable:
-        return "rope", self.qkv_dtype, self._attention.scope(plan)
+        return "rope", self.qkv_dtype, self.case.scope
 
     def draw(self, seed: int, plan: AttentionPlan) -> RopeInputs:
-        inputs = self._attention.draw(seed, plan)
-        num_kv_heads, block_size, head_size = self.cache_shape
+        inputs, num_heads, device = self.case.draw(seed), self.case.num_heads, self.case.device
+        num_kv_heads, block_size, head_size = self.case.cache_shape
         last_T = inputs.unpadded.context_len.long() - 1
         block_T = inputs.unpadded.block_table.gather(1, (last_T // block_size)[:, None])[:, 0].long()
         inputs.kv_N2GSD[block_T, :, :, last_T % block_size] = torch.nan
         slot_T = block_T * block_size + last_T % block_size
-        generator = torch.Generator(device=self.device).manual_seed(seed)
-        num_columns = (self.num_heads + 2 * num_kv_heads) * head_size
-        qkv = torch.randn((len(last_T), num_columns), generator=generator, device=self.device) * 3
-        angles = torch.randn((int(last_T.max()) + 1, head_size), generator=generator, device=self.device)
+        generator = torch.Generator(device=device).manual_seed(seed)
+        num_columns = (num_heads + 2 * num_kv_heads) * head_size
+        qkv = torch.randn((len(last_T), num_columns), generator=generator, device=device) * 3
+        angles = torch.randn((int(last_T.max()) + 1, head_size), generator=generator, device=device)
         return RopeInputs(
             qkv.to(self.qkv_dtype), inputs.kv_N2GSD,
             replace(inputs.metadata, slot_mapping=slot_T, positions=last_T),
-            replace(inputs.unpadded, slot_mapping=slot_T, positions=last_T), Rotation(angles, self.num_heads),
+            replace(inputs.unpadded, slot_mapping=slot_T, positions=last_T), Rotation(angles, num_heads),
         )  # fmt: skip
 
     def expected(self, inputs: RopeInputs) -> list[torch.Tensor]:
@@ -192,15 +202,3 @@ class RopeAttentionTrial:
         out = self.run(inputs.qkv_TC, kv_N2GSD, metadata, inputs.rotation, plan)
         slot_T = metadata.slot_mapping
         return [out, kv_N2GSD[slot_T // kv_N2GSD.shape[3], :, :, slot_T % kv_N2GSD.shape[3]]]
-
-    @property
-    def _attention(self) -> AttentionTrial:
-        """Of the same contexts, one row each; it draws and describes."""
-
-        def nothing(*_: object) -> torch.Tensor:
-            raise AssertionError("it is not run")
-
-        return AttentionTrial(
-            nothing, self.wanted, self.num_heads, self.cache_shape, self.dtype, self.window, 1, self.num_sequences,
-            self.device,
-        )  # fmt: skip

@@ -212,16 +212,14 @@ def _run_rings(call: _Call) -> None:
     from cluster.engine.kernels.triton.gluon_names import shared_layout
 
     plan, out = call.plan, call.out_MN
-    operands = _gluon_arguments(call, 64, 128)
     part = 128 // (plan.store_parts * (out.element_size() // 2))
     layout = shared_layout(128, 8 * out.element_size())
-    operands[5] = GluonTensorDescriptor.from_tensor(out, [64, part], layout)
+    out_desc = GluonTensorDescriptor.from_tensor(out, [64, part], layout)
     programs = min(call.tiles, call.num_programs) if plan.persistent else call.tiles
     fp8_rings.fp8_rings_kernel[(programs,)](
-        *operands[:-1], BLOCK_N=plan.block_n, GROUP_M=plan.group_m, HAS_BIAS=call.bias_N is not None,
-        SILU_MUL=call.silu_mul, SCALE_ROWS=call.operands.scale_rows, X_STAGES=plan.x_stages, W_STAGES=plan.num_stages,
-        LEAD=min(plan.lead, call.num_groups), CHAIN=call.chain,
-        enable_fp_fusion=False, num_warps=4,
+        *_gluon_operands(call, 64, 128), out_desc, *out.shape, call.num_groups, call.operands.x_scale_MS.stride(0),
+        BLOCK_N=plan.block_n, GROUP_M=plan.group_m, X_STAGES=plan.x_stages, W_STAGES=plan.num_stages,
+        LEAD=min(plan.lead, call.num_groups), **_gluon_constants(call),
     )  # fmt: skip
 
 
@@ -232,13 +230,15 @@ def _run_stream(call: _Call) -> None:
     shared = plan.num_stages * 4 * GROUP * (plan.block_m + 64 * weights)
     most = 3 if plan.block_m * weights <= 32 else 2  # five accumulators must fit a thread's registers
     fp8_stream.fp8_stream_kernel[(call.tiles,)](
-        *_gluon_arguments(call, plan.block_m, 64), BLOCK_M=plan.block_m, CHAIN=call.chain,
-        maxnreg=_STREAM_REGISTERS[min(most, max(1, _SHARED_BYTES // shared))], **_gluon_constants(call),
+        *_gluon_operands(call, plan.block_m, 64), call.out_MN, *call.out_MN.shape, call.num_groups,
+        call.operands.x_scale_MS.stride(0), call.out_MN.stride(0), BLOCK_M=plan.block_m, GROUP_K=GROUP,
+        STAGES=plan.num_stages, maxnreg=_STREAM_REGISTERS[min(most, max(1, _SHARED_BYTES // shared))],
+        **_gluon_constants(call),
     )  # fmt: skip
 
 
-def _gluon_arguments(call: _Call, box_m: int, box_n: int) -> list[object]:
-    """Boxes have that many rows of x and of W. The result comes sixth, its stride last."""
+def _gluon_operands(call: _Call, box_m: int, box_n: int) -> tuple[object, ...]:
+    """All but the result. Boxes have that many rows of x and of W."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
 
     from cluster.engine.kernels.triton.gluon_names import shared_layout
@@ -247,12 +247,10 @@ def _gluon_arguments(call: _Call, box_m: int, box_n: int) -> list[object]:
     layout = shared_layout(128, 8)
     x_desc = GluonTensorDescriptor.from_tensor(o.x_MP, [box_m, GROUP], layout)
     w_desc = GluonTensorDescriptor.from_tensor(o.w_NP, [box_n, GROUP], layout)
-    scalars = (*call.out_MN.shape, call.num_groups, o.x_scale_MS.stride(0), call.out_MN.stride(0))
-    return [x_desc, o.x_scale_MS, w_desc, o.w_scale, call.bias, call.out_MN, *scalars]
+    return x_desc, o.x_scale_MS, w_desc, o.w_scale, call.bias
 
 
 def _gluon_constants(call: _Call) -> dict[str, int | bool]:
+    kept = ("HAS_BIAS", "SILU_MUL", "SCALE_ROWS", "enable_fp_fusion")
     constants = call.constants()
-    kept = ("GROUP_K", "HAS_BIAS", "SILU_MUL", "SCALE_ROWS", "enable_fp_fusion")
-    constants |= {"GROUP_K": GROUP}
-    return {name: constants[name] for name in kept} | {"STAGES": call.plan.num_stages, "num_warps": 4}
+    return {name: constants[name] for name in kept} | {"CHAIN": call.chain, "num_warps": 4}

@@ -131,6 +131,14 @@ def run_rms_norm(
     return out
 
 
+def check_qkv(qkv_TC: torch.Tensor, num_heads: int, num_kv_heads: int, head_size: int) -> None:
+    """`ValueError` if its columns are not those of so many heads of q, k and v."""
+    if qkv_TC.shape[1] != (num_heads + 2 * num_kv_heads) * head_size:
+        raise ValueError(
+            f"qkv has {qkv_TC.shape[1]} columns, expected ({num_heads} + 2 * {num_kv_heads}) * {head_size}"
+        )
+
+
 def run_rope_and_cache(
     qkv_TC: torch.Tensor,
     kv_N2GSD: torch.Tensor,
@@ -145,10 +153,7 @@ def run_rope_and_cache(
 ) -> torch.Tensor:
     num_rows = qkv_TC.shape[0]
     _, _, num_kv_heads, block_size, head_size = kv_N2GSD.shape
-    if qkv_TC.shape[1] != (num_heads + 2 * num_kv_heads) * head_size:
-        raise ValueError(
-            f"qkv has {qkv_TC.shape[1]} columns, expected ({num_heads} + 2 * {num_kv_heads}) * {head_size}"
-        )
+    check_qkv(qkv_TC, num_heads, num_kv_heads, head_size)
     if (q_norm_D is None) != (k_norm_D is None):
         raise ValueError("q_norm and k_norm are given together or not at all")
     q_out = torch.empty((num_rows, num_heads, head_size), dtype=kv_N2GSD.dtype, device=qkv_TC.device)

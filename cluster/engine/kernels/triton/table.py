@@ -86,8 +86,8 @@ def unmeasured_plan(num_rows: int) -> LinearPlan:
     return next(plan for max_rows, plan in UNMEASURED if num_rows <= max_rows)
 
 
-_FEW_ROWS = 32  # a chain that reads the weight once is as good as any
 WITHOUT_LIBRARY: tuple[tuple[int, LinearPlan], ...] = (
+    *UNMEASURED[:2],  # few rows: a chain that reads the weight once is as good as any
     (128, LinearPlan(kind="tma", block_m=64, block_n=64, block_k=128, num_stages=6, persistent=False)),
     (256, LinearPlan(kind="tma", block_m=128, block_n=64, block_k=128, num_stages=4, persistent=False)),
     (512, LinearPlan(kind="tma", block_m=128, block_n=128, num_warps=8, num_stages=4, persistent=False)),
@@ -98,8 +98,6 @@ WITHOUT_LIBRARY: tuple[tuple[int, LinearPlan], ...] = (
 def plan_without_library(num_rows: int) -> LinearPlan:
     """What serves where a table names the library and it may not. On an H200: 2 to 7 % slower from 1,024 rows on, up to
     a quarter below."""
-    if num_rows <= _FEW_ROWS:
-        return unmeasured_plan(num_rows)
     return next(plan for max_rows, plan in WITHOUT_LIBRARY if num_rows <= max_rows)
 
 
