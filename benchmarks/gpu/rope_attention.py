@@ -1,4 +1,4 @@
-"""Decode steps whose attention rotates and stores the new row (`AttentionPlan.split_takes_rope`) against steps that do
+"""Decode steps whose attention rotates and stores the new row (`AttentionPlan.split_rope_up_to`) against steps that do
 it in a kernel of its own: `python -m benchmarks.gpu.rope_attention [--fp8]`.
 
 The same weights and prompts, one engine after the other, each side twice, so that the machine's own drift shows.
@@ -22,7 +22,7 @@ from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.models.llama import DecoderModel
 from cluster.types import TokenChunk
 
-BATCHES = (1, 32, 256)
+BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256)
 SIDES = (False, True, True, False)
 COMPARED_PROMPTS, COMPARED_TOKENS = 48, 40
 
@@ -47,7 +47,8 @@ def answers(bench: EngineBench) -> dict[str, list[int]]:
 
 
 def measure(model: DecoderModel, ops: CudaOps, *, takes_rope: bool) -> Side:
-    ops.plans.attention = msgspec.structs.replace(ops.plans.attention, split_takes_rope=takes_rope)
+    up_to = max(BATCHES) if takes_rope else 0
+    ops.plans.attention = msgspec.structs.replace(ops.plans.attention, split_rope_up_to=up_to)
     bench = EngineBench(model, ops, gpu_memory_fraction=0.6)  # captures its graphs with these plans
     tokens = answers(bench)
     milliseconds = [bench.decode_ms(batch, rounds=2) for batch in BATCHES]

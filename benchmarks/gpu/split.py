@@ -1,6 +1,6 @@
 """Prefill and decode as two processes on one GPU against one process that does both, under the same load.
 
-    python -m benchmarks.gpu.split --rate 8 --duration 25
+    python -m benchmarks.gpu.split --rate 8 16 --duration 25
     python -m benchmarks.gpu.split --a-gpu-each          where there are two: each pool has its own
 
 Each deployment is started as a user starts it, gets the same open-loop load from `cluster bench`, and answers
@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,12 +40,14 @@ class Variant(NamedTuple):
     settings: tuple[str, ...]
 
 
-def variants(shares: Sequence[int], chunks: Sequence[int], *, a_gpu_each: bool) -> list[Variant]:
+def variants(shares: Sequence[int], chunks: Sequence[int], device: str, *, a_gpu_each: bool) -> list[Variant]:
+    one_gpu = "cuda:0" if device.startswith("cuda") else device  # also where several are visible
+    shared = (f"prefill.engine.device={one_gpu}", f"decode.engine.device={one_gpu}")
     found = [
         Variant(f"monolithic, chunks of {chunk}", ("monolithic=true", f"decode.engine.max_batched_tokens={chunk}"))
         for chunk in chunks
     ]
-    found += [Variant(f"split, prefill {share} %", (f"prefill.gpu_percent={share}",)) for share in shares]
+    found += [Variant(f"split, prefill {share} %", (f"prefill.gpu_percent={share}", *shared)) for share in shares]
     if a_gpu_each:
         devices = ("prefill.engine.device=cuda:0", "decode.engine.device=cuda:1")
         found.append(Variant("split, a GPU each", devices))
@@ -76,22 +78,26 @@ def compared_answers(url: str) -> list[Any]:
     return answers
 
 
-def measure(variant: Variant, model: Path, device: str, load: Sequence[str], more: Sequence[str]) -> Measured:
+def measure(
+    variant: Variant, model: Path, device: str, loads: Mapping[float, Sequence[str]], more: Sequence[str]
+) -> Iterator[tuple[float, Measured]]:
+    """By rate, of one start."""
     engine = [f"{role}.engine.device={device}" for role in ("prefill", "decode")]
     with deployment(str(model), [*engine, *more, *variant.settings]) as running:
         try:
             answers = compared_answers(running.url)
-            with tempfile.TemporaryDirectory() as directory:
-                output = Path(directory) / "result.jsonl"
-                run_load(running, [*load, "--output", str(output)])
-                _, line = read_result(output)
+            for rate, load in loads.items():
+                with tempfile.TemporaryDirectory() as directory:
+                    output = Path(directory) / "result.jsonl"
+                    run_load(running, [*load, "--output", str(output)])
+                    _, line = read_result(output)
+                yield rate, Measured(variant.name, line.summary, answers)
         except KeyboardInterrupt:
             print(f"{variant.name} was interrupted:\n{running.log_tail()}", flush=True)
             raise
         for row in running.log.read_text(errors="replace").splitlines():
             if "warning" in row.lower():
                 print(f"  {row.strip()[:300]}")
-    return Measured(variant.name, line.summary, answers)
 
 
 def run_load(running: Deployment, load: Sequence[str]) -> None:
@@ -103,13 +109,13 @@ def run_load(running: Deployment, load: Sequence[str]) -> None:
         )
 
 
-def show(measured: Measured) -> None:
+def show(measured: Measured, rate: float) -> None:
     s = measured.summary
     assert s.ttft is not None
     assert s.itl is not None
     print(
-        f"{measured.name:32} ttft p50 {_at(s.ttft, 50) * 1e3:8.1f} p99 {_at(s.ttft, 99) * 1e3:8.1f} ms   itl p50 "
-        f"{_at(s.itl, 50) * 1e3:7.2f} p99 {_at(s.itl, 99) * 1e3:7.2f} ms   in {s.input_tokens_per_s:8.0f} out "
+        f"{measured.name:32} {rate:g}/s   ttft p50 {_at(s.ttft, 50) * 1e3:8.1f} p99 {_at(s.ttft, 99) * 1e3:8.1f} ms   "
+        f"itl p50 {_at(s.itl, 50) * 1e3:7.2f} p99 {_at(s.itl, 99) * 1e3:7.2f} ms   in {s.input_tokens_per_s:8.0f} out "
         f"{s.output_tokens_per_s:7.0f} tok/s   {s.num_requests} requests, {s.num_failed} failed",
         flush=True,
     )
@@ -165,7 +171,7 @@ def _itl_p99(measured: Measured) -> float:
 
 def main(config: ModelConfig = LLAMA_8B) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.split", description=__doc__)
-    parser.add_argument("--rate", type=float, default=8.0, help="requests a second")
+    parser.add_argument("--rate", type=float, nargs="+", default=[8.0], help="requests a second, one after the other")
     parser.add_argument("--duration", type=float, default=25.0, help="seconds")
     parser.add_argument("--shares", type=int, nargs="*", default=[40, 60, 80], help="percent of the GPU for prefill")
     parser.add_argument("--chunks", type=int, nargs="*", default=[8192, 1024], help="of the monolithic engine")
@@ -180,19 +186,20 @@ def main(config: ModelConfig = LLAMA_8B) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # or a deployment would outlive a time limit
     with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
         model = options.model or write_llama_directory(Path(directory) / "llama-8b", config, device=options.device)
-        load = [
-            *("--rate", str(options.rate), "--duration", str(options.duration), "--warmup", "8"),
-            *("--prompt-tokens", options.prompt_tokens, "--output-tokens", options.output_tokens),
-        ]
+        lengths = {"prompt_tokens": options.prompt_tokens, "output_tokens": options.output_tokens}
+        lengths_load = ("--prompt-tokens", options.prompt_tokens, "--output-tokens", options.output_tokens)
+        loads = {
+            rate: ("--rate", str(rate), "--duration", str(options.duration), "--warmup", "8", *lengths_load)
+            for rate in options.rate
+        }
         device_name = torch.cuda.get_device_name() if options.device.startswith("cuda") else processor_name()
-        params = {"rate": options.rate, "prompt_tokens": options.prompt_tokens, "output_tokens": options.output_tokens}
-        recorder = Recorder(device_name, params, options.out)
+        recorders = {rate: Recorder(device_name, {"rate": rate, **lengths}, options.out) for rate in loads}
         with contextlib.suppress(KeyboardInterrupt):  # what was measured by then is recorded
-            for variant in variants(options.shares, options.chunks, a_gpu_each=options.a_gpu_each):
+            for variant in variants(options.shares, options.chunks, options.device, a_gpu_each=options.a_gpu_each):
                 try:
-                    measured = measure(variant, model, options.device, load, options.set)
-                    show(measured)
-                    recorder.add(measured)
+                    for rate, measured in measure(variant, model, options.device, loads, options.set):
+                        show(measured, rate)
+                        recorders[rate].add(measured)
                 except (DeploymentFailed, subprocess.TimeoutExpired, httpx.HTTPError) as error:
                     print(f"{variant.name}: {error}", flush=True)
 

@@ -285,7 +285,7 @@ def test_single_rows_are_rotated_and_stored_by_the_split_kernel(
     ops = CudaOps(torch.device("cuda"))
     for warps, stages in ((4, 5), (4, 3), (2, 3), (8, 2)):
         ops.plans.attention = AttentionPlan(
-            split_takes_rope=True, split_num_warps=warps, split_num_stages=stages, split_programs_per_multiprocessor=64
+            split_rope_up_to=64, split_num_warps=warps, split_num_stages=stages, split_programs_per_multiprocessor=64
         )
         for dtype in (torch.float32, torch.bfloat16):
             case = AttentionCase(num_heads, (num_kv_heads, 64, head_size), torch.bfloat16, window, 1, 40, ops.device)

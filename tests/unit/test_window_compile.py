@@ -49,7 +49,7 @@ def test_another_window_needs_no_other_kernel(tmp_path: Path) -> None:
 
 def test_a_row_s_own_key_is_stored_before_any_block_is_asked_for(tmp_path: Path) -> None:
     """By the split kernel that rotates: other threads of the program read it."""
-    plan = AttentionPlan(split_takes_rope=True, split_num_stages=5)
+    plan = AttentionPlan(split_rope_up_to=64, split_num_stages=5)
     cache = Paged(CONTEXTS, num_heads=8, num_kv_heads=2, head_size=128, device="cpu")
     metadata = cache.metadata([0, 1, 2], [1, 1, 1], CONTEXTS)
     rotation = Rotation(torch.zeros(max(CONTEXTS), 128), 8)

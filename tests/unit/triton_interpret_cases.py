@@ -154,7 +154,7 @@ def rope_results(
     ) -> torch.Tensor:
         return attention_launch.run_rope_attention(qkv, kv, metadata, rotation, 0.2, plan, 3, window=window)
 
-    plan = AttentionPlan(split_takes_rope=True)
+    plan = AttentionPlan(split_rope_up_to=64)
     cache_shape = (num_kv_heads, block_size, head_size)
     case = AttentionCase(num_heads, cache_shape, torch.float16, window, 1, num_sequences, torch.device("cpu"))
     trial = RopeAttentionTrial(run, plan, case, qkv_dtype)
@@ -201,13 +201,16 @@ def test_planted_mistakes_in_the_rotating_split_kernel_are_found(
 def test_only_single_rows_without_norms_are_rotated_by_the_split_kernel() -> None:
     cache = Paged([70], num_heads=2, num_kv_heads=1, head_size=16, dtype=torch.float16, device="cpu")
     table, norm = torch.zeros(100, 16), torch.ones(16)
-    plan = AttentionPlan(split_takes_rope=True)
+    plan = AttentionPlan(split_rope_up_to=64)
     single, several = cache.metadata([0], [1], [70]), cache.metadata([0], [2], [70])
     assert attention_launch.takes_rope(plan, single, Rotation(table, 2))
     assert not attention_launch.takes_rope(plan, several, Rotation(table, 2))
     assert not attention_launch.takes_rope(plan, single, Rotation(table, 2, norm, norm))
     assert not attention_launch.takes_rope(AttentionPlan(), single, Rotation(table, 2))
-    tiled = AttentionPlan(split_takes_rope=True, few_rows_kind="tiled")
+    two = cache.metadata([0, 0], [1, 1], [70, 70])
+    assert attention_launch.takes_rope(AttentionPlan(split_rope_up_to=2), two, Rotation(table, 2))
+    assert not attention_launch.takes_rope(AttentionPlan(split_rope_up_to=1), two, Rotation(table, 2))
+    tiled = AttentionPlan(split_rope_up_to=64, few_rows_kind="tiled")
     assert not attention_launch.takes_rope(tiled, single, Rotation(table, 2))
     with pytest.raises(ValueError, match=r"qkv has 48 columns, expected \(2 \+ 2 \* 1\) \* 16"):
         attention_launch.run_rope_attention(

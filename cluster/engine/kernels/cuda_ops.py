@@ -313,7 +313,7 @@ class CudaOps:
             plan = cuda_plans.rope_attention_plan(
                 self.admission, run, qkv_TC, kv_N2GSD, metadata, rotation, window, plan
             )  # fmt: skip
-            if plan.split_takes_rope:
+            if plan.split_rope_up_to:
                 return run(qkv_TC, kv_N2GSD, metadata, rotation, plan)
         q_THD = self.rope_and_cache(qkv_TC, kv_N2GSD, metadata, *rotation)
         return self.attention(q_THD, kv_N2GSD, metadata, scale, window=window)

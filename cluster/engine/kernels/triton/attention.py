@@ -31,8 +31,6 @@ import triton.language as tl
 
 from cluster.engine.kernels.triton.overlap import begin
 
-_FOLDED_AT_ONCE = tl.constexpr(8)
-
 
 @triton.jit
 def pair_sums(x):
@@ -345,12 +343,15 @@ def fold_kernel(
         before = tl.load(firsts_ptr + sequence)
         offs_d = tl.arange(0, BLOCK_D)
         tile_row = row * GROUP + head % GROUP
+        # Loads run ahead of the fold through shared memory, of which wide heads would take too much.
+        AT_ONCE: tl.constexpr = 4 if BLOCK_D <= 256 else 8
+        STAGES: tl.constexpr = 4 if BLOCK_D <= 256 else 1
         M = tl.full((1,), float("-inf"), tl.float32)
         L = tl.zeros((1, 8), tl.float32)
         lanes = tl.arange(0, 8)
         O = tl.zeros((1, BLOCK_D), tl.float32)
-        for first in range(0, num_splits, _FOLDED_AT_ONCE):
-            for i in tl.static_range(_FOLDED_AT_ONCE):  # their loads are on the way together
+        for first in tl.range(0, num_splits, AT_ONCE, num_stages=STAGES):
+            for i in tl.static_range(AT_ONCE):
                 split = first + i
                 there = tl.zeros((1,), tl.int32) + split < num_splits  # m = -inf stands for a split that is not
                 item = (before + split) * NUM_KV_HEADS + head // GROUP

@@ -49,10 +49,15 @@ def run_attention(
 
 
 def takes_rope(plan: AttentionPlan, metadata: AttentionMetadata, rotation: Rotation) -> bool:
-    """Whether `run_rope_attention` computes this step in one kernel: single rows, and no norm of heads, whose sum the
-    rotary kernel has in an order of its own."""
+    """Whether the split kernel should rotate and store, too, in this step."""
+    return metadata.context_len.shape[0] <= plan.split_rope_up_to and _can_take_rope(plan, metadata, rotation)
+
+
+def _can_take_rope(plan: AttentionPlan, metadata: AttentionMetadata, rotation: Rotation) -> bool:
+    """Single rows, and no norm of heads, whose sum the rotary kernel has in an order of its own."""
     is_plain = rotation.q_norm_D is None and rotation.k_norm_D is None
-    return plan.split_takes_rope and plan.few_rows_kind == "split" and metadata.num_rows_max == 1 and is_plain
+    has_split = plan.split_rope_up_to > 0 and plan.few_rows_kind == "split"
+    return has_split and metadata.num_rows_max == 1 and is_plain
 
 
 def run_rope_attention(
@@ -68,8 +73,9 @@ def run_rope_attention(
     pdl: int = False,
     lists: WorkLists | None = None,
 ) -> torch.Tensor:
-    """`run_rope_and_cache` and `run_attention` of its q: in one kernel where `takes_rope`, else one after the other."""
-    if not takes_rope(plan, metadata, rotation):
+    """`run_rope_and_cache` and `run_attention` of its q: in one kernel if the plan has that at all (`takes_rope` tells
+    where it pays), else one after the other."""
+    if not _can_take_rope(plan, metadata, rotation):
         q_THD = launch.run_rope_and_cache(qkv_TC, kv_N2GSD, metadata, *rotation, pdl=pdl)
         return run_attention(
             q_THD, kv_N2GSD, metadata, scale, plan, num_multiprocessors, window=window, pdl=pdl, lists=lists

@@ -168,7 +168,7 @@ class RopeAttentionTrial:
 
     @property
     def others(self) -> Sequence[AttentionPlan]:
-        return msgspec.structs.replace(self.wanted, split_takes_rope=False), REFERENCE_ATTENTION
+        return msgspec.structs.replace(self.wanted, split_rope_up_to=0), REFERENCE_ATTENTION
 
     def scope(self, plan: AttentionPlan) -> Hashable:
         return "rope", self.qkv_dtype, self.case.scope

@@ -1,0 +1,110 @@
+"""GEMM plans chosen by what the whole decode step takes: `python -m benchmarks.gpu.tune_step --rows 32 --out FILE`.
+
+A product that is the fastest by itself need not be so between its neighbours, whose launches and loads overlap with its
+own. So each candidate is put into a graph of a whole step of the 8B shape, and the graphs take turns. One layer after
+the other, each with what was found before; all candidates are compiled by parallel processes first. FILE gets the
+device's table with the plans that take at least 0.1 % off the step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.gpu import sustained, sweeps, tables
+from benchmarks.gpu.shapes import Layer
+from benchmarks.gpu.step import DecodeStep, decode_batch
+from benchmarks.gpu.timing import interleaved_ms
+from cluster.engine.kernels.cuda_ops import CudaOps
+from cluster.engine.kernels.triton.plans import LinearPlan
+from cluster.engine.kernels.triton.table import LinearEntry, PlanIndex, PlanTable, library_versions
+
+LAYERS = ("8b.gate_up_silu", "8b.down", "8b.qkv", "8b.o", "8b.lm_head")
+CONTEXT, CONTEXT_MAX = 256, 8192  # what a sequence has, and what the graphs of an engine are captured for
+_FASTER = 0.999  # of the step's time: turns repeat to a few parts in ten thousand
+_PRINTED = 4
+_TOGETHER = 12  # graphs that take turns
+
+
+class StepTuner:
+    """Owns the weights of a step and the plans found so far."""
+
+    def __init__(self) -> None:
+        self.ops = CudaOps(torch.device("cuda"), residual_dtype=torch.bfloat16, pdl=True)
+        self.entries: Sequence[LinearEntry] = self.ops.plans.entries()
+        self._step = DecodeStep(self.ops, torch.bfloat16)
+
+    def table(self) -> PlanTable:
+        return PlanTable(
+            device=torch.cuda.get_device_name(), versions=library_versions(), attention=self.ops.plans.attention,
+            linear=tuple(self.entries),
+        )  # fmt: skip
+
+    def tune(self, layer: Layer, num_rows: int) -> None:
+        """Keep the plan of this layer that makes the step shortest."""
+        plans = sustained.plans_for(self.ops, layer, num_rows)
+        token_ids, kv, metadata = decode_batch(num_rows, CONTEXT)
+        metadata = replace(metadata, context_len_max=CONTEXT_MAX)
+
+        def step_with(plan: LinearPlan) -> Callable[[], object]:
+            def run() -> object:
+                self._serve(layer, num_rows, plan)
+                return self._step.run(token_ids, kv, metadata)
+
+            return run
+
+        found: list[tuple[float, LinearPlan]] = []
+        for first in range(1, len(plans), _TOGETHER):
+            some = [plans[0], *plans[first : first + _TOGETHER]]
+            times = interleaved_ms([[step_with(plan)] for plan in some], rounds=7, min_ms=15.0)
+            milliseconds = [statistics.median(each) for each in times]
+            found += [(each / milliseconds[0], plan) for each, plan in zip(milliseconds, some, strict=True)]
+        found.sort(key=lambda pair: pair[0])
+        ratio, best = found[0]
+        for each, plan in found[:_PRINTED]:
+            print(f"{layer.name:16} {num_rows:3} rows  {each:.4f}  {plan}", flush=True)
+        if ratio < _FASTER:
+            self.entries = tables.with_plans(self.entries, {(layer, num_rows): best})
+        self._serve(layer, num_rows, best if ratio < _FASTER else plans[0])
+
+    def _serve(self, layer: Layer, num_rows: int, plan: LinearPlan) -> None:
+        table = PlanTable(
+            device="", linear=tuple(tables.with_plans(self.entries, {(layer, num_rows): plan})),
+            attention=self.ops.plans.attention,
+        )  # fmt: skip
+        self.ops.plans = PlanIndex(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.tune_step", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--layers", nargs="+", default=LAYERS, choices=LAYERS)
+    parser.add_argument("--rows", nargs="+", type=int, default=[32])
+    parser.add_argument("--budget", type=float, default=100.0, help="seconds after compiling; no layer is begun later")
+    parser.add_argument("--out", type=Path, required=True, help="a file for the table")
+    options = parser.parse_args()
+    start_s = time.monotonic()
+    sweeps.compile_all(max(1, (os.cpu_count() or 1) // 2), options.rows)
+    print(f"compiled in {time.monotonic() - start_s:.0f} s", flush=True)
+    deadline_s = time.monotonic() + options.budget
+    tuner = StepTuner()
+    for num_rows in options.rows:
+        for name in options.layers:
+            if time.monotonic() > deadline_s:
+                print(f"not begun: {name}, {num_rows} rows", flush=True)
+                continue
+            tuner.tune(sustained.ALL_LAYERS[name], num_rows)
+            tables.write_table(tuner.table(), options.out)
+
+
+if __name__ == "__main__":
+    main()
