@@ -14,7 +14,8 @@ exactness                      every way to compute the same requests, bit for b
 compile-share, compile-engine  compile a share of the kernels of `tune` or an engine (for several processes); --model
 
 Prefill and decode on one GPU: `python -m benchmarks.gpu.split`. Products under sustained load, bf16 or FP8:
-`python -m benchmarks.gpu.sustained`. Every bf16 plan of some row counts: `python -m benchmarks.gpu.tune_rows`.
+`python -m benchmarks.gpu.sustained`. Every bf16 plan of some row counts: `python -m benchmarks.gpu.tune_rows`; by
+what a whole decode step takes with it: `python -m benchmarks.gpu.tune_step`.
 Rotary embedding in the attention of decode steps or before it: `python -m benchmarks.gpu.rope_attention`.
 """
 

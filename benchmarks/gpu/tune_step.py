@@ -33,6 +33,12 @@ _PRINTED = 4
 _TOGETHER = 12  # graphs that take turns
 
 
+def shorter_plan(found: Sequence[tuple[float, LinearPlan]]) -> LinearPlan | None:
+    """Of (step's time beside the table's plan's, plan): the one of the shortest step, unless it is about as long."""
+    ratio, plan = min(found, key=lambda pair: pair[0])
+    return plan if ratio < _FASTER else None
+
+
 class StepTuner:
     """Owns the weights of a step and the plans found so far."""
 
@@ -66,13 +72,12 @@ class StepTuner:
             times = interleaved_ms([[step_with(plan)] for plan in some], rounds=7, min_ms=15.0)
             milliseconds = [statistics.median(each) for each in times]
             found += [(each / milliseconds[0], plan) for each, plan in zip(milliseconds, some, strict=True)]
-        found.sort(key=lambda pair: pair[0])
-        ratio, best = found[0]
-        for each, plan in found[:_PRINTED]:
-            print(f"{layer.name:16} {num_rows:3} rows  {each:.4f}  {plan}", flush=True)
-        if ratio < _FASTER:
+        for ratio, plan in sorted(found, key=lambda pair: pair[0])[:_PRINTED]:
+            print(f"{layer.name:16} {num_rows:3} rows  {ratio:.4f}  {plan}", flush=True)
+        best = shorter_plan(found)
+        if best is not None:
             self.entries = tables.with_plans(self.entries, {(layer, num_rows): best})
-        self._serve(layer, num_rows, best if ratio < _FASTER else plans[0])
+        self._serve(layer, num_rows, best or plans[0])
 
     def _serve(self, layer: Layer, num_rows: int, plan: LinearPlan) -> None:
         table = PlanTable(

@@ -15,6 +15,7 @@ from benchmarks.gpu.candidates import candidates
 from benchmarks.gpu.clocks import UNKNOWN
 from benchmarks.gpu.shapes import FUSED_LAYERS, LAYERS
 from benchmarks.gpu.tune_rows import faster_plan
+from benchmarks.gpu.tune_step import shorter_plan
 from benchmarks.gpu.turns import Turns
 from cluster.engine.kernels.triton.plans import LinearPlan
 from cluster.engine.kernels.triton.table import PlanTable, load_plan_index
@@ -31,6 +32,12 @@ def test_a_plan_is_taken_that_is_more_than_a_hundredth_faster() -> None:
     assert faster_plan([OLD, NEW], [turns(1.0, 2.0, 1.0), turns(0.98, 1.96, 1.5)]) == NEW
     assert faster_plan([OLD, NEW], [turns(1.0, 1.0, 1.0), turns(0.995, 0.2, 1.1)]) is None
     assert faster_plan([OLD], [turns(1.0)]) is None
+
+
+def test_a_plan_is_taken_with_which_a_whole_step_is_shorter() -> None:
+    assert shorter_plan([(1.0, OLD), (0.997, NEW), (1.01, LinearPlan())]) == NEW
+    assert shorter_plan([(1.0, OLD), (0.9995, NEW)]) is None
+    assert shorter_plan([(1.0, OLD)]) is None
 
 
 def test_the_rest_of_the_table_stays_as_it_is(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import torch
 
 from cluster.engine.kernels import plan_admission
 from cluster.engine.kernels.cuda_ops import CudaOps
-from cluster.engine.kernels.triton import attention_trials
+from cluster.engine.kernels.triton import attention_trials, launch
+from cluster.engine.kernels.triton.plans import REFERENCE_LINEAR, LinearPlan
 from tests.gpu.support import bits_equal
 from tests.gpu.support_admission import OPERATIONS, TooLarge, name_plans, plant, plant_mistake, with_references
 
@@ -69,3 +70,22 @@ def test_a_kernel_with_other_bits_is_named_and_another_one_serves(
     assert all(" values differ, first at " in text for text in warnings_of(caplog))
     assert len(warnings_of(caplog)) == len(ops.admission.refusals) > 0
     assert bits_equal(found, OPERATIONS[name](with_references(ops)))
+
+
+@pytest.mark.parametrize(("num_columns", "is_asked"), [(64, True), (130, False), (33, False)])
+def test_the_library_is_asked_only_for_rows_that_start_at_multiples_of_16_bytes(
+    num_columns: int, is_asked: bool, ops: CudaOps, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It adds in other orders elsewhere: each start would tell of a plan that was not admitted."""
+    asked: list[int] = []
+
+    def product(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> None:
+        asked.append(x.shape[1])
+        launch.run_linear(x, w, None, out, REFERENCE_LINEAR)
+
+    monkeypatch.setattr(launch, "run_library_linear", product)
+    monkeypatch.setattr(ops.plans, "linear", lambda *shape, **how: LinearPlan(kind="cublaslt"))
+    weight = ops.pack_linear(torch.randn(48, num_columns).half())
+    ops.linear(torch.randn(40, num_columns).half(), weight, out_dtype=torch.float32)
+    assert bool(asked) is is_asked
+    assert not any("the plan cublaslt" in text for text in warnings_of(caplog))

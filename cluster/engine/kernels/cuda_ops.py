@@ -191,7 +191,9 @@ class CudaOps:
         if num_rows == 0:
             return
         has_epilogue = bias_N is not None or silu_mul  # the library has none
-        if plan.kind == "cublaslt" and (has_epilogue or not self._library_serves):
+        if plan.kind == "cublaslt" and (
+            has_epilogue or not self._library_serves or not launch.library_takes(weight.weight_NK)
+        ):
             plan = plan_without_library(num_rows)
         launch_plan = partial(self._launch_linear, weight=weight, bias_N=bias_N, silu_mul=silu_mul)
         plan = cuda_plans.linear_plan(

@@ -28,6 +28,12 @@ def _tma_takes(x: torch.Tensor) -> bool:
     return x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
 
 
+def library_takes(w_NK: torch.Tensor) -> bool:
+    """Whether cuBLASLt is worth asking: where rows do not start at multiples of 16 bytes, its kernels add in other
+    orders (H200: 33 and 130 columns), and admission would refuse it."""
+    return _tma_takes(w_NK)
+
+
 def _hopper_takes(
     x_MK: torch.Tensor,
     w_NK: torch.Tensor,
