@@ -15,7 +15,8 @@ compile-share, compile-engine  compile a share of the kernels of `tune` or an en
 
 Prefill and decode on one GPU: `python -m benchmarks.gpu.split`. Products under sustained load, bf16 or FP8:
 `python -m benchmarks.gpu.sustained`. Every bf16 plan of some row counts: `python -m benchmarks.gpu.tune_rows`; by
-what a whole decode step takes with it: `python -m benchmarks.gpu.tune_step`.
+what a whole decode step takes with it: `python -m benchmarks.gpu.tune_step`; that step at every size that has a graph:
+`python -m benchmarks.gpu.step_sizes`.
 Rotary embedding in the attention of decode steps or before it: `python -m benchmarks.gpu.rope_attention`.
 """
 

@@ -135,7 +135,7 @@ def timed_chains(out: Path, peer: str | None, peer_fp8: str | None) -> list[Chai
     fp8 = [] if peer_fp8 is None else [_peer("peer-fp8", peer_fp8, out)]
     engine_file = ["--peer", str(out / "peer.jsonl")] if bf16 else []
     fp8_file = ["--peer", str(out / "peer-fp8.jsonl")] if fp8 else []
-    split = (PYTHON, "-m", "benchmarks.gpu.split", "--rate", "8", "--duration", "12", "--out", str(out / "records"))
+    split = (PYTHON, "-m", "benchmarks.gpu.split", "--rate", "8", "22", "--duration", "12", "--out", str(out / "records"))
     speculation = (PYTHON, "-m", "benchmarks.speculation", "--device", "cuda", "--model", "llama-8b", "--budget", "60")
     return [
         Chain("engine", (*bf16, bench("engine", 200, "engine", *engine_file, out=out), _defaults(out))),
@@ -145,7 +145,8 @@ def timed_chains(out: Path, peer: str | None, peer_fp8: str | None) -> list[Chai
         Chain("attention", (bench("attention", 60, "attention", out=out),)),
         Chain("gemm", (bench("gemm", 150, "gemm", out=out), _tune(out))),
         Chain("graphs", _graphs()),
-        Chain("rope", (Command("rope-attention", (PYTHON, "-m", "benchmarks.gpu.rope_attention"), 160.0),)),
+        Chain("rope", (Command("rope-attention", (PYTHON, "-m", "benchmarks.gpu.rope_attention"), 300.0),)),
+        Chain("steps", _steps(out)),
         Chain("plans", _plans(out)),
         Chain("profile", (Command("profile", (PYTHON, "-m", "benchmarks.gpu", "engine-profile"), 150.0),)),
     ]
@@ -167,6 +168,15 @@ def _graphs() -> tuple[Command, ...]:
     return (
         Command("prompt-graphs", (PYTHON, "-m", "benchmarks.gpu", *compare), 260.0),
         Command("host-launch", (PYTHON, "-m", "benchmarks.gpu.host_launch"), 60.0),
+    )
+
+
+def _steps(out: Path) -> tuple[Command, ...]:
+    """What a decode step takes at each size, and whether other plans make it shorter."""
+    tune = (PYTHON, "-m", "benchmarks.gpu.tune_step", "--rows", "1", "64", "128", "256", "--budget", "150")
+    return (
+        Command("step-sizes", (PYTHON, "-m", "benchmarks.gpu.step_sizes"), 90.0),
+        Command("tune-step", (*tune, "--out", str(out / "step-plans.json")), 260.0),
     )
 
 
@@ -229,7 +239,7 @@ def main() -> int:
     parser.add_argument(
         "--only",
         nargs="*",
-        help="groups: engine fp8 split speculation attention gemm graphs rope plans profile exactness tests",
+        help="groups: engine fp8 split speculation attention gemm graphs rope steps plans profile exactness tests",
     )
     parser.add_argument("--peer", help="a command that writes the peer's JSON lines to {out}")
     parser.add_argument("--peer-fp8", help="the same with FP8")

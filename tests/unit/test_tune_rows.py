@@ -14,6 +14,7 @@ from benchmarks.gpu import sweeps, tables
 from benchmarks.gpu.candidates import candidates
 from benchmarks.gpu.clocks import UNKNOWN
 from benchmarks.gpu.shapes import FUSED_LAYERS, LAYERS
+from benchmarks.gpu.step_sizes import slower_than_larger
 from benchmarks.gpu.tune_rows import faster_plan
 from benchmarks.gpu.tune_step import shorter_plan
 from benchmarks.gpu.turns import Turns
@@ -38,6 +39,12 @@ def test_a_plan_is_taken_with_which_a_whole_step_is_shorter() -> None:
     assert shorter_plan([(1.0, OLD), (0.997, NEW), (1.01, LinearPlan())]) == NEW
     assert shorter_plan([(1.0, OLD), (0.9995, NEW)]) is None
     assert shorter_plan([(1.0, OLD)]) is None
+
+
+def test_sizes_that_take_longer_than_a_larger_one_are_named() -> None:
+    assert slower_than_larger((1, 2, 4, 8), (4.0, 4.4, 4.5, 4.3)) == [2, 4]
+    assert slower_than_larger((1, 2), (4.0, 4.0)) == []
+    assert slower_than_larger((1,), (4.0,)) == []
 
 
 def test_the_rest_of_the_table_stays_as_it_is(tmp_path: Path) -> None:
