@@ -135,12 +135,13 @@ def timed_chains(out: Path, peer: str | None, peer_fp8: str | None) -> list[Chai
     fp8 = [] if peer_fp8 is None else [_peer("peer-fp8", peer_fp8, out)]
     engine_file = ["--peer", str(out / "peer.jsonl")] if bf16 else []
     fp8_file = ["--peer", str(out / "peer-fp8.jsonl")] if fp8 else []
-    split = (PYTHON, "-m", "benchmarks.gpu.split", "--rate", "8", "22", "--duration", "12", "--out", str(out / "records"))
+    load = ("--rate", "8", "22", "--duration", "12", "--chunks", "8192", "--shares", "40", "60", "80")
+    split = (PYTHON, "-m", "benchmarks.gpu.split", *load, "--out", str(out / "records"))
     speculation = (PYTHON, "-m", "benchmarks.speculation", "--device", "cuda", "--model", "llama-8b", "--budget", "60")
     return [
         Chain("engine", (*bf16, bench("engine", 200, "engine", *engine_file, out=out), _defaults(out))),
         Chain("fp8", (*fp8, bench("engine-fp8", 190, "engine-fp8", *fp8_file, out=out))),
-        Chain("split", (Command("split", (*split, "--chunks", "8192", "--shares", "40", "60", "80"), 540.0),)),
+        Chain("split", (Command("split", split, 540.0),)),
         Chain("speculation", (Command("speculation", (*speculation, "--out", str(out / "records")), 110.0),)),
         Chain("attention", (bench("attention", 60, "attention", out=out),)),
         Chain("gemm", (bench("gemm", 150, "gemm", out=out), _tune(out))),

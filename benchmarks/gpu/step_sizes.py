@@ -43,7 +43,7 @@ def main() -> None:
         whole, products = step_ms(step, size, CONTEXT)
         milliseconds.append(whole)
         print(f"{size:4} sequences  {whole:7.3f} ms, products {products:7.3f} ms", flush=True)
-    print("longer than a larger size:", *slower_than_larger(sizes, milliseconds) or ["none"])
+    print("longer than a larger size:", slower_than_larger(sizes, milliseconds) or "none")
     for refusal in ops.admission.refusals:
         print("refused:", refusal)
 
