@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -21,11 +22,11 @@ import msgspec
 import torch
 import triton
 
-from benchmarks.gpu.clocks import BF16_FLOP_PER_CLOCK, sampler
+from benchmarks.gpu.clocks import BF16_FLOP_PER_CLOCK, Sample, sampler
 from benchmarks.gpu.gemm import LayerBench
 from benchmarks.gpu.shapes import FUSED_LAYERS, LAYERS, Layer
 from benchmarks.gpu.sweeps import Offer, all_candidates
-from benchmarks.gpu.turns import GraphTurns, Turns
+from benchmarks.gpu.turns import GraphTurns, Turn, Turns
 from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.kernels.triton.plans import LinearPlan
 
@@ -57,6 +58,10 @@ class Bench(Protocol[Plan]):
     def differing(self, plan: Plan, num_rows: int) -> int: ...
 
 
+class TakesTurns(Protocol):
+    def take(self, seconds: float, sample: Callable[[], Sample]) -> Turn: ...
+
+
 def rotation(num_weights: int) -> list[int]:
     """Which weights the calls of a graph read: all equally often, so that L2 stays cold."""
     return list(range(num_weights)) * -(-LEAST_CALLS // num_weights)
@@ -77,16 +82,34 @@ def sound_plans(bench: Bench[Plan], plans: list[Plan], num_rows: int) -> list[Pl
     return found
 
 
-def measure(bench: Bench[Plan], plans: list[Plan], num_rows: int, seconds: float, rounds: int) -> list[Turns]:
-    """What each plan's turns found; the first round warms up and is not told."""
+def measure(
+    bench: Bench[Plan], plans: list[Plan], num_rows: int, seconds: float, rounds: int, *, within: float = math.inf
+) -> list[Turns]:
+    """What each plan's turns found; the first round warms up and is not told.
+
+    A plan but the first that takes more than `within` times as long as the fastest there takes no more turns: that
+    one stands for all of them.
+    """
     out = torch.empty((num_rows, bench.out_features), device="cuda", dtype=torch.bfloat16)
     indices = rotation(len(bench.weights))
     graphs = [GraphTurns([partial(bench.run, plan, num_rows, index, out) for index in indices]) for plan in plans]
-    sample = sampler()
-    taken = [[graph.take(seconds, sample) for graph in graphs] for _ in range(rounds + 1)]
+    found = taken_turns(graphs, seconds, rounds, within)
     graphs.clear()
     torch.cuda.empty_cache()  # their memory pools
-    return [Turns.of(turns) for turns in zip(*taken[1:], strict=True)]
+    return found
+
+
+def taken_turns(graphs: Sequence[TakesTurns], seconds: float, rounds: int, within: float) -> list[Turns]:
+    """As `measure` describes it."""
+    sample = sampler()
+    warm = [graph.take(seconds, sample) for graph in graphs]
+    bound_ms = max(within * min(turn.ms for turn in warm), warm[0].ms)
+    taken: list[list[Turn]] = [[] if turn.ms <= bound_ms else [turn] * rounds for turn in warm]
+    for _ in range(rounds):
+        for graph, turns in zip(graphs, taken, strict=True):
+            if len(turns) < rounds:
+                turns.append(graph.take(seconds, sample))
+    return [Turns.of(turns) for turns in taken]
 
 
 def print_cell(

@@ -28,6 +28,7 @@ from cluster.engine.kernels.triton.table import PlanTable, library_versions
 _MODEL_LAYERS = ("8b.qkv", "8b.o", "8b.gate_up_silu", "8b.down", "8b.lm_head")
 _TURN_S = 0.01
 _ROUNDS = 3
+_WITHIN = 1.2  # of the fastest's time in the round that warms up, or no more turns
 _PRINTED = 10
 _FASTER = 0.99  # of the table's time: less could be chance
 
@@ -54,7 +55,7 @@ def tune_layer(
         if plans[:1] != offered[:1]:
             print(f"left out: {layer.name}, {num_rows} rows: the table's plan is not sound")
             continue
-        turns = sustained.measure(bench, plans, num_rows, _TURN_S, _ROUNDS)
+        turns = sustained.measure(bench, plans, num_rows, _TURN_S, _ROUNDS, within=_WITHIN)
         sustained.print_cell(layer, num_rows, plans, turns, _PRINTED)
         plan = faster_plan(plans, turns)
         if plan is not None:
@@ -82,7 +83,7 @@ def main() -> None:
     start_s = time.monotonic()
     fused = {layer.silu_mul for layer in layers}
     epilogues = [name for name, silu_mul in sweeps.EPILOGUES.items() if silu_mul in fused]
-    shares = max(1, (os.cpu_count() or 1) // 3)
+    shares = max(1, (os.cpu_count() or 1) // 2)
     sweeps.compile_all(shares, options.rows, epilogues, is_known=options.known)
     print(f"compiled in {time.monotonic() - start_s:.0f} s", flush=True)
     deadline_s = time.monotonic() + options.budget

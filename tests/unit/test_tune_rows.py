@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -12,12 +14,13 @@ pytest.importorskip("triton")
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import sweeps, tables
 from benchmarks.gpu.candidates import candidates
-from benchmarks.gpu.clocks import UNKNOWN
+from benchmarks.gpu.clocks import UNKNOWN, Sample
 from benchmarks.gpu.shapes import FUSED_LAYERS, LAYERS
 from benchmarks.gpu.step_sizes import slower_than_larger
+from benchmarks.gpu.sustained import taken_turns
 from benchmarks.gpu.tune_rows import faster_plan
 from benchmarks.gpu.tune_step import shorter_plan
-from benchmarks.gpu.turns import Turns
+from benchmarks.gpu.turns import Turn, Turns
 from cluster.engine.kernels.triton.plans import LinearPlan
 from cluster.engine.kernels.triton.table import PlanTable, load_plan_index
 
@@ -33,6 +36,31 @@ def test_a_plan_is_taken_that_is_more_than_a_hundredth_faster() -> None:
     assert faster_plan([OLD, NEW], [turns(1.0, 2.0, 1.0), turns(0.98, 1.96, 1.5)]) == NEW
     assert faster_plan([OLD, NEW], [turns(1.0, 1.0, 1.0), turns(0.995, 0.2, 1.1)]) is None
     assert faster_plan([OLD], [turns(1.0)]) is None
+
+
+class FakeGraph:
+    """Takes turns of set lengths, one after the other."""
+
+    def __init__(self, *milliseconds: float) -> None:
+        self.left = list(milliseconds)
+
+    def take(self, seconds: float, sample: Callable[[], Sample]) -> Turn:
+        return Turn(self.left.pop(0), UNKNOWN)
+
+
+def test_plans_that_are_far_behind_when_they_warm_up_take_no_more_turns() -> None:
+    graphs = [
+        FakeGraph(1.5, 1.3, 1.4),
+        FakeGraph(1.0, 1.1, 0.9),
+        FakeGraph(1.45, 1.2, 1.2),
+        FakeGraph(1.6),
+        FakeGraph(9.0),
+    ]
+    found = taken_turns(graphs, 0.01, 2, within=1.2)
+    assert [each.ms for each in found] == [[1.3, 1.4], [1.1, 0.9], [1.2, 1.2], [1.6, 1.6], [9.0, 9.0]]
+    assert not any(graph.left for graph in graphs)
+    everyone = [FakeGraph(1.0, 1.0), FakeGraph(9.0, 2.0)]
+    assert [each.ms for each in taken_turns(everyone, 0.01, 1, within=math.inf)] == [[1.0], [2.0]]
 
 
 def test_a_plan_is_taken_with_which_a_whole_step_is_shorter() -> None:
