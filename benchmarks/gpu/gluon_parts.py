@@ -88,7 +88,7 @@ def check(share: int) -> None:
 def warm(share: int) -> None:
     """Compile the table's plans and the small kernels in both orders of the wait, on a one-layer step."""
     step_benchmark.LAYERS, step_benchmark.VOCABULARY = 1, 1024
-    decode = step_benchmark.DecodeStep(CudaOps(torch.device("cuda")), torch.float32)
+    decode = step_benchmark.DecodeStep(CudaOps(torch.device("cuda")))
     tables = decode.ops.plans
     for rows in DECODE_ROWS[share // 2 :: 2]:
         # the table's lm_head plan, though its weight is small here
@@ -183,7 +183,7 @@ def decode(good: set[int], deadline_s: float) -> None:
     usable = {plan for index, plan in enumerate(plans_to_check()) if index in good}
     ops = CudaOps(torch.device("cuda"))
     table = ops.plans
-    whole = step_benchmark.DecodeStep(ops, torch.float32)
+    whole = step_benchmark.DecodeStep(ops)
     emit({"what": "weights", "bytes": whole.weight_bytes})
     for position, rows in enumerate(DECODE_ROWS):
         left = deadline_s - time.monotonic()

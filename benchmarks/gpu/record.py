@@ -111,7 +111,7 @@ def record_attention(out: Path) -> None:
 def record_steps(out: Path, *, has_fp8: bool = False) -> None:
     """All operations of a decode step of the 8B shape in one graph; no scheduler, no sampling parameters."""
     ops = CudaOps(torch.device("cuda"))
-    decode = DecodeStep(ops, torch.float32, has_fp8=has_fp8)
+    decode = DecodeStep(ops, has_fp8=has_fp8)
     name = "decode_step_8b_fp8" if has_fp8 else "decode_step_8b"
     for batch in (1, 32, 256):
         whole, gemms = step_ms(decode, batch, 256)

@@ -27,8 +27,8 @@ class _Layer(NamedTuple):
 class DecodeStep:
     """Random weights of the 8B shape (15 GB, 8 GB with FP8 layers) and everything a step reads but its batch."""
 
-    def __init__(self, ops: CudaOps, qkv_dtype: torch.dtype, *, has_fp8: bool = False) -> None:
-        self.ops, self.qkv_dtype, self.has_fp8 = ops, qkv_dtype, has_fp8
+    def __init__(self, ops: CudaOps, *, has_fp8: bool = False) -> None:
+        self.ops, self.has_fp8 = ops, has_fp8
         self.layers = [self._layer() for _ in range(LAYERS)]
         self.lm_head = ops.pack_linear(self._random(VOCABULARY, WIDTH))
         self.embedding = torch.randn((VOCABULARY, WIDTH), device="cuda", dtype=torch.bfloat16)
@@ -63,7 +63,7 @@ class DecodeStep:
         residual = ops.embedding(token_ids, self.embedding)
         x = ops.rms_norm(residual, self.layers[0].norm_K, 1e-5, input_of=self.layers[0].qkv)
         for index, layer in enumerate(self.layers):
-            qkv = ops.linear(x, layer.qkv, out_dtype=self.qkv_dtype)
+            qkv = ops.linear(x, layer.qkv, out_dtype=torch.float32)
             rotation = Rotation(self.cos_sin_PD, HEADS)
             mixed = ops.rope_attention(qkv, kv[:, index], metadata, rotation, HEAD_SIZE**-0.5)
             update = ops.linear(mixed, layer.o, out_dtype=ops.residual_dtype)
@@ -81,7 +81,7 @@ class DecodeStep:
         ops = self.ops
         wide = torch.empty((x.shape[0], FFN), device="cuda", dtype=torch.bfloat16)
         for layer in self.layers:
-            ops.linear(x, layer.qkv, out_dtype=self.qkv_dtype)
+            ops.linear(x, layer.qkv, out_dtype=torch.float32)
             ops.linear(x, layer.o, out_dtype=ops.residual_dtype)
             ops.linear_silu_mul(x, layer.gate_up)
             ops.linear(wide, layer.down, out_dtype=ops.residual_dtype)

@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=256, help="sequences")
     options = parser.parse_args()
     ops = CudaOps(torch.device("cuda"), residual_dtype=torch.bfloat16, pdl=True)
-    step = DecodeStep(ops, torch.bfloat16, has_fp8=options.fp8)
+    step = DecodeStep(ops, has_fp8=options.fp8)
     sizes = padded_sizes(options.most)
     milliseconds: list[float] = []
     for size in sizes:

@@ -45,7 +45,7 @@ class StepTuner:
     def __init__(self) -> None:
         self.ops = CudaOps(torch.device("cuda"), residual_dtype=torch.bfloat16, pdl=True)
         self.entries: Sequence[LinearEntry] = self.ops.plans.entries()
-        self._step = DecodeStep(self.ops, torch.bfloat16)
+        self._step = DecodeStep(self.ops)
 
     def table(self) -> PlanTable:
         return PlanTable(
