@@ -41,7 +41,7 @@ class Variant(NamedTuple):
 
 
 def variants(shares: Sequence[int], chunks: Sequence[int], device: str, *, a_gpu_each: bool) -> list[Variant]:
-    one_gpu = "cuda:0" if device.startswith("cuda") else device  # also where several are visible
+    one_gpu = "cuda:0" if device == "cuda" else device  # also where several are visible
     shared = (f"prefill.engine.device={one_gpu}", f"decode.engine.device={one_gpu}")
     found = [
         Variant(f"monolithic, chunks of {chunk}", ("monolithic=true", f"decode.engine.max_batched_tokens={chunk}"))
@@ -187,10 +187,11 @@ def main(config: ModelConfig = LLAMA_8B) -> None:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
         model = options.model or write_llama_directory(Path(directory) / "llama-8b", config, device=options.device)
         lengths = {"prompt_tokens": options.prompt_tokens, "output_tokens": options.output_tokens}
+        timing = ("--duration", str(options.duration), "--warmup", "8")
         lengths_load = ("--prompt-tokens", options.prompt_tokens, "--output-tokens", options.output_tokens)
         loads = {
-            rate: ("--rate", str(rate), "--duration", str(options.duration), "--warmup", "8", *lengths_load)
-            for rate in options.rate
+            rate: (*("--rate", str(rate), "--seed", str(seed)), *timing, *lengths_load)
+            for seed, rate in enumerate(options.rate)  # or later loads would find their prompts in the prefix cache
         }
         device_name = torch.cuda.get_device_name() if options.device.startswith("cuda") else processor_name()
         recorders = {rate: Recorder(device_name, {"rate": rate, **lengths}, options.out) for rate in loads}

@@ -281,26 +281,27 @@ def test_planted_moving_splits_are_found(tmp_path: Path, monkeypatch: pytest.Mon
 def test_single_rows_are_rotated_and_stored_by_the_split_kernel(
     num_heads: int, num_kv_heads: int, head_size: int, window: int | None
 ) -> None:
-    """Beside the rotary kernel: results and cache, eager and in a graph, however many warps and stages."""
+    """Beside the rotary kernel: results and cache, eager and in a graph, however many warps, stages and programs."""
     ops = CudaOps(torch.device("cuda"))
-    for warps, stages in ((4, 5), (4, 3), (2, 3), (8, 2)):
-        ops.plans.attention = AttentionPlan(
-            split_rope_up_to=64, split_num_warps=warps, split_num_stages=stages, split_programs_per_multiprocessor=64
+    for warps, stages, multiprocessors in ((4, 5, NUM_MULTIPROCESSORS), (4, 5, 1), (2, 3, NUM_MULTIPROCESSORS)):
+        plan = AttentionPlan(
+            split_rope_up_to=64, split_num_warps=warps, split_num_stages=stages, split_programs_per_multiprocessor=2
         )
         for dtype in (torch.float32, torch.bfloat16):
             case = AttentionCase(num_heads, (num_kv_heads, 64, head_size), torch.bfloat16, window, 1, 40, ops.device)
-            trial = RopeAttentionTrial(lambda *_: pytest.fail("it is not run"), ops.plans.attention, case, dtype)
-            inputs = trial.draw(3, ops.plans.attention)
+            trial = RopeAttentionTrial(lambda *_: pytest.fail("it is not run"), plan, case, dtype)
+            inputs = trial.draw(3, plan)
             expected_kv, kv = inputs.kv_N2GSD.clone(), inputs.kv_N2GSD.clone()
             q = ops.rope_and_cache(inputs.qkv_TC, expected_kv, inputs.unpadded, *inputs.rotation)
             expected = ops.attention(q, expected_kv, inputs.unpadded, 0.1, window=window)
-            found = ops.rope_attention(inputs.qkv_TC, kv, inputs.metadata, inputs.rotation, 0.1, window=window)
-            assert bits_equal(found, expected)
+            rotate_and_attend = partial(
+                attention_launch.run_rope_attention, inputs.qkv_TC, kv, inputs.metadata, inputs.rotation, 0.1, plan,
+                multiprocessors, window=window, pdl=1,
+            )  # fmt: skip
+            assert attention_launch.can_take_rope(plan, inputs.metadata, inputs.rotation)
+            assert bits_equal(rotate_and_attend(), expected)
             assert bits_equal(kv.nan_to_num(7.0), expected_kv.nan_to_num(7.0))
             kv.copy_(inputs.kv_N2GSD)
-            again = in_graph(
-                partial(ops.rope_attention, inputs.qkv_TC, kv, inputs.metadata, inputs.rotation, 0.1, window=window)
-            )
-            assert bits_equal(again, expected)
+            assert bits_equal(in_graph(rotate_and_attend), expected)
             assert bits_equal(kv.nan_to_num(7.0), expected_kv.nan_to_num(7.0))
     assert ops.admission.refusals == []

@@ -7,6 +7,7 @@ Triton decides at its first import whether it interprets.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from cluster.engine.kernels.ops import AttentionMetadata, Rotation
 from cluster.engine.kernels.triton import attention, attention_launch, launch
 from cluster.engine.kernels.triton.attention_trials import AttentionCase, RopeAttentionTrial
-from cluster.engine.kernels.triton.plans import AttentionPlan, LinearPlan
+from cluster.engine.kernels.triton.plans import REFERENCE_ATTENTION, SPLIT_KEYS, AttentionPlan, LinearPlan
 from cluster.engine.kv_cache import KVLayout
 from kvconnector import digest
 from kvconnector.digest import KVDigester, Span
@@ -146,7 +147,8 @@ def test_planted_wrong_windows_are_found(old: str, new: str, tmp_path: Path, mon
 def rope_results(
     shape: tuple[int, int, int, int], window: int | None, num_sequences: int, qkv_dtype: torch.dtype
 ) -> list[list[torch.Tensor]]:
-    """Results and caches of single rows: rotated by the split kernel; in two steps, with the tiled kernel."""
+    """Results and caches of single rows: rotated by the split kernel, whose programs have several items each; in two
+    steps, with the tiled kernel. One row is not to be stored: its key is there."""
     num_heads, num_kv_heads, block_size, head_size = shape
 
     def run(
@@ -157,10 +159,16 @@ def rope_results(
     plan = AttentionPlan(split_rope_up_to=64)
     cache_shape = (num_kv_heads, block_size, head_size)
     case = AttentionCase(num_heads, cache_shape, torch.float16, window, 1, num_sequences, torch.device("cpu"))
-    trial = RopeAttentionTrial(run, plan, case, qkv_dtype)
-    inputs = trial.draw(1, plan)
-    assert attention_launch.takes_rope(plan, inputs.metadata, inputs.rotation)
-    return [trial.found(inputs, plan), trial.expected(inputs)]
+    inputs = RopeAttentionTrial(run, plan, case, qkv_dtype).draw(1, plan)
+    assert attention_launch.can_take_rope(plan, inputs.metadata, inputs.rotation)
+    slots = inputs.metadata.slot_mapping  # of `unpadded`, too
+    inputs.kv_N2GSD[slots[1] // block_size, :, :, slots[1] % block_size] = 0.5
+    slots[1] = -1
+    results = []
+    for metadata, each in ((inputs.metadata, plan), (inputs.unpadded, REFERENCE_ATTENTION)):
+        kv = torch.cat((torch.full_like(inputs.kv_N2GSD[:1], 7.0), inputs.kv_N2GSD))  # what a wrong slot may hit, too
+        results.append([run(inputs.qkv_TC, kv[1:], metadata, inputs.rotation, each), kv])
+    return results
 
 
 @pytest.mark.parametrize(
@@ -184,6 +192,7 @@ def test_the_split_kernel_rotates_and_stores_as_the_rotary_kernel_does(
         ("-crossed, crossed", "crossed, -crossed"),
         ("if (context - 1) // SPLIT_KEYS == split:", "if split == 0:"),
         ("head_ptr + place +", "head_ptr + place + D +"),
+        ("(slot >= 0).to(tl.int32) > 0", "(slot >= -1).to(tl.int32) > 0"),
         ("tl.store(target + stride_kv, v", "tl.store(target, v"),
         ("((head + NUM_KV_HEADS) * D)", "((head + 1) * D)"),
         ("(context - 1).to(tl.int64) * D", "context.to(tl.int64) * 0"),
@@ -210,6 +219,9 @@ def test_only_single_rows_without_norms_are_rotated_by_the_split_kernel() -> Non
     two = cache.metadata([0, 0], [1, 1], [70, 70])
     assert attention_launch.takes_rope(AttentionPlan(split_rope_up_to=2), two, Rotation(table, 2))
     assert not attention_launch.takes_rope(AttentionPlan(split_rope_up_to=1), two, Rotation(table, 2))
+    longer = replace(single, context_len_max=SPLIT_KEYS + 1)
+    assert not attention_launch.takes_rope(plan, longer, Rotation(table, 2))
+    assert attention_launch.takes_rope(plan, replace(single, context_len_max=SPLIT_KEYS), Rotation(table, 2))
     tiled = AttentionPlan(split_rope_up_to=64, few_rows_kind="tiled")
     assert not attention_launch.takes_rope(tiled, single, Rotation(table, 2))
     with pytest.raises(ValueError, match=r"qkv has 48 columns, expected \(2 \+ 2 \* 1\) \* 16"):

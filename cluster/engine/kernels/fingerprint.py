@@ -13,6 +13,7 @@ import torch
 
 from cluster.engine.kernels.ops import Ops
 from cluster.engine.kernels.probe_lists import ALL_PROBES, FP8_PROBES, LATENT_PROBES
+from cluster.engine.kernels.probes import Probe
 from cluster.engine.kernels.registry import bits, one_torch_thread
 
 

@@ -49,11 +49,13 @@ def run_attention(
 
 
 def takes_rope(plan: AttentionPlan, metadata: AttentionMetadata, rotation: Rotation) -> bool:
-    """Whether the split kernel should rotate and store, too, in this step."""
-    return metadata.context_len.shape[0] <= plan.split_rope_up_to and _can_take_rope(plan, metadata, rotation)
+    """Whether the split kernel should rotate and store, too, in this step. Each of its programs rotates q, and where
+    contexts have several splits there are as many more."""
+    has_few = metadata.context_len.shape[0] <= plan.split_rope_up_to and metadata.context_len_max <= SPLIT_KEYS
+    return has_few and can_take_rope(plan, metadata, rotation)
 
 
-def _can_take_rope(plan: AttentionPlan, metadata: AttentionMetadata, rotation: Rotation) -> bool:
+def can_take_rope(plan: AttentionPlan, metadata: AttentionMetadata, rotation: Rotation) -> bool:
     """Single rows, and no norm of heads, whose sum the rotary kernel has in an order of its own."""
     is_plain = rotation.q_norm_D is None and rotation.k_norm_D is None
     has_split = plan.split_rope_up_to > 0 and plan.few_rows_kind == "split"
@@ -75,7 +77,7 @@ def run_rope_attention(
 ) -> torch.Tensor:
     """`run_rope_and_cache` and `run_attention` of its q: in one kernel if the plan has that at all (`takes_rope` tells
     where it pays), else one after the other."""
-    if not _can_take_rope(plan, metadata, rotation):
+    if not can_take_rope(plan, metadata, rotation):
         q_THD = launch.run_rope_and_cache(qkv_TC, kv_N2GSD, metadata, *rotation, pdl=pdl)
         return run_attention(
             q_THD, kv_N2GSD, metadata, scale, plan, num_multiprocessors, window=window, pdl=pdl, lists=lists

@@ -55,7 +55,7 @@ class AttentionPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     split_num_warps: int = 4
     split_num_stages: int = 3
     split_programs_per_multiprocessor: int = 2
-    split_rope_up_to: int = 0  # sequences, of a row each: the split kernel rotates q and k and stores K and V, too
+    split_rope_up_to: int = 0  # sequences of a row and a split each: the split kernel rotates and stores K and V, too
     prefill_kind: Literal["tiled", "hopper"] = "tiled"  # hopper: warp groups, where shapes allow
     prefill_block_rows: int = 64
     prefill_num_warps: int = 4
