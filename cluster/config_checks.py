@@ -55,6 +55,7 @@ def engine_problems(path: str, engine: EngineConfig) -> Iterator[str]:
         yield from between(f"{path}.gpu_memory_fraction", engine.gpu_memory_fraction, 0.01, 1.0)
     if engine.num_threads is not None:
         yield from between(f"{path}.num_threads", engine.num_threads, 1, 1024, "leave it out to have it chosen")
+    yield from between(f"{path}.compile_threads", engine.compile_threads, 1, 64)
     if engine.device.split(":")[0] not in DEVICE_KINDS:
         yield f"{path}.device: must be one of {', '.join(DEVICE_KINDS)}, got {engine.device!r}"
     yield from _speculation_problems(f"{path}.speculation", engine.speculation)

@@ -117,6 +117,7 @@ def load_worker(
         ops,
         with_fp8=loaded.config.weight_format is not WeightFormat.BF16,
         with_latent=loaded.config.latent is not None,
+        num_threads=config.engine.compile_threads if ops.device.type == "cuda" else 1,
         progress=lambda done, total: show("fingerprinting kernels", done, total),
     )
     draft_model = load_draft_model(config.engine, source, loaded, ops, show)

@@ -95,6 +95,7 @@ def test_wrong_keys_and_types_are_named(tmp_path: Path, text: str, expected: str
             "decode: {engine: {device: cuda, graph_prompt_rows: 8193}}",
             "decode.engine.graph_prompt_rows: must be between 0 and 8,192, got 8,193; steps with prompts are",
         ),
+        ("decode: {engine: {compile_threads: 0}}", "decode.engine.compile_threads: must be between 1 and 64, got 0"),
         ("decode: {engine: {graph_prompt_rows: -1}}", "graph_prompt_rows: must be between 0 and 512, got -1"),
         (
             "decode: {engine: {device: cuda, cuda_graphs: false, graph_prompt_rows: 16}}",

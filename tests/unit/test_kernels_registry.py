@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import subprocess
 import sys
+import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,10 @@ from cluster.engine.kernels.probe_lists import ATTENTION_PROBES, LINEAR_PROBES
 from cluster.engine.kernels.probes import CacheShape, EqualsReference, Magnitudes, Probe, attention_probe
 from cluster.engine.kernels.registry import Candidate, Operation, Registry, describe_difference
 from cluster.errors import ConfigError
+
+fingerprints = importlib.import_module(
+    "cluster.engine.kernels.fingerprint"
+)  # whose name in the package is the function
 
 
 class SplitK(ReferenceOps):
@@ -147,6 +154,45 @@ def test_differences_are_counted_in_bits() -> None:
     assert minus.startswith("1 of 3 values differ, first at (0,)")
     assert describe_difference(zeros, zeros.double()) is not None
     assert describe_difference(zeros, zeros[:2]) is not None
+
+
+def filled(value: float, ops: Ops) -> tuple[torch.Tensor, ...]:
+    return (torch.full((2,), value),)
+
+
+def test_probes_of_a_fingerprint_run_at_once_and_count_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first to end is the last of the list."""
+    met, done = threading.Barrier(3), [threading.Event() for _ in range(4)]
+    done[3].set()
+
+    def probe(index: int) -> Probe:
+        def run(ops: Ops) -> tuple[torch.Tensor, ...]:
+            met.wait(10.0)
+            assert done[index + 1].wait(10.0)
+            done[index].set()
+            return filled(float(index), ops)
+
+        return Probe(f"probe {index}", run)
+
+    ops, shown = get_ops("cpu", 1), list[tuple[int, int]]()
+    monkeypatch.setattr(fingerprints, "ALL_PROBES", tuple(probe(index) for index in range(3)))
+    at_once = fingerprint(ops, num_threads=3, progress=lambda done, total: shown.append((done, total)))
+    assert shown == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    plain = [Probe(f"probe {index}", partial(filled, float(index))) for index in range(3)]
+    monkeypatch.setattr(fingerprints, "ALL_PROBES", tuple(plain))
+    assert fingerprint(ops) == at_once
+    monkeypatch.setattr(fingerprints, "ALL_PROBES", tuple(plain[::-1]))
+    assert fingerprint(ops) != at_once
+
+
+def test_a_probe_that_fails_in_a_thread_ends_the_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(ops: Ops) -> tuple[torch.Tensor, ...]:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(fingerprints, "ALL_PROBES", tuple(Probe(f"probe {index}", fail) for index in range(9)))
+    with pytest.raises(RuntimeError, match="no such instruction"):
+        fingerprint(get_ops("cpu", 1), num_threads=2)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("probe")]
 
 
 def test_fingerprint_is_one_for_all_threads_and_processes(monkeypatch: pytest.MonkeyPatch) -> None:

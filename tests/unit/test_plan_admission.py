@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import msgspec
@@ -143,6 +145,27 @@ def test_rows_of_one_scope_share_a_verdict_and_its_warning(caplog: pytest.LogCap
     assert [served(admission, trial) for trial in trials] == [SECOND] * 3
     assert [trial.number_of(WANTED) for trial in trials] == [1, 0, 1]
     assert len(warnings_of(caplog)) == 2
+
+
+def test_threads_that_want_a_plan_at_once_try_it_once(caplog: pytest.LogCaptureFixture) -> None:
+    admission, begun, go_on = PlanAdmission(CPU), threading.Event(), threading.Event()
+
+    def slow(inputs: torch.Tensor) -> torch.Tensor:
+        begun.set()
+        assert go_on.wait(10.0)
+        return one_ulp_off(inputs)
+
+    trials = [FakeTrial({WANTED: slow}, num_rows) for num_rows in (5, 8)]
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(served, admission, trials[0])
+        assert begun.wait(10.0)
+        second = pool.submit(served, admission, trials[1])
+        with pytest.raises(TimeoutError):
+            second.result(0.1)  # waits for the verdict
+        go_on.set()
+        assert [first.result(10.0), second.result(10.0)] == [SECOND, SECOND]
+    assert [trial.number_of(WANTED) for trial in trials] == [1, 0]
+    assert len(warnings_of(caplog)) == len(admission.refusals) == 1
 
 
 def test_scopes_end_at_powers_of_two() -> None:

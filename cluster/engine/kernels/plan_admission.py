@@ -14,6 +14,8 @@ verdict yet is served by the reference then.
 from __future__ import annotations
 
 import logging
+import threading
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -70,12 +72,13 @@ class Trial(Protocol[Plan]):
 
 
 class PlanAdmission:
-    """Verdicts of one process on one device."""
+    """Verdicts of one process on one device. Threads may ask at once: each plan is tried by one of them."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._serving: dict[Hashable, Any] = {}
         self._refusals: dict[tuple[Hashable, msgspec.Struct], str | None] = {}
+        self._locks: defaultdict[Hashable, threading.RLock] = defaultdict(threading.RLock)  # one trial of each
 
     @property
     def refusals(self) -> list[str]:
@@ -100,10 +103,11 @@ class PlanAdmission:
             if plan == trial.others[-1]:
                 break
             key = (trial.scope(plan), plan)
-            if key not in self._refusals:
-                reason = self._refusals[key] = self._refusal(trial, plan)
-                if reason is not None:
-                    refused[plan] = reason
+            with self._locks[key]:
+                if key not in self._refusals:
+                    reason = self._refusals[key] = self._refusal(trial, plan)
+                    if reason is not None:
+                        refused[plan] = reason
             if self._refusals[key] is None:
                 break
         else:
