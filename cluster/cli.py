@@ -137,6 +137,7 @@ def plan(
     """
     from cluster.launch.cores import usable_cores
     from cluster.launch.gpus import count_gpus, place_on_gpus
+    from cluster.launch.mps import operator_runs_one
     from cluster.launch.ray_plan import check_ray
     from cluster.launch.topology import plan_topology
     from cluster.launch.topology_table import topology_table
@@ -146,7 +147,7 @@ def plan(
         check_ray(config)
     topology = plan_topology(config, usable_cores())
     if num_gpus := count_gpus():  # elsewhere the plan shows what was asked for
-        topology = place_on_gpus(topology, config, num_gpus)
+        topology = place_on_gpus(topology, config, num_gpus, has_daemon=operator_runs_one())
     Console().print(topology_table(topology, config))
 
 

@@ -63,7 +63,7 @@ class PoolSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     replicas: int = 1  # number of workers
     host: str = "127.0.0.1"  # address the workers listen on, for the router and the other pool
     port: int = 0  # of the first worker, the next ones count up; 0: free ports are chosen
-    gpu_percent: int | None = None  # of a GPU's multiprocessors (MPS); null: all, or prefill 80 on a shared one
+    gpu_percent: int | None = None  # of a shared GPU's multiprocessors (MPS); null: prefill 80, decode 100
     engine: EngineConfig = EngineConfig()  # see the section `engine`
 
 

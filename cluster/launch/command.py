@@ -16,9 +16,9 @@ from cluster.errors import TandemError
 from cluster.launch.control_socket import control_server
 from cluster.launch.cores import usable_cores
 from cluster.launch.external_identity import read_identity
-from cluster.launch.gpus import count_gpus, place_on_gpus, shared_gpus
+from cluster.launch.gpus import count_gpus, place_on_gpus, shared_gpus, shares_without_effect
 from cluster.launch.local import LocalLauncher
-from cluster.launch.mps import mps_daemon
+from cluster.launch.mps import mps_daemon, operator_runs_one
 from cluster.launch.pools import LocalWorker, Members, WorkerPools
 from cluster.launch.ports import check_port_free, choose_free_port
 from cluster.launch.run_directory import cluster_key_file, run_directory
@@ -49,7 +49,10 @@ def launch_here(config: ClusterConfig, console: Console, show: Callable[[TandemE
 def launch_local(config: ClusterConfig, console: Console) -> None:
     """Blocks until the deployment has ended. Raises an error of our tree when it could not start, or
     when a process died for good."""
-    topology = place_on_gpus(plan_topology(config, usable_cores()), config, count_gpus())
+    has_daemon = operator_runs_one()
+    topology = place_on_gpus(plan_topology(config, usable_cores()), config, count_gpus(), has_daemon=has_daemon)
+    for without_effect in shares_without_effect(topology, config):
+        console.print(f"[yellow]warning[/] {without_effect}")
     check_ports(topology)
     model = find_model(config.model.reference, console)
     config = _with_draft_model_found(config, console)

@@ -23,9 +23,11 @@ from cluster.types import Role
 DEFAULT_PERCENT = {Role.PREFILL: 80, Role.DECODE: 100}
 
 
-def place_on_gpus(topology: Topology, config: ClusterConfig, num_gpus: int) -> Topology:
+def place_on_gpus(topology: Topology, config: ClusterConfig, num_gpus: int, *, has_daemon: bool) -> Topology:
     """The same topology with a numbered GPU for every rank that computes on one.
 
+    `has_daemon`: the operator runs MPS. A rank that has a GPU to itself has a share of it only then: without MPS a
+    share does nothing, but a worker that is told of one does without the library's products (`gpu_share.py`).
     Raises `ConfigError` that names the pool when there is no such GPU.
     """
     if not any(rank.device.startswith("cuda") for group in topology.groups for rank in group.ranks):
@@ -37,7 +39,8 @@ def place_on_gpus(topology: Topology, config: ClusterConfig, num_gpus: int) -> T
     )
     users = Counter(rank.device for group in placed for rank in group.ranks)
     groups = tuple(
-        replace(group, ranks=tuple(_with_share(rank, group, users, config) for rank in group.ranks)) for group in placed
+        replace(group, ranks=tuple(_with_share(rank, group, users, config, has_daemon) for rank in group.ranks))
+        for group in placed
     )
     return replace(topology, groups=groups)
 
@@ -46,6 +49,20 @@ def shared_gpus(topology: Topology) -> frozenset[str]:
     """Devices that several ranks compute on."""
     users = Counter(rank.device for group in topology.groups for rank in group.ranks if rank.device.startswith("cuda"))
     return frozenset(device for device, count in users.items() if count > 1)
+
+
+def shares_without_effect(topology: Topology, config: ClusterConfig) -> list[str]:
+    """For the user to read: each worker whose pool was given a share that it does not have."""
+    found = []
+    for group in topology.groups:
+        pool, name = (config.prefill, "prefill") if group.role is Role.PREFILL else (config.decode, "decode")
+        alone = [rank.device for rank in group.ranks if rank.device.startswith("cuda") and rank.gpu_percent is None]
+        if pool.gpu_percent is not None and alone:
+            found.append(
+                f"{name}.gpu_percent: {pool.gpu_percent} has no effect on {group.name}, which has {alone[0]} to itself;"
+                " leave it out, or start MPS yourself and set CUDA_MPS_PIPE_DIRECTORY"
+            )
+    return found
 
 
 def count_gpus(environment: Mapping[str, str] = os.environ) -> int:
@@ -74,10 +91,10 @@ def _numbered(rank: Rank, group: WorkerGroup, numbers: Iterator[int], num_gpus: 
     return replace(rank, device=device)
 
 
-def _with_share(rank: Rank, group: WorkerGroup, users: Counter[str], config: ClusterConfig) -> Rank:
+def _with_share(rank: Rank, group: WorkerGroup, users: Counter[str], config: ClusterConfig, has_daemon: bool) -> Rank:
     pool = config.prefill if group.role is Role.PREFILL else config.decode
     num_users = users[rank.device]
     if num_users <= 1 or not rank.device.startswith("cuda"):
-        return replace(rank, gpu_percent=pool.gpu_percent)
+        return replace(rank, gpu_percent=pool.gpu_percent if has_daemon else None)
     percent = pool.gpu_percent or DEFAULT_PERCENT[group.role]
     return replace(rank, gpu_percent=percent, num_sharers=num_users)

@@ -12,14 +12,18 @@ import pytest
 from cluster.config import ClusterConfig
 from cluster.errors import ConfigError
 from cluster.launch import mps
-from cluster.launch.gpus import count_gpus, place_on_gpus, shared_gpus
+from cluster.launch.gpus import count_gpus, place_on_gpus, shared_gpus, shares_without_effect
 from cluster.launch.topology import Topology, plan_topology
 
 
-def placed(num_gpus: int, **document: Any) -> Topology:
+def configured(**document: Any) -> ClusterConfig:
     document = {name: {"engine": {"device": "cuda"}, **pool} for name, pool in document.items()}
-    config = msgspec.convert(document, ClusterConfig)
-    return place_on_gpus(plan_topology(config, 8), config, num_gpus)
+    return msgspec.convert(document, ClusterConfig)
+
+
+def placed(num_gpus: int, *, has_daemon: bool = False, **document: Any) -> Topology:
+    config = configured(**document)
+    return place_on_gpus(plan_topology(config, 8), config, num_gpus, has_daemon=has_daemon)
 
 
 def devices(topology: Topology) -> dict[str, tuple[str, int | None, int]]:
@@ -48,6 +52,37 @@ def test_workers_on_one_gpu_share_its_memory_and_multiprocessors() -> None:
     assert devices(told) == {"prefill-0": ("cuda:0", 40, 2), "decode-0": ("cuda:0", 80, 2)}
 
 
+def test_a_share_of_a_gpu_that_is_not_shared_needs_a_daemon_of_the_operator() -> None:
+    """Without one it does nothing, but the worker would do without the library."""
+    pools: dict[str, Any] = {"prefill": {"replicas": 2, "gpu_percent": 60}, "decode": {}}
+    on_two, on_three = placed(2, **pools), placed(3, **pools)
+    assert devices(on_two) == {
+        "prefill-0": ("cuda:0", 60, 2),
+        "prefill-1": ("cuda:1", None, 1),
+        "decode-0": ("cuda:0", 100, 2),
+    }
+    assert [percent for _, percent, _ in devices(on_three).values()] == [None, None, None]
+    assert [percent for _, percent, _ in devices(placed(3, has_daemon=True, **pools)).values()] == [60, 60, None]
+    config = configured(**pools)
+    (warning,) = shares_without_effect(on_two, config)
+    assert warning.startswith(
+        "prefill.gpu_percent: 60 has no effect on prefill-1, which has cuda:1 to itself; leave it out"
+    )
+    assert [text.partition(",")[0][-9:] for text in shares_without_effect(on_three, config)] == [
+        "prefill-0",
+        "prefill-1",
+    ]
+    assert shares_without_effect(placed(3, has_daemon=True, **pools), config) == []
+    assert shares_without_effect(placed(1, prefill={}, decode={}), configured(prefill={}, decode={})) == []
+
+
+def test_a_daemon_of_the_operator_is_known_by_its_pipe(tmp_path: Path) -> None:
+    assert not mps.operator_runs_one({}, tmp_path / "control")
+    assert mps.operator_runs_one({mps.PIPE_VARIABLE: "/mps"}, tmp_path / "control")
+    (tmp_path / "control").touch()
+    assert mps.operator_runs_one({}, tmp_path / "control")
+
+
 def test_a_numbered_device_is_taken_as_said_and_a_missing_one_refused_by_name() -> None:
     topology = placed(2, prefill={"engine": {"device": "cuda:1"}}, decode={"engine": {"device": "cuda:0"}})
     assert [device for device, _, _ in devices(topology).values()] == ["cuda:1", "cuda:0"]
@@ -60,7 +95,7 @@ def test_a_numbered_device_is_taken_as_said_and_a_missing_one_refused_by_name() 
 def test_workers_on_cpus_are_left_alone() -> None:
     config = ClusterConfig()
     topology = plan_topology(config, 4)
-    assert place_on_gpus(topology, config, 0) is topology
+    assert place_on_gpus(topology, config, 0, has_daemon=False) is topology
 
 
 def test_visible_gpus_are_counted() -> None:
