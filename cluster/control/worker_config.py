@@ -10,6 +10,7 @@ from typing import Literal
 import msgspec
 
 from cluster.addresses import is_loopback
+from cluster.config_checks import engine_problems
 from cluster.engine.config import EngineConfig
 from cluster.errors import ConfigError
 from kvconnector.ticket import MAX_LEASE_S, MIN_KEY_BYTES
@@ -71,6 +72,7 @@ def _problems(config: WorkerConfig) -> Iterator[str]:
         yield f"drain_timeout_s must be between 0 and 3600, got {config.drain_timeout_s}"
     if config.max_requests < 1:
         yield f"max_requests must be at least 1, got {config.max_requests}"
+    yield from engine_problems("engine", config.engine)
     if not config.allow_plaintext_network and not is_loopback(config.host):
         yield (
             f"host {config.host} lets other machines reach this worker, and nothing is encrypted; use 127.0.0.1, "

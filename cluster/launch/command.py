@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -16,7 +16,14 @@ from cluster.errors import TandemError
 from cluster.launch.control_socket import control_server
 from cluster.launch.cores import usable_cores
 from cluster.launch.external_identity import read_identity
-from cluster.launch.gpus import count_gpus, place_on_gpus, shared_gpus, shares_without_effect
+from cluster.launch.gpus import (
+    count_gpus,
+    place_on_gpus,
+    shared_gpus,
+    shares_of_others,
+    shares_without_effect,
+    with_a_gpu,
+)
 from cluster.launch.local import LocalLauncher
 from cluster.launch.mps import mps_daemon, operator_runs_one
 from cluster.launch.pools import LocalWorker, Members, WorkerPools
@@ -43,6 +50,9 @@ def launch_here(config: ClusterConfig, console: Console, show: Callable[[TandemE
         return 0
     from cluster.launch.external import launch_external
 
+    if identity.rank == 0:
+        for without_effect in shares_of_others(config):
+            console.print(f"[yellow]warning[/] {without_effect}")
     return launch_external(config, identity, console, show)
 
 
@@ -65,7 +75,8 @@ def launch_local(config: ClusterConfig, console: Console) -> None:
         specs = process_specs(config, topology, model, model_name, directory, key_file)
         serving = Serving(url=topology.router.url, model_name=model_name, summary=topology.summary)
 
-        def make_worker(group: WorkerGroup) -> LocalWorker:
+        def make_worker(group: WorkerGroup, present: Sequence[WorkerGroup]) -> LocalWorker:
+            group = with_a_gpu(group, present, config, count_gpus(), has_daemon=has_daemon)
             group = with_port(group, choose_free_port)
             spec = worker_spec(config, group, model, model_name, directory, key_file)
             return LocalWorker(group, spec, directory)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,6 +45,35 @@ def place_on_gpus(topology: Topology, config: ClusterConfig, num_gpus: int, *, h
     return replace(topology, groups=groups)
 
 
+def with_a_gpu(
+    group: WorkerGroup, present: Sequence[WorkerGroup], config: ClusterConfig, num_gpus: int, *, has_daemon: bool
+) -> WorkerGroup:
+    """A worker that joins `present`, on the GPU whose memory is claimed least; where the configuration gives a number,
+    there. Raises `ConfigError` if those who are there have claimed all of it."""
+    engine = (config.prefill if group.role is Role.PREFILL else config.decode).engine
+    if not engine.device.startswith("cuda"):
+        return group
+    claimed: dict[str, float] = {f"cuda:{number}": 0.0 for number in range(num_gpus)}
+    users: Counter[str] = Counter()
+    for rank in (rank for other in present for rank in other.ranks if rank.device.startswith("cuda")):
+        claimed[rank.device] = claimed.get(rank.device, 0.0) + 1 / rank.num_sharers
+        users[rank.device] += 1
+    ranks = []
+    for rank in group.ranks:
+        device = min(claimed, key=lambda each: claimed[each]) if engine.device == "cuda" else engine.device
+        users[device] += 1
+        placed = _with_share(replace(rank, device=device, num_sharers=1), group, users, config, has_daemon)
+        is_said = engine.gpu_memory_fraction is not None or engine.kv_cache_bytes is not None
+        if claimed[device] + 1 / placed.num_sharers > 1.001 and not is_said:
+            raise ConfigError(
+                f"{group.name} would share {device}, and the workers there have claimed its memory: drain one first, "
+                f"or launch with {group.role.value}.engine.gpu_memory_fraction set for as many workers as there will be"
+            )
+        claimed[device] += 1 / placed.num_sharers
+        ranks.append(placed)
+    return replace(group, ranks=tuple(ranks))
+
+
 def shared_gpus(topology: Topology) -> frozenset[str]:
     """Devices that several ranks compute on."""
     users = Counter(rank.device for group in topology.groups for rank in group.ranks if rank.device.startswith("cuda"))
@@ -63,6 +92,17 @@ def shares_without_effect(topology: Topology, config: ClusterConfig) -> list[str
                 " leave it out, or start MPS yourself and set CUDA_MPS_PIPE_DIRECTORY"
             )
     return found
+
+
+def shares_of_others(config: ClusterConfig) -> list[str]:
+    """For the user to read, where an outer launcher or Ray places the workers."""
+    pools = {"prefill": config.prefill, "decode": config.decode}
+    return [
+        f"{name}.gpu_percent: {pool.gpu_percent} has no effect, GPUs are shared by whoever places the workers; set "
+        "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE there"
+        for name, pool in pools.items()
+        if pool.gpu_percent is not None
+    ]
 
 
 def count_gpus(environment: Mapping[str, str] = os.environ) -> int:

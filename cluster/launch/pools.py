@@ -9,7 +9,7 @@ One change at a time; a change that fails leaves the pools as they are and says 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -56,7 +56,8 @@ class PoolWorker(Protocol):
         ...
 
 
-MakeWorker = Callable[[WorkerGroup], PoolWorker]  # of a group that has a name and ranks, and perhaps a port
+# Of a group that has a name and ranks, and perhaps a port; and of the groups it joins.
+MakeWorker = Callable[[WorkerGroup, Sequence[WorkerGroup]], PoolWorker]
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +191,7 @@ class WorkerPools:
     def _plan_one(self, role: Role) -> PoolWorker:
         like = self._of(role)[0].group
         present = [worker.group for worker in self._workers]
-        return self._make_worker(next_group(like, present, self._config.pool(role).port))
+        return self._make_worker(next_group(like, present, self._config.pool(role).port), present)
 
     async def _join(self, worker: PoolWorker) -> None:
         try:

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from cluster.config import ClusterConfig
 from cluster.launch.command import answers_health, check_ports, find_model, run_with_control
+from cluster.launch.gpus import shares_of_others
 from cluster.launch.local import LocalLauncher
 from cluster.launch.pools import Members, WorkerPools
 from cluster.launch.ports import choose_free_port
@@ -39,6 +40,8 @@ def launch_ray(config: ClusterConfig, console: Console) -> None:
     """Blocks until the deployment has ended. Raises an error of our tree when it could not start, when a process died
     for good, or when Ray is gone."""
     check_ray(config)
+    for without_effect in shares_of_others(config):
+        console.print(f"[yellow]warning[/] {without_effect}")
     topology = plan_topology(config, num_cores=1)
     if config.launch.ray.router == "driver":
         front = replace(topology, groups=())
@@ -61,7 +64,7 @@ def launch_ray(config: ClusterConfig, console: Console) -> None:
         view = stack.enter_context(launch_view(serving, [process.name for process in processes], console))
         launcher = LocalLauncher(processes, config.launch, view, lambda: answers_health(serving))
         pools = WorkerPools(
-            launcher, config, serving, workers, lambda group: RayWorker(cluster, blueprint, group), blueprint.members
+            launcher, config, serving, workers, lambda group, _: RayWorker(cluster, blueprint, group), blueprint.members
         )
         asyncio.run(_run(cluster, launcher, pools, router, directory))
 

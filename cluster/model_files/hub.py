@@ -8,12 +8,15 @@ from cluster.errors import ModelError
 from cluster.model_files.cache import Progress
 
 # Weights and data only: no Python, no pickles.
-_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.json"]
+_WEIGHTS = ["*.safetensors"]
+_DATA = ["*.json", "*.jinja", "merges.txt", "vocab.json"]
 _DUPLICATES = ["consolidated*"]  # the same weights in another naming
 
 
-def fetch_from_hub(repository: str, revision: str | None, progress: Progress) -> tuple[Path, str]:
-    """Fetch a snapshot and return its directory and the commit it is pinned to.
+def fetch_from_hub(
+    repository: str, revision: str | None, progress: Progress, *, has_weights: bool = True
+) -> tuple[Path, str]:
+    """Fetch a snapshot, with or without its weights, and return its directory and the commit it is pinned to.
 
     Without a revision the main branch is resolved to a commit once, so that the answer names exactly
     what was loaded. Raises `ModelError`: no network, no such model, no access.
@@ -32,8 +35,9 @@ def fetch_from_hub(repository: str, revision: str | None, progress: Progress) ->
         commit = HfApi().model_info(repository, revision=revision, timeout=20.0).sha
         if commit is None:
             raise ModelError(f"{wanted}: the Hugging Face hub names no commit for it")
+        patterns = [*_WEIGHTS, *_DATA] if has_weights else _DATA
         directory = Path(
-            snapshot_download(repository, revision=commit, allow_patterns=_PATTERNS, ignore_patterns=_DUPLICATES)
+            snapshot_download(repository, revision=commit, allow_patterns=patterns, ignore_patterns=_DUPLICATES)
         )
     except HfHubHTTPError as error:
         raise ModelError(f"{wanted} cannot be fetched from the Hugging Face hub: {error}") from error

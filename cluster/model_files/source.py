@@ -33,10 +33,13 @@ class ModelSource(msgspec.Struct, frozen=True):
     revision: str = ""
 
 
-def resolve_model(path_or_name: str | Path, progress: Progress = no_progress) -> ModelSource:
+def resolve_model(
+    path_or_name: str | Path, progress: Progress = no_progress, *, has_weights: bool = True
+) -> ModelSource:
     """Find a model, fetching it if it is named `demo` or by a Hugging Face id (`org/name[@revision]`).
 
-    A path that exists wins over a Hugging Face id. Raises `ModelError` saying what was expected.
+    `has_weights` False: of a Hugging Face id only what a tokenizer needs. A path that exists wins over a Hugging Face
+    id. Raises `ModelError` saying what was expected.
     """
     text = str(path_or_name)
     if text == DEMO_NAME:
@@ -52,7 +55,9 @@ def resolve_model(path_or_name: str | Path, progress: Progress = no_progress) ->
             f"no model {text!r}: it is neither a file or directory here, nor a Hugging Face id (org/name), nor 'demo'"
         )
     repository = hub_id["repository"]
-    directory, revision = fetch_from_hub(repository, hub_id["revision"], progress)
+    directory, revision = fetch_from_hub(repository, hub_id["revision"], progress, has_weights=has_weights)
+    if not has_weights:
+        return ModelSource(SourceKind.DIRECTORY, directory, name=repository, revision=revision)
     return msgspec.structs.replace(_directory(directory), name=repository, revision=revision)
 
 

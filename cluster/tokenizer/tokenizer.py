@@ -44,7 +44,7 @@ class Tokenizer:
         Raises `ModelError` naming the file: missing, malformed, of an unsupported kind.
         """
         if not isinstance(source, ModelSource):
-            source = resolve_model(source, progress)
+            source = resolve_model(source, progress, has_weights=False)
         return Tokenizer(source, read_parts(source))
 
     def encode(self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:

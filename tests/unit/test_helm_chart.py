@@ -154,11 +154,22 @@ def test_pods_listen_on_ipv6_where_asked(tmp_path: Path) -> None:
     assert on_ray.router.host == "::"
 
 
-def test_the_quantization_reaches_the_workers() -> None:
+def test_the_quantization_reaches_the_workers(tmp_path: Path) -> None:
     for value, expected in (("", None), ("fp8", "fp8")):
+        on_ray = cluster_config(render(changed(read_values("kuberay"), model__quantization=value)), tmp_path)
+        assert on_ray.model.quantization == expected
         manifests = render(changed(read_values("cpu-demo"), model__quantization=value))
         configs = [msgspec.json.decode(_config(manifests, role), type=WorkerConfig) for role in ("prefill", "decode")]
         assert [config.model_quantization for config in configs] == [expected, expected]
+
+
+def test_the_format_of_logs_reaches_every_process(tmp_path: Path) -> None:
+    manifests = render(changed(read_values("cpu-demo"), logging__format="json"))
+    assert [json.loads(_config(manifests, role))["log_format"] for role in ("router", "prefill", "decode")] == [
+        "json"
+    ] * 3
+    on_ray = cluster_config(render(changed(read_values("kuberay"), logging__format="json")), tmp_path)
+    assert on_ray.logging.format == "json"
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {*SINGLE_RANK, *ON_RAY}))
@@ -388,6 +399,16 @@ def test_advertised_host_comes_from_the_environment(tmp_path: Path, monkeypatch:
     assert read_config(str(path)).advertised_host == "worker.example"
     path.write_text('{"model": "demo", "host": "0.0.0.0"}')
     with pytest.raises(ConfigError, match="allow_plaintext_network"):
+        read_config(str(path))
+
+
+def test_a_worker_checks_its_engine_s_values(tmp_path: Path) -> None:
+    """A chart renders what `cluster launch` would refuse."""
+    from cluster.control.worker_config import read_config
+
+    path = tmp_path / "config.json"
+    path.write_text('{"model": "demo", "engine": {"max_batched_tokens": 32, "max_num_sequences": 64}}')
+    with pytest.raises(ConfigError, match=r"engine.max_batched_tokens: 32 is less than max_num_sequences \(64\)"):
         read_config(str(path))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,14 @@ import pytest
 from cluster.config import ClusterConfig
 from cluster.errors import ConfigError
 from cluster.launch import mps
-from cluster.launch.gpus import count_gpus, place_on_gpus, shared_gpus, shares_without_effect
+from cluster.launch.gpus import (
+    count_gpus,
+    place_on_gpus,
+    shared_gpus,
+    shares_of_others,
+    shares_without_effect,
+    with_a_gpu,
+)
 from cluster.launch.topology import Topology, plan_topology
 
 
@@ -74,6 +82,46 @@ def test_a_share_of_a_gpu_that_is_not_shared_needs_a_daemon_of_the_operator() ->
     ]
     assert shares_without_effect(placed(3, has_daemon=True, **pools), config) == []
     assert shares_without_effect(placed(1, prefill={}, decode={}), configured(prefill={}, decode={})) == []
+
+
+def test_shares_are_the_business_of_who_places_the_workers() -> None:
+    (warning,) = shares_of_others(configured(prefill={"gpu_percent": 60}, decode={}))
+    assert warning.startswith("prefill.gpu_percent: 60 has no effect")
+    assert shares_of_others(configured(prefill={}, decode={})) == []
+
+
+def joined(
+    topology: Topology, name: str, num_gpus: int, without: str = "", **pools: Any
+) -> tuple[str, int | None, int]:
+    """Where a worker goes that joins those of the topology, but for one that has left."""
+    present = [group for group in topology.groups if group.name != without]
+    like = next(group for group in topology.groups if name.startswith(group.role.value))
+    group = replace(like, name=name)
+    (rank,) = with_a_gpu(group, present, configured(**pools), num_gpus, has_daemon=False).ranks
+    return rank.device, rank.gpu_percent, rank.num_sharers
+
+
+def test_a_worker_that_joins_takes_the_gpu_that_is_free() -> None:
+    pools: dict[str, Any] = {"prefill": {"replicas": 2}, "decode": {}}
+    assert joined(placed(4, **pools), "decode-1", 4, **pools) == ("cuda:3", None, 1)
+    assert joined(placed(3, **pools), "prefill-1", 3, without="prefill-1", **pools) == ("cuda:1", None, 1)
+    with pytest.raises(
+        ConfigError, match=r"decode-1 would share cuda:0, and the workers there have claimed its memory"
+    ):
+        joined(placed(3, **pools), "decode-1", 3, **pools)
+    fraction = {"engine": {"device": "cuda", "gpu_memory_fraction": 0.3}}
+    assert joined(placed(3, **pools), "decode-1", 3, prefill=pools["prefill"], decode=fraction) == ("cuda:0", 100, 2)
+
+
+def test_a_worker_that_joins_shares_as_the_one_did_that_left() -> None:
+    pools: dict[str, Any] = {"prefill": {}, "decode": {}}
+    assert joined(placed(1, **pools), "prefill-0", 1, without="prefill-0", **pools) == ("cuda:0", 80, 2)
+    numbered: dict[str, Any] = {"prefill": {"engine": {"device": "cuda:1"}}, "decode": {"engine": {"device": "cuda:0"}}}
+    assert joined(placed(3, **numbered), "prefill-0", 3, without="prefill-0", **numbered) == ("cuda:1", None, 1)
+    with pytest.raises(ConfigError, match=r"prefill-1 would share cuda:1"):
+        joined(placed(3, **numbered), "prefill-1", 3, **numbered)
+    on_cpu: dict[str, Any] = {"prefill": {"engine": {"device": "cpu"}}, "decode": {"engine": {"device": "cpu"}}}
+    assert joined(placed(0, **on_cpu), "decode-1", 0, **on_cpu) == ("cpu", None, 1)
 
 
 def test_a_daemon_of_the_operator_is_known_by_its_pipe(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,6 +66,27 @@ def test_a_hub_id_without_network_says_what_to_do(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match=r"org/name@main cannot be fetched, .* is not reachable"):
         resolve_model("org/name")
+
+
+@pytest.mark.parametrize("has_weights", [True, False])
+def test_who_only_needs_a_tokenizer_fetches_no_weights(
+    has_weights: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def download(repository: str, *, revision: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        if "*.safetensors" in allow_patterns:
+            (tmp_path / "model.safetensors").touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: SimpleNamespace(sha="c0ffee"))
+    source = resolve_model("org/name", has_weights=has_weights)
+    assert (source.kind, source.path, source.name) == (SourceKind.DIRECTORY, tmp_path, "org/name")
+    assert source.revision == "c0ffee"
+    assert ("*.safetensors" in asked) is has_weights
+    assert "*.json" in asked
 
 
 class FakeWheel:

@@ -31,6 +31,7 @@ def pool_bytes(config: EngineConfig, device: torch.device, step_bytes: int) -> t
     """
     free, total = torch.cuda.mem_get_info(device)
     if config.kv_cache_bytes is not None:
+        _check_pool_fits(config.kv_cache_bytes, device, free - step_bytes - RESERVE_BYTES, free, total)
         return config.kv_cache_bytes, "kv_cache_bytes"
     fraction = config.gpu_memory_fraction or DEFAULT_GPU_FRACTION
     mine = torch.cuda.memory_reserved(device)
@@ -41,6 +42,16 @@ def pool_bytes(config: EngineConfig, device: torch.device, step_bytes: int) -> t
         f"{_gib(step_bytes + RESERVE_BYTES)}; gpu_memory_fraction {fraction:g}"
     )
     return num_bytes, source
+
+
+def _check_pool_fits(num_bytes: int, device: torch.device, room: int, free: int, total: int) -> None:
+    """A pool that fits may leave too little for steps, which would be found out while requests run."""
+    if num_bytes > room:
+        fix = f"set at most {room >> 20}MiB" if room > 0 else "use a GPU with more memory, or lower max_batched_tokens"
+        raise StartupError(
+            f"engine.kv_cache_bytes: {_gib(num_bytes)} GiB do not fit on {device}: {_gib(free)} of {_gib(total)} GiB "
+            f"are free beside the weights{_taken(device, free, total)}, and steps need {_gib(free - room)}; {fix}"
+        )
 
 
 def allocate_pool(layout: KVLayout, num_blocks: int, device: torch.device) -> KVCache:

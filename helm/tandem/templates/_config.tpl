@@ -11,6 +11,7 @@
   "port" (int $values.router.port)
   "drain_timeout_s" $values.router.drainTimeoutSeconds
   "log_level" $values.logging.level
+  "log_format" $values.logging.format
 -}}
 {{- merge $config $values.router.config | toPrettyJson -}}
 {{- end -}}
@@ -32,6 +33,7 @@
   "drain_timeout_s" $pool.drainTimeoutSeconds
   "allow_plaintext_network" $values.security.allowPlaintextNetwork
   "log_level" $values.logging.level
+  "log_format" $values.logging.format
 -}}
 {{- with $values.model.quantization -}}
 {{- $_ := set $config "model_quantization" . -}}

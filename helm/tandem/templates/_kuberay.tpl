@@ -9,6 +9,9 @@ go without a restart of the others). */}}
 {{- if eq $values.model.source "huggingface" -}}
 {{- $model = dict "path" $values.model.huggingface.repository "revision" $values.model.huggingface.revision "served_name" $values.model.name -}}
 {{- end -}}
+{{- with $values.model.quantization -}}
+{{- $_ := set $model "quantization" . -}}
+{{- end -}}
 {{- $startup := max (int $values.prefill.startupSeconds) (int $values.decode.startupSeconds) -}}
 {{- $ray := dict
   "address" "127.0.0.1:6379"
@@ -23,7 +26,7 @@ go without a restart of the others). */}}
   "router" (merge (dict "host" $values.listenHost "port" (int $values.router.port)) $values.router.config)
   "connector" $values.connector
   "security" (dict "allow_plaintext_network" $values.security.allowPlaintextNetwork "cluster_key_file" "/var/run/secrets/tandem/cluster-key")
-  "logging" (dict "level" $values.logging.level)
+  "logging" (dict "level" $values.logging.level "format" $values.logging.format)
   "launch" (dict "backend" "ray" "start_timeout_s" $startup "drain_timeout_s" (include "tandem.rayDrain" $values | int) "ray" $ray)
 -}}
 {{- range $role := list "prefill" "decode" -}}
