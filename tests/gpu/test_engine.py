@@ -72,7 +72,8 @@ def test_a_kernel_that_couples_rows_is_noticed(model: Any, ops: CudaOps, monkeyp
 def test_a_pool_that_does_not_fit_names_what_was_needed_and_what_was_there(model: Any, ops: CudaOps) -> None:
     _free, total = torch.cuda.mem_get_info()
     config = EngineConfig(device="cuda", kv_cache_bytes=total, max_model_len=2048, max_num_sequences=4)
-    with pytest.raises(StartupError, match=r"KV pool of .* GiB does not fit on cuda.*: .* are free.*kv_cache_bytes"):
+    message = r"engine\.kv_cache_bytes: .* GiB do not fit on cuda.*: .* GiB are free .*; set at most \d+MiB"
+    with pytest.raises(StartupError, match=message):
         Engine(model, config, ops, DecodePolicy())
     torch.cuda.empty_cache()
     small = msgspec.structs.replace(config, kv_cache_bytes=1 << 20)
