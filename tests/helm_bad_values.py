@@ -94,6 +94,10 @@ BAD_VALUES: tuple[tuple[dict[str, Any], str], ...] = (
         },
         "decode.group.ranksPerPod (8) is larger than accelerator.count (4)",
     ),
+    (
+        {"decode__accelerator": GPU, "decode__engine__device": "cuda"},
+        "decode.accelerator.count is 4, and the ranks of a pod (1) use one each: the others would be idle; raise",
+    ),
     ({"decode__engine__device": "cuda"}, "neither accelerator.resource nor accelerator.claim is set"),
     ({"decode__accelerator": GPU}, "the accelerator would be idle"),
     (

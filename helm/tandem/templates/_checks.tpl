@@ -132,6 +132,9 @@
 {{- if and .pool.accelerator.resource (gt $perPod (int .pool.accelerator.count)) -}}
 {{- fail (printf "%s.group.ranksPerPod (%d) is larger than accelerator.count (%v): every rank needs its own" $role $perPod .pool.accelerator.count) -}}
 {{- end -}}
+{{- if and .pool.accelerator.resource (lt $perPod (int .pool.accelerator.count)) -}}
+{{- fail (printf "%s.accelerator.count is %v, and the ranks of a pod (%d) use one each: the others would be idle; raise %s.replicas instead" $role .pool.accelerator.count $perPod $role) -}}
+{{- end -}}
 {{- if and (gt (include "tandem.podsPerGroup" .pool | int) 1) (ne .pool.workload "LeaderWorkerSet") (not .values.disaggregatedSet.enabled) -}}
 {{- fail (printf "%s.group spans %s pods, which a %s cannot keep together; set %s.workload to LeaderWorkerSet" $role (include "tandem.podsPerGroup" .pool) .pool.workload $role) -}}
 {{- end -}}
