@@ -9,7 +9,8 @@ import torch
 
 from benchmarks.gpu.candidates import fits
 from benchmarks.gpu.gemm import revealing_inputs
-from cluster.engine.kernels.cuda_ops import CudaLinearWeight, CudaOps
+from cluster.engine.kernels.cuda_ops import CudaOps
+from cluster.engine.kernels.cuda_weights import CudaLinearWeight
 from cluster.engine.kernels.triton.plans import REFERENCE_LINEAR, LinearPlan
 
 _WIDTH = 1024  # of the layers of a chain

@@ -19,7 +19,8 @@ from benchmarks.gpu.random_model import LLAMA_8B, random_decoder
 from benchmarks.gpu.record_engine import BATCHES, PEER_PREFILL, appender
 from cluster.engine.batch import Batch
 from cluster.engine.gpu.runner import GpuModelRunner, LaunchedGpuStep
-from cluster.engine.kernels.cuda_ops import CudaLinearWeight, CudaOps
+from cluster.engine.kernels.cuda_ops import CudaOps
+from cluster.engine.kernels.cuda_weights import CudaLinearWeight
 from cluster.engine.kernels.ops import AttentionMetadata, LinearWeight
 
 

@@ -12,7 +12,8 @@ import torch
 from benchmarks.gpu.candidates import candidates, hopper, stream
 from benchmarks.gpu.gemm import revealing_inputs, use_default_cublas
 from benchmarks.gpu.linear_checks import chain_differs, failures
-from cluster.engine.kernels.cuda_ops import CudaLinearWeight, CudaOps
+from cluster.engine.kernels.cuda_ops import CudaOps
+from cluster.engine.kernels.cuda_weights import CudaLinearWeight
 from cluster.engine.kernels.triton import launch, launch_hopper, linear, linear_stream, overlap
 from cluster.engine.kernels.triton.plans import REFERENCE_LINEAR, LinearPlan
 from tests.gpu.support import bits_equal, in_graph, mutated, num_differing, relative_error
