@@ -12,7 +12,8 @@ import triton
 from benchmarks.gpu.moe_candidates import gemm_plans, tilings
 from benchmarks.gpu.moe_inputs import MoeInputs
 from benchmarks.gpu.timing import graph_ms
-from cluster.engine.kernels.cuda_ops import CudaExpertWeight, CudaLinearWeight, CudaOps
+from cluster.engine.kernels.cuda_ops import CudaOps
+from cluster.engine.kernels.cuda_weights import CudaExpertWeight, CudaLinearWeight
 from cluster.engine.kernels.triton import moe_launch
 from cluster.engine.kernels.triton.moe_plans import GroupedPlan, Kind, MoePlan, MoeShape
 
