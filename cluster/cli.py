@@ -136,7 +136,7 @@ def plan(
         cluster plan cluster.yaml --ray              and what Ray is asked for
     """
     from cluster.launch.cores import usable_cores
-    from cluster.launch.gpus import count_gpus, place_on_gpus, shares_without_effect
+    from cluster.launch.gpus import count_gpus, place_on_gpus, shares_of_others, shares_without_effect
     from cluster.launch.mps import operator_runs_one
     from cluster.launch.ray_plan import check_ray
     from cluster.launch.topology import plan_topology
@@ -146,11 +146,16 @@ def plan(
     if config.launch.backend == "ray":
         check_ray(config)
     topology = plan_topology(config, usable_cores())
-    if num_gpus := count_gpus():  # elsewhere the plan shows what was asked for
+    num_gpus = count_gpus()
+    if num_gpus and config.launch.backend != "ray":  # elsewhere the plan shows what was asked for
         topology = place_on_gpus(topology, config, num_gpus, has_daemon=operator_runs_one())
     console = Console()
     console.print(topology_table(topology, config))
-    for warning in shares_without_effect(topology, config) if num_gpus else ():
+    if config.launch.backend == "ray":
+        warnings = shares_of_others(config)
+    else:
+        warnings = shares_without_effect(topology, config) if num_gpus else []
+    for warning in warnings:
         console.print(f"[yellow]warning[/] {warning}")
 
 

@@ -27,8 +27,9 @@ def host_problems(path: str, host: str) -> Iterator[str]:
             yield f"{path}: {host!r} is neither an IP address nor a host name; without a port, such as 127.0.0.1"
 
 
-def engine_problems(path: str, engine: EngineConfig) -> Iterator[str]:
-    """Of an engine's values; `path` is where they stand in the configuration."""
+def engine_problems(path: str, engine: EngineConfig, least_pool_bytes: int = MIB) -> Iterator[str]:
+    """Of an engine's values; `path` is where they stand in the configuration. `least_pool_bytes`: fewer are a number
+    whose unit was forgotten, where one may be given."""
     limits = engine.limits
     yield from between(f"{path}.block_size", limits.block_size, 16, 256, "it is a number of tokens, such as 32")
     if limits.block_size % 16:
@@ -36,7 +37,7 @@ def engine_problems(path: str, engine: EngineConfig) -> Iterator[str]:
         yield f"{path}.block_size: must be a multiple of 16, got {limits.block_size}; the nearest is {nearest}"
     if engine.kv_cache_bytes is not None:
         hint = "write it with a unit, such as 2GiB, or leave it out to have it chosen from the free memory"
-        yield from between(f"{path}.kv_cache_bytes", engine.kv_cache_bytes, MIB, 1 << 44, hint)
+        yield from between(f"{path}.kv_cache_bytes", engine.kv_cache_bytes, least_pool_bytes, 1 << 44, hint)
     yield from between(f"{path}.max_num_sequences", limits.max_num_sequences, 1, 4096)
     yield from between(f"{path}.max_batched_tokens", limits.max_batched_tokens, 16, 1 << 20)
     if limits.max_batched_tokens < limits.max_num_sequences:

@@ -72,7 +72,7 @@ def _problems(config: WorkerConfig) -> Iterator[str]:
         yield f"drain_timeout_s must be between 0 and 3600, got {config.drain_timeout_s}"
     if config.max_requests < 1:
         yield f"max_requests must be at least 1, got {config.max_requests}"
-    yield from engine_problems("engine", config.engine)
+    yield from engine_problems("engine", config.engine, least_pool_bytes=1)
     if not config.allow_plaintext_network and not is_loopback(config.host):
         yield (
             f"host {config.host} lets other machines reach this worker, and nothing is encrypted; use 127.0.0.1, "

@@ -23,6 +23,7 @@ from cluster.launch.gpus import (
     shares_of_others,
     shares_without_effect,
     with_a_gpu,
+    without_shares,
 )
 from cluster.launch.local import LocalLauncher
 from cluster.launch.mps import mps_daemon, operator_runs_one
@@ -69,14 +70,16 @@ def launch_local(config: ClusterConfig, console: Console) -> None:
     topology = with_ports(topology, choose_free_port)
     model_name = config.model.served_name or model.name
     with run_directory() as directory, mps_daemon(bool(shared_gpus(topology)), directory) as warning:
+        has_mps = has_daemon or (bool(shared_gpus(topology)) and warning is None)
         if warning is not None:
             console.print(f"[yellow]warning[/] {warning}")
+            topology = without_shares(topology)
         key_file = cluster_key_file(directory, config.security.cluster_key_file)
         specs = process_specs(config, topology, model, model_name, directory, key_file)
         serving = Serving(url=topology.router.url, model_name=model_name, summary=topology.summary)
 
         def make_worker(group: WorkerGroup, present: Sequence[WorkerGroup]) -> LocalWorker:
-            group = with_a_gpu(group, present, config, count_gpus(), has_daemon=has_daemon)
+            group = with_a_gpu(group, present, config, count_gpus(), has_daemon=has_daemon, has_mps=has_mps)
             group = with_port(group, choose_free_port)
             spec = worker_spec(config, group, model, model_name, directory, key_file)
             return LocalWorker(group, spec, directory)

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cluster.config import ClusterConfig
+from cluster.config import ClusterConfig, PoolSettings
+from cluster.engine.config import DEFAULT_GPU_FRACTION
 from cluster.errors import ConfigError
 from cluster.launch.topology import Rank, Topology, WorkerGroup
 from cluster.types import Role
@@ -46,32 +47,57 @@ def place_on_gpus(topology: Topology, config: ClusterConfig, num_gpus: int, *, h
 
 
 def with_a_gpu(
-    group: WorkerGroup, present: Sequence[WorkerGroup], config: ClusterConfig, num_gpus: int, *, has_daemon: bool
-) -> WorkerGroup:
+    group: WorkerGroup, present: Sequence[WorkerGroup], config: ClusterConfig, num_gpus: int, *, has_daemon: bool,
+    has_mps: bool,
+) -> WorkerGroup:  # fmt: skip
     """A worker that joins `present`, on the GPU whose memory is claimed least; where the configuration gives a number,
-    there. Raises `ConfigError` if those who are there have claimed all of it."""
-    engine = (config.prefill if group.role is Role.PREFILL else config.decode).engine
-    if not engine.device.startswith("cuda"):
+    there. It takes the part of the memory that `group`, one like those of its pool, has.
+
+    `has_mps`: a daemon runs, whose ever. Raises `ConfigError` if those who are there have claimed too much.
+    """
+    pool = config.pool(group.role)
+    if not pool.engine.device.startswith("cuda"):
         return group
     claimed: dict[str, float] = {f"cuda:{number}": 0.0 for number in range(num_gpus)}
     users: Counter[str] = Counter()
-    for rank in (rank for other in present for rank in other.ranks if rank.device.startswith("cuda")):
-        claimed[rank.device] = claimed.get(rank.device, 0.0) + 1 / rank.num_sharers
-        users[rank.device] += 1
+    for other in present:
+        for rank in other.ranks:
+            if rank.device.startswith("cuda"):
+                claimed[rank.device] = claimed.get(rank.device, 0.0) + _claim(rank, config.pool(other.role))
+                users[rank.device] += 1
     ranks = []
     for rank in group.ranks:
-        device = min(claimed, key=lambda each: claimed[each]) if engine.device == "cuda" else engine.device
+        device = pool.engine.device
+        if device == "cuda":
+            device = min(claimed, key=lambda each: (claimed[each], users[each]))
+        claimed[device] += _claim(rank, pool)
         users[device] += 1
-        placed = _with_share(replace(rank, device=device, num_sharers=1), group, users, config, has_daemon)
-        is_said = engine.gpu_memory_fraction is not None or engine.kv_cache_bytes is not None
-        if claimed[device] + 1 / placed.num_sharers > 1.001 and not is_said:
+        if claimed[device] > DEFAULT_GPU_FRACTION + 0.01:
             raise ConfigError(
                 f"{group.name} would share {device}, and the workers there have claimed its memory: drain one first, "
-                f"or launch with {group.role.value}.engine.gpu_memory_fraction set for as many workers as there will be"
+                "or launch with engine.gpu_memory_fraction set in both pools, for as many workers as there will be"
             )
-        claimed[device] += 1 / placed.num_sharers
-        ranks.append(placed)
+        percent = pool.gpu_percent if has_daemon else None
+        if users[device] > 1 and has_mps:
+            percent = pool.gpu_percent or DEFAULT_PERCENT[group.role]
+        ranks.append(replace(rank, device=device, gpu_percent=percent))
     return replace(group, ranks=tuple(ranks))
+
+
+def _claim(rank: Rank, pool: PoolSettings) -> float:
+    """Part of a GPU's memory; nothing is known of a worker whose pool's bytes are set."""
+    if pool.engine.kv_cache_bytes is not None:
+        return 0.0
+    return pool.engine.gpu_memory_fraction or DEFAULT_GPU_FRACTION / rank.num_sharers
+
+
+def without_shares(topology: Topology) -> Topology:
+    """Where no MPS daemon could be started: who is told of a share would do without the library for nothing."""
+    groups = tuple(
+        replace(group, ranks=tuple(replace(rank, gpu_percent=None) for rank in group.ranks))
+        for group in topology.groups
+    )
+    return replace(topology, groups=groups)
 
 
 def shared_gpus(topology: Topology) -> frozenset[str]:
@@ -84,12 +110,17 @@ def shares_without_effect(topology: Topology, config: ClusterConfig) -> list[str
     """For the user to read: each worker whose pool was given a share that it does not have."""
     found = []
     for group in topology.groups:
-        pool, name = (config.prefill, "prefill") if group.role is Role.PREFILL else (config.decode, "decode")
-        alone = [rank.device for rank in group.ranks if rank.device.startswith("cuda") and rank.gpu_percent is None]
-        if pool.gpu_percent is not None and alone:
+        percent = config.pool(group.role).gpu_percent
+        told = f"{group.role.value}.gpu_percent: {percent} has no effect on {group.name}"
+        device = group.ranks[0].device
+        if percent is None:
+            continue
+        if not device.startswith("cuda"):
+            found.append(f"{told}, which computes on {device}; leave it out")
+        elif group.ranks[0].gpu_percent is None:
             found.append(
-                f"{name}.gpu_percent: {pool.gpu_percent} has no effect on {group.name}, which has {alone[0]} to itself;"
-                " leave it out, or start MPS yourself and set CUDA_MPS_PIPE_DIRECTORY"
+                f"{told}, which has {device} to itself; leave it out, or start MPS yourself and set "
+                "CUDA_MPS_PIPE_DIRECTORY"
             )
     return found
 
@@ -132,7 +163,7 @@ def _numbered(rank: Rank, group: WorkerGroup, numbers: Iterator[int], num_gpus: 
 
 
 def _with_share(rank: Rank, group: WorkerGroup, users: Counter[str], config: ClusterConfig, has_daemon: bool) -> Rank:
-    pool = config.prefill if group.role is Role.PREFILL else config.decode
+    pool = config.pool(group.role)
     num_users = users[rank.device]
     if num_users <= 1 or not rank.device.startswith("cuda"):
         return replace(rank, gpu_percent=pool.gpu_percent if has_daemon else None)

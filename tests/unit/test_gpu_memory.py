@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cluster.engine.config import EngineConfig
+from cluster.engine.gpu import memory
 from cluster.engine.gpu.memory import GIB, RESERVE_BYTES, pool_bytes
 from cluster.errors import StartupError
 
@@ -16,6 +17,8 @@ DEVICE, STEP_BYTES = torch.device("cuda", 0), 2 * GIB
 def device_with_40_of_100_gib_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40 * GIB, 100 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50 * GIB)
+    monkeypatch.setattr(memory, "_NEIGHBOUR_S", 0.2)
+    monkeypatch.setattr(memory, "_PAUSE_S", 0.01)
 
 
 def test_a_pool_that_was_asked_for_leaves_room_for_steps() -> None:
@@ -29,6 +32,17 @@ def test_a_pool_that_was_asked_for_leaves_room_for_steps() -> None:
         pool_bytes(EngineConfig(kv_cache_bytes=most + 1), DEVICE, STEP_BYTES)
     with pytest.raises(StartupError, match="use a GPU with more memory, or lower max_batched_tokens"):
         pool_bytes(EngineConfig(kv_cache_bytes=1), DEVICE, 40 * GIB)
+
+
+def test_a_neighbour_that_starts_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = [20, 25, 40]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free.pop(0) * GIB, 100 * GIB))
+    assert pool_bytes(EngineConfig(kv_cache_bytes=30 * GIB), DEVICE, STEP_BYTES)[0] == 30 * GIB
+    assert free == []
+    free.extend([20, 40])
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 80 * GIB)
+    with pytest.raises(StartupError, match=r"30\.00 GiB do not fit"):  # nobody else is there
+        pool_bytes(EngineConfig(kv_cache_bytes=30 * GIB), DEVICE, STEP_BYTES)
 
 
 def test_a_pool_that_was_not_asked_for_takes_what_is_left_of_the_share() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,10 @@ from cluster.launch.gpus import (
     shares_of_others,
     shares_without_effect,
     with_a_gpu,
+    without_shares,
 )
-from cluster.launch.topology import Topology, plan_topology
+from cluster.launch.topology import Topology, next_group, plan_topology
+from cluster.types import Role
 
 
 def configured(**document: Any) -> ClusterConfig:
@@ -90,38 +91,79 @@ def test_shares_are_the_business_of_who_places_the_workers() -> None:
     assert shares_of_others(configured(prefill={}, decode={})) == []
 
 
-def joined(
-    topology: Topology, name: str, num_gpus: int, without: str = "", **pools: Any
-) -> tuple[str, int | None, int]:
-    """Where a worker goes that joins those of the topology, but for one that has left."""
-    present = [group for group in topology.groups if group.name != without]
-    like = next(group for group in topology.groups if name.startswith(group.role.value))
-    group = replace(like, name=name)
-    (rank,) = with_a_gpu(group, present, configured(**pools), num_gpus, has_daemon=False).ranks
-    return rank.device, rank.gpu_percent, rank.num_sharers
+class Deployment:
+    """Workers on GPUs that come and go, as `cluster scale` has it."""
+
+    def __init__(self, num_gpus: int, *, has_mps: bool = True, **pools: Any) -> None:
+        self.config, self.num_gpus, self.has_mps = configured(**pools), num_gpus, has_mps
+        self.groups = list(placed(num_gpus, **pools).groups)
+
+    def leave(self, *names: str) -> None:
+        self.groups = [group for group in self.groups if group.name not in names]
+
+    def join(self, role: Role) -> tuple[str, str, int | None, int]:
+        like = next(group for group in self.groups if group.role is role)
+        group = next_group(like, self.groups, 0)
+        has_mps = self.has_mps
+        group = with_a_gpu(group, self.groups, self.config, self.num_gpus, has_daemon=False, has_mps=has_mps)
+        self.groups.append(group)
+        (rank,) = group.ranks
+        return group.name, rank.device, rank.gpu_percent, rank.num_sharers
 
 
 def test_a_worker_that_joins_takes_the_gpu_that_is_free() -> None:
     pools: dict[str, Any] = {"prefill": {"replicas": 2}, "decode": {}}
-    assert joined(placed(4, **pools), "decode-1", 4, **pools) == ("cuda:3", None, 1)
-    assert joined(placed(3, **pools), "prefill-1", 3, without="prefill-1", **pools) == ("cuda:1", None, 1)
+    four = Deployment(4, **pools)
+    assert four.join(Role.DECODE) == ("decode-1", "cuda:3", None, 1)
     with pytest.raises(
-        ConfigError, match=r"decode-1 would share cuda:0, and the workers there have claimed its memory"
+        ConfigError, match=r"decode-2 would share cuda:\d, and the workers there have claimed its memory"
     ):
-        joined(placed(3, **pools), "decode-1", 3, **pools)
-    fraction = {"engine": {"device": "cuda", "gpu_memory_fraction": 0.3}}
-    assert joined(placed(3, **pools), "decode-1", 3, prefill=pools["prefill"], decode=fraction) == ("cuda:0", 100, 2)
+        four.join(Role.DECODE)
+    four.leave("prefill-1")
+    assert four.join(Role.PREFILL) == ("prefill-1", "cuda:1", None, 1)
 
 
-def test_a_worker_that_joins_shares_as_the_one_did_that_left() -> None:
-    pools: dict[str, Any] = {"prefill": {}, "decode": {}}
-    assert joined(placed(1, **pools), "prefill-0", 1, without="prefill-0", **pools) == ("cuda:0", 80, 2)
-    numbered: dict[str, Any] = {"prefill": {"engine": {"device": "cuda:1"}}, "decode": {"engine": {"device": "cuda:0"}}}
-    assert joined(placed(3, **numbered), "prefill-0", 3, without="prefill-0", **numbered) == ("cuda:1", None, 1)
-    with pytest.raises(ConfigError, match=r"prefill-1 would share cuda:1"):
-        joined(placed(3, **numbered), "prefill-1", 3, **numbered)
-    on_cpu: dict[str, Any] = {"prefill": {"engine": {"device": "cpu"}}, "decode": {"engine": {"device": "cpu"}}}
-    assert joined(placed(0, **on_cpu), "decode-1", 0, **on_cpu) == ("cpu", None, 1)
+def test_who_left_can_come_back_where_gpus_are_shared() -> None:
+    pools: dict[str, Any] = {"prefill": {"replicas": 2}, "decode": {"replicas": 2}}
+    one = Deployment(1, **pools)
+    one.leave("prefill-1", "decode-1")
+    assert one.join(Role.PREFILL) == ("prefill-1", "cuda:0", 80, 4)
+    assert one.join(Role.DECODE) == ("decode-1", "cuda:0", 100, 4)
+    with pytest.raises(ConfigError, match="decode-2 would share cuda:0"):
+        one.join(Role.DECODE)
+    two = Deployment(2, **pools)
+    two.leave("prefill-1", "decode-1")
+    assert two.join(Role.PREFILL) == ("prefill-1", "cuda:1", None, 2)
+    assert two.join(Role.DECODE) == ("decode-1", "cuda:1", 100, 2)
+
+
+def test_claims_are_fractions_where_these_are_said() -> None:
+    decode = {"engine": {"device": "cuda", "gpu_memory_fraction": 0.3}}
+    two = Deployment(2, has_mps=False, prefill={}, decode=decode)
+    assert [two.join(Role.DECODE) for _ in range(2)] == [
+        ("decode-1", "cuda:1", None, 1),
+        ("decode-2", "cuda:1", None, 1),
+    ]
+    with pytest.raises(ConfigError, match=r"decode-3 would share cuda:\d, .* launch with engine.gpu_memory_fraction"):
+        two.join(Role.DECODE)
+
+
+def test_numbered_devices_are_kept_and_those_without_a_gpu_left_alone() -> None:
+    pools: dict[str, Any] = {
+        "prefill": {"replicas": 2, "engine": {"device": "cpu"}},
+        "decode": {"engine": {"device": "cuda:1", "kv_cache_bytes": 1 << 30}},
+    }
+    mixed = Deployment(2, **pools)
+    assert mixed.join(Role.PREFILL) == ("prefill-2", "cpu", None, 1)
+    assert mixed.join(Role.DECODE) == ("decode-1", "cuda:1", 100, 1)  # what its pool takes is the user's business
+    config = configured(prefill={"engine": {"device": "cpu"}, "gpu_percent": 40}, decode={})
+    (warning,) = shares_without_effect(place_on_gpus(plan_topology(config, 8), config, 1, has_daemon=False), config)
+    assert warning == "prefill.gpu_percent: 40 has no effect on prefill-0, which computes on cpu; leave it out"
+
+
+def test_nobody_is_told_of_a_share_where_the_daemon_did_not_start() -> None:
+    topology = without_shares(placed(1, prefill={"gpu_percent": 40}, decode={}))
+    assert devices(topology) == {"prefill-0": ("cuda:0", None, 2), "decode-0": ("cuda:0", None, 2)}
 
 
 def test_a_daemon_of_the_operator_is_known_by_its_pipe(tmp_path: Path) -> None:

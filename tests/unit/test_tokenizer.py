@@ -263,3 +263,13 @@ def test_half_characters_of_one_token(from_gguf: Tokenizer) -> None:
 def test_the_router_needs_neither_torch_nor_numpy() -> None:
     code = "import sys, cluster.tokenizer; sys.exit(len({'torch', 'numpy', 'gguf', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+def test_a_name_is_looked_up_without_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def resolve(name: object, progress: object, *, has_weights: bool) -> None:
+        assert not has_weights
+        raise ModelError(f"{name} was asked for")
+
+    monkeypatch.setattr("cluster.tokenizer.tokenizer.resolve_model", resolve)
+    with pytest.raises(ModelError, match="org/name was asked for"):
+        Tokenizer.load("org/name")

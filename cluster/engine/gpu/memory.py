@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 from cluster.engine.config import DEFAULT_GPU_FRACTION, EngineConfig
@@ -11,6 +13,7 @@ from cluster.errors import StartupError
 GIB = 1 << 30
 # Beside the pool and what a step allocates: graphs, the libraries' workspaces, fragments.
 RESERVE_BYTES = 768 << 20
+_NEIGHBOUR_S, _PAUSE_S = 15.0, 0.5  # how long a worker's largest comparisons and steps may take
 
 
 def check_weights_fit(device: torch.device, num_bytes: int) -> None:
@@ -29,10 +32,10 @@ def pool_bytes(config: EngineConfig, device: torch.device, step_bytes: int) -> t
     `step_bytes`: what the largest step allocates beside weights and pool, measured. The worker's share of
     the device, `gpu_memory_fraction`, holds everything: weights, pool, steps and a reserve.
     """
-    free, total = torch.cuda.mem_get_info(device)
     if config.kv_cache_bytes is not None:
-        _check_pool_fits(config.kv_cache_bytes, device, free - step_bytes - RESERVE_BYTES, free, total)
+        _check_pool_fits(config.kv_cache_bytes, device, step_bytes + RESERVE_BYTES)
         return config.kv_cache_bytes, "kv_cache_bytes"
+    free, total = torch.cuda.mem_get_info(device)
     fraction = config.gpu_memory_fraction or DEFAULT_GPU_FRACTION
     mine = torch.cuda.memory_reserved(device)
     room = min(int(total * fraction) - mine, free - int(total * (1 - DEFAULT_GPU_FRACTION) / 2))
@@ -44,13 +47,20 @@ def pool_bytes(config: EngineConfig, device: torch.device, step_bytes: int) -> t
     return num_bytes, source
 
 
-def _check_pool_fits(num_bytes: int, device: torch.device, room: int, free: int, total: int) -> None:
-    """A pool that fits may leave too little for steps, which would be found out while requests run."""
+def _check_pool_fits(num_bytes: int, device: torch.device, step_bytes: int) -> None:
+    """A pool that fits may leave too little for steps, which would be found out while requests run. A neighbour on the
+    device that starts takes more for a moment than it keeps: so what is free is read again."""
+    end_s = time.monotonic() + _NEIGHBOUR_S
+    free, total = torch.cuda.mem_get_info(device)
+    while num_bytes > free - step_bytes and time.monotonic() < end_s and _others(device, free, total) > GIB:
+        time.sleep(_PAUSE_S)
+        free, total = torch.cuda.mem_get_info(device)
+    room = free - step_bytes
     if num_bytes > room:
         fix = f"set at most {room >> 20}MiB" if room > 0 else "use a GPU with more memory, or lower max_batched_tokens"
         raise StartupError(
             f"engine.kv_cache_bytes: {_gib(num_bytes)} GiB do not fit on {device}: {_gib(free)} of {_gib(total)} GiB "
-            f"are free beside the weights{_taken(device, free, total)}, and steps need {_gib(free - room)}; {fix}"
+            f"are free beside the weights{_taken(device, free, total)}, and steps need {_gib(step_bytes)}; {fix}"
         )
 
 
@@ -69,8 +79,12 @@ def allocate_pool(layout: KVLayout, num_blocks: int, device: torch.device) -> KV
 
 def _taken(device: torch.device, free: int, total: int) -> str:
     """Memory that others hold is worth a word: a forgotten process is the usual reason."""
-    others = total - free - torch.cuda.memory_reserved(device)
+    others = _others(device, free, total)
     return f" ({_gib(others)} GiB are in use by others)" if others > GIB else ""
+
+
+def _others(device: torch.device, free: int, total: int) -> int:
+    return total - free - torch.cuda.memory_reserved(device)
 
 
 def _gib(num_bytes: int) -> str:

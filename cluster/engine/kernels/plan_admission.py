@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -78,7 +77,7 @@ class PlanAdmission:
         self._device = device
         self._serving: dict[Hashable, Any] = {}
         self._refusals: dict[tuple[Hashable, msgspec.Struct], str | None] = {}
-        self._locks: defaultdict[Hashable, threading.RLock] = defaultdict(threading.RLock)  # one trial of each
+        self._locks: dict[Hashable, threading.RLock] = {}  # one trial of each
 
     @property
     def refusals(self) -> list[str]:
@@ -103,7 +102,7 @@ class PlanAdmission:
             if plan == trial.others[-1]:
                 break
             key = (trial.scope(plan), plan)
-            with self._locks[key]:
+            with self._locks.setdefault(key, threading.RLock()):
                 if key not in self._refusals:
                     reason = self._refusals[key] = self._refusal(trial, plan)
                     if reason is not None:
