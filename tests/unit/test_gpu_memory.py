@@ -49,3 +49,18 @@ def test_a_pool_that_was_not_asked_for_takes_what_is_left_of_the_share() -> None
     num_bytes, source = pool_bytes(EngineConfig(gpu_memory_fraction=0.8), DEVICE, STEP_BYTES)
     assert num_bytes == 30 * GIB - STEP_BYTES - RESERVE_BYTES
     assert "gpu_memory_fraction 0.8" in source
+
+
+@pytest.mark.parametrize(
+    ("others_gib", "runs_mps", "warns"), [(10, False, True), (10, True, False), (1, False, False), (3, False, True)]
+)
+def test_a_worker_that_takes_turns_with_a_neighbour_says_so(
+    others_gib: int, runs_mps: bool, warns: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: (60 - others_gib) * GIB)
+    monkeypatch.setattr(memory, "has_mps", lambda: runs_mps)
+    memory.warn_of_neighbours(DEVICE)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == warns
+    if warns:
+        assert messages[0].startswith(f"other processes use cuda:0 ({others_gib}.00 GiB), and no MPS daemon is there")

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from cluster.engine.kernels.gpu_share import SHARE_VARIABLE, library_serves
-from cluster.launch.mps import PERCENT_VARIABLE
+from cluster.engine.kernels import gpu_share
+from cluster.engine.kernels.gpu_share import SHARE_VARIABLE, has_mps, library_serves
+from cluster.launch import mps
 
 
-def test_the_launcher_and_the_engine_mean_the_same_variable() -> None:
-    assert SHARE_VARIABLE == PERCENT_VARIABLE
+def test_the_launcher_and_the_engine_mean_the_same_variables(tmp_path: Path) -> None:
+    assert (SHARE_VARIABLE, gpu_share.PIPE_VARIABLE) == (mps.PERCENT_VARIABLE, mps.PIPE_VARIABLE)
+    assert gpu_share._DEFAULT_PIPE == mps.DEFAULT_PIPE
+    pipe = tmp_path / "control"
+    for environment in ({}, {mps.PIPE_VARIABLE: "/mps"}):
+        assert has_mps(environment, pipe) is mps.operator_runs_one(environment, pipe) is bool(environment)
+    pipe.touch()
+    assert has_mps({}, pipe)
 
 
 @pytest.mark.parametrize(

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 import torch
 
 from cluster.engine.config import DEFAULT_GPU_FRACTION, EngineConfig
+from cluster.engine.kernels.gpu_share import PIPE_VARIABLE, has_mps
 from cluster.engine.kv_cache import KVCache, KVLayout
 from cluster.errors import StartupError
+
+logger = logging.getLogger(__name__)
 
 GIB = 1 << 30
 # Beside the pool and what a step allocates: graphs, the libraries' workspaces, fragments.
 RESERVE_BYTES = 768 << 20
+_NEIGHBOUR_BYTES = 2 * GIB  # more than this process's own context and libraries take beside torch's memory
 _NEIGHBOUR_S, _PAUSE_S = 15.0, 0.5  # how long a worker's largest comparisons and steps may take
 
 
@@ -61,6 +66,20 @@ def _check_pool_fits(num_bytes: int, device: torch.device, step_bytes: int) -> N
         raise StartupError(
             f"engine.kv_cache_bytes: {_gib(num_bytes)} GiB do not fit on {device}: {_gib(free)} of {_gib(total)} GiB "
             f"are free beside the weights{_taken(device, free, total)}, and steps need {_gib(step_bytes)}; {fix}"
+        )
+
+
+def warn_of_neighbours(device: torch.device) -> None:
+    """Once, at start: nobody else would tell a worker that was not started by `cluster launch`."""
+    free, total = torch.cuda.mem_get_info(device)
+    others = _others(device, free, total)
+    if others > _NEIGHBOUR_BYTES and not has_mps():
+        logger.warning(
+            "other processes use %s (%s GiB), and no MPS daemon is there (%s is not set): they take turns with this "
+            "one, and decode steps take more than twice as long while a prompt is computed",
+            device,
+            _gib(others),
+            PIPE_VARIABLE,
         )
 
 

@@ -25,6 +25,7 @@ def start_gpu(
     is left. `StartupError` if it does not fit."""
     device = ops.device
     with torch.cuda.device(device):
+        memory.warn_of_neighbours(device)
         try:
             step_bytes = _measure_step(model, ops, layout, config, max_model_len)
         except torch.OutOfMemoryError as error:

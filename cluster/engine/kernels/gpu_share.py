@@ -1,10 +1,19 @@
-"""What changes where a process has a share of a GPU's multiprocessors (MPS)."""
+"""What changes where a process shares a GPU, with or without NVIDIA's Multi-Process Service (MPS)."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from pathlib import Path
 
 SHARE_VARIABLE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
+PIPE_VARIABLE = "CUDA_MPS_PIPE_DIRECTORY"
+_DEFAULT_PIPE = Path("/tmp/nvidia-mps/control")  # where CUDA looks if the variable is not set
+
+
+def has_mps(environment: Mapping[str, str] = os.environ, default_pipe: Path = _DEFAULT_PIPE) -> bool:
+    """Whether this process's kernels run beside those of others on its GPU, and do not take turns with them."""
+    return PIPE_VARIABLE in environment or default_pipe.exists()
 
 
 def library_serves() -> bool:
