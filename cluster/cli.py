@@ -135,28 +135,27 @@ def plan(
         cluster plan demo --prefill 2 --decode 4
         cluster plan cluster.yaml --ray              and what Ray is asked for
     """
+    from cluster.gpu_share import has_mps
+    from cluster.launch.command import show_warnings
     from cluster.launch.cores import usable_cores
     from cluster.launch.gpus import count_gpus, place_on_gpus, shares_of_others, shares_without_effect
-    from cluster.launch.mps import operator_runs_one
     from cluster.launch.ray_plan import check_ray
     from cluster.launch.topology import plan_topology
     from cluster.launch.topology_table import topology_table
 
     config = _config(target, prefill, decode, monolithic, None, None, None, None, settings, ray=ray)
-    if config.launch.backend == "ray":
+    warnings: list[str] = []
+    is_on_ray = config.launch.backend == "ray"
+    if is_on_ray:
         check_ray(config)
+        warnings = shares_of_others(config)
     topology = plan_topology(config, usable_cores())
-    num_gpus = count_gpus()
-    if num_gpus and config.launch.backend != "ray":  # elsewhere the plan shows what was asked for
-        topology = place_on_gpus(topology, config, num_gpus, has_daemon=operator_runs_one())
+    if not is_on_ray and (num_gpus := count_gpus()):  # elsewhere the plan shows what was asked for
+        topology = place_on_gpus(topology, config, num_gpus, has_daemon=has_mps())
+        warnings = shares_without_effect(topology, config)
     console = Console()
     console.print(topology_table(topology, config))
-    if config.launch.backend == "ray":
-        warnings = shares_of_others(config)
-    else:
-        warnings = shares_without_effect(topology, config) if num_gpus else []
-    for warning in warnings:
-        console.print(f"[yellow]warning[/] {warning}")
+    show_warnings(console, warnings)
 
 
 @app.command()

@@ -13,7 +13,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,7 +27,7 @@ from cluster.engine.kernels.triton.plans import LinearPlan
 from cluster.engine.kernels.triton.table import LinearEntry, PlanIndex, PlanTable, library_versions
 
 LAYERS = ("8b.gate_up_silu", "8b.down", "8b.qkv", "8b.o", "8b.lm_head")
-CONTEXT, CONTEXT_MAX = 256, 8192  # what a sequence has, and what the graphs of an engine are captured for
+CONTEXT = 256  # tokens of a sequence: one split, as in an engine's graphs for short contexts
 _FASTER = 0.999  # of the step's time: turns repeat to a few parts in ten thousand
 _PRINTED = 4
 _CONFIRMED = 2  # take turns again
@@ -51,16 +50,18 @@ class StepTuner:
         self._step = DecodeStep(self.ops)
 
     def table(self) -> PlanTable:
+        return self._table(self.entries)
+
+    def _table(self, entries: Sequence[LinearEntry]) -> PlanTable:
         return PlanTable(
             device=torch.cuda.get_device_name(), versions=library_versions(), attention=self.ops.plans.attention,
-            linear=tuple(self.entries),
+            linear=tuple(entries),
         )  # fmt: skip
 
     def tune(self, layer: Layer, num_rows: int) -> None:
         """Keep the plan of this layer that makes the step shortest, if it does so again."""
         plans = self._sound_plans(layer, num_rows)
         token_ids, kv, metadata = decode_batch(num_rows, CONTEXT)
-        metadata = replace(metadata, context_len_max=CONTEXT_MAX)
 
         def step_with(plan: LinearPlan) -> Callable[[], object]:
             def run() -> object:
@@ -96,11 +97,7 @@ class StepTuner:
         return plans
 
     def _serve(self, layer: Layer, num_rows: int, plan: LinearPlan) -> None:
-        table = PlanTable(
-            device="", linear=tuple(tables.with_plans(self.entries, {(layer, num_rows): plan})),
-            attention=self.ops.plans.attention,
-        )  # fmt: skip
-        self.ops.plans = PlanIndex(table)
+        self.ops.plans = PlanIndex(self._table(tables.with_plans(self.entries, {(layer, num_rows): plan})))
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -13,6 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from cluster.config import ClusterConfig
 from cluster.errors import TandemError
+from cluster.gpu_share import has_mps
 from cluster.launch.control_socket import control_server
 from cluster.launch.cores import usable_cores
 from cluster.launch.external_identity import read_identity
@@ -26,7 +27,7 @@ from cluster.launch.gpus import (
     without_shares,
 )
 from cluster.launch.local import LocalLauncher
-from cluster.launch.mps import mps_daemon, operator_runs_one
+from cluster.launch.mps import mps_daemon
 from cluster.launch.pools import LocalWorker, Members, WorkerPools
 from cluster.launch.ports import check_port_free, choose_free_port
 from cluster.launch.run_directory import cluster_key_file, run_directory
@@ -52,34 +53,33 @@ def launch_here(config: ClusterConfig, console: Console, show: Callable[[TandemE
     from cluster.launch.external import launch_external
 
     if identity.rank == 0:
-        for without_effect in shares_of_others(config):
-            console.print(f"[yellow]warning[/] {without_effect}")
+        show_warnings(console, shares_of_others(config))
     return launch_external(config, identity, console, show)
 
 
 def launch_local(config: ClusterConfig, console: Console) -> None:
     """Blocks until the deployment has ended. Raises an error of our tree when it could not start, or
     when a process died for good."""
-    has_daemon = operator_runs_one()
+    has_daemon = has_mps()
     topology = place_on_gpus(plan_topology(config, usable_cores()), config, count_gpus(), has_daemon=has_daemon)
-    for without_effect in shares_without_effect(topology, config):
-        console.print(f"[yellow]warning[/] {without_effect}")
+    show_warnings(console, shares_without_effect(topology, config))
     check_ports(topology)
     model = find_model(config.model.reference, console)
     config = _with_draft_model_found(config, console)
     topology = with_ports(topology, choose_free_port)
     model_name = config.model.served_name or model.name
     with run_directory() as directory, mps_daemon(bool(shared_gpus(topology)), directory) as warning:
-        has_mps = has_daemon or (bool(shared_gpus(topology)) and warning is None)
+        shares_apply = has_daemon or (bool(shared_gpus(topology)) and warning is None)
         if warning is not None:
-            console.print(f"[yellow]warning[/] {warning}")
+            show_warnings(console, [warning])
+        if not shares_apply:
             topology = without_shares(topology)
         key_file = cluster_key_file(directory, config.security.cluster_key_file)
         specs = process_specs(config, topology, model, model_name, directory, key_file)
         serving = Serving(url=topology.router.url, model_name=model_name, summary=topology.summary)
 
         def make_worker(group: WorkerGroup, present: Sequence[WorkerGroup]) -> LocalWorker:
-            group = with_a_gpu(group, present, config, count_gpus(), has_daemon=has_daemon, has_mps=has_mps)
+            group = with_a_gpu(group, present, config, count_gpus(), has_daemon=has_daemon, has_mps=shares_apply)
             group = with_port(group, choose_free_port)
             spec = worker_spec(config, group, model, model_name, directory, key_file)
             return LocalWorker(group, spec, directory)
@@ -91,6 +91,11 @@ def launch_local(config: ClusterConfig, console: Console) -> None:
             members = Members(directory, topology.groups)
             pools = WorkerPools(launcher, config, serving, workers, make_worker, members)
             asyncio.run(run_with_control(launcher, pools, directory))
+
+
+def show_warnings(console: Console, warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        console.print(f"[yellow]warning[/] {warning}")
 
 
 async def run_with_control(launcher: LocalLauncher, pools: WorkerPools, directory: Path) -> None:

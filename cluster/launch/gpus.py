@@ -77,9 +77,7 @@ def with_a_gpu(
                 f"{group.name} would share {device}, and the workers there have claimed its memory: drain one first, "
                 "or launch with engine.gpu_memory_fraction set in both pools, for as many workers as there will be"
             )
-        percent = pool.gpu_percent if has_daemon else None
-        if users[device] > 1 and has_mps:
-            percent = pool.gpu_percent or DEFAULT_PERCENT[group.role]
+        percent = _percent(pool, group.role, is_shared=users[device] > 1 and has_mps, has_daemon=has_daemon)
         ranks.append(replace(rank, device=device, gpu_percent=percent))
     return replace(group, ranks=tuple(ranks))
 
@@ -165,7 +163,12 @@ def _numbered(rank: Rank, group: WorkerGroup, numbers: Iterator[int], num_gpus: 
 def _with_share(rank: Rank, group: WorkerGroup, users: Counter[str], config: ClusterConfig, has_daemon: bool) -> Rank:
     pool = config.pool(group.role)
     num_users = users[rank.device]
-    if num_users <= 1 or not rank.device.startswith("cuda"):
-        return replace(rank, gpu_percent=pool.gpu_percent if has_daemon else None)
-    percent = pool.gpu_percent or DEFAULT_PERCENT[group.role]
-    return replace(rank, gpu_percent=percent, num_sharers=num_users)
+    is_shared = num_users > 1 and rank.device.startswith("cuda")
+    percent = _percent(pool, group.role, is_shared=is_shared, has_daemon=has_daemon)
+    return replace(rank, gpu_percent=percent, num_sharers=num_users if is_shared else rank.num_sharers)
+
+
+def _percent(pool: PoolSettings, role: Role, *, is_shared: bool, has_daemon: bool) -> int | None:
+    if is_shared:
+        return pool.gpu_percent or DEFAULT_PERCENT[role]
+    return pool.gpu_percent if has_daemon else None

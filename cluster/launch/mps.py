@@ -11,16 +11,16 @@ import logging
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cluster.gpu_share import PIPE_VARIABLE
+
 logger = logging.getLogger(__name__)
 
-PIPE_VARIABLE, LOG_VARIABLE = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
-PERCENT_VARIABLE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
+LOG_VARIABLE = "CUDA_MPS_LOG_DIRECTORY"
 CONTROL = "nvidia-cuda-mps-control"
-DEFAULT_PIPE = Path("/tmp/nvidia-mps/control")  # where CUDA looks if the variable is not set
 # Numbers in it count all GPUs for a worker, but would count the daemon's own choice of them if it had one. UUIDs mean
 # the same to both, and a slice of a GPU (MIG) must be named to the daemon.
 VISIBLE_VARIABLE = "CUDA_VISIBLE_DEVICES"
@@ -29,11 +29,6 @@ _WITHOUT = (
     "the workers on it take turns instead of running side by side, and decode steps take more than twice as long "
     "while a prompt is computed; give each pool a GPU of its own (prefill.engine.device, decode.engine.device)"
 )
-
-
-def operator_runs_one(environment: Mapping[str, str] = os.environ, default_pipe: Path = DEFAULT_PIPE) -> bool:
-    """Whether processes started here would find a daemon that is not ours."""
-    return PIPE_VARIABLE in environment or default_pipe.exists()
 
 
 @contextmanager

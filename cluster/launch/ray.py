@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 
 from cluster.config import ClusterConfig
-from cluster.launch.command import answers_health, check_ports, find_model, run_with_control
+from cluster.launch.command import answers_health, check_ports, find_model, run_with_control, show_warnings
 from cluster.launch.gpus import shares_of_others
 from cluster.launch.local import LocalLauncher
 from cluster.launch.pools import Members, WorkerPools
@@ -40,8 +40,7 @@ def launch_ray(config: ClusterConfig, console: Console) -> None:
     """Blocks until the deployment has ended. Raises an error of our tree when it could not start, when a process died
     for good, or when Ray is gone."""
     check_ray(config)
-    for without_effect in shares_of_others(config):
-        console.print(f"[yellow]warning[/] {without_effect}")
+    show_warnings(console, shares_of_others(config))
     topology = plan_topology(config, num_cores=1)
     if config.launch.ray.router == "driver":
         front = replace(topology, groups=())

@@ -10,7 +10,7 @@ import msgspec
 from cluster.config import ClusterConfig
 from cluster.control.worker_config import WorkerConfig
 from cluster.engine.config import DEFAULT_GPU_FRACTION, EngineConfig
-from cluster.launch import mps
+from cluster.gpu_share import SHARE_VARIABLE
 from cluster.launch.monolithic_config import MonolithicConfig
 from cluster.launch.process import ProcessSpec
 from cluster.launch.run_directory import replace_private, write_config
@@ -145,5 +145,5 @@ def process_environment(group: WorkerGroup) -> dict[str, str]:
     rank = group.ranks[0]
     environment = {"OMP_NUM_THREADS": str(rank.num_threads)}
     if rank.gpu_percent is not None:
-        environment[mps.PERCENT_VARIABLE] = str(rank.gpu_percent)
+        environment[SHARE_VARIABLE] = str(rank.gpu_percent)
     return environment

@@ -12,13 +12,13 @@ import torch
 
 from benchmarks.gpu.gemm import revealing_inputs
 from cluster.engine.kernels.cuda_ops import CudaOps
-from cluster.engine.kernels.gpu_share import SHARE_VARIABLE
 from cluster.engine.kernels.probe_lists import ALL_PROBES
 from cluster.engine.kernels.probes import Magnitudes, draw
 from cluster.engine.kernels.registry import describe_difference
 from cluster.engine.kernels.triton import launch
 from cluster.engine.kernels.triton.plans import REFERENCE_LINEAR, AttentionPlan, LinearPlan
 from cluster.engine.kernels.triton.table import LinearEntry, PlanIndex, PlanTable
+from cluster.gpu_share import SHARE_VARIABLE
 from tests.gpu.support import bits_equal, num_differing
 from tests.gpu.support_admission import OPERATIONS, TooLarge, name_plans, plant, plant_mistake, with_references
 

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from cluster.engine.kernels import gpu_share
-from cluster.engine.kernels.gpu_share import SHARE_VARIABLE, has_mps, library_serves
-from cluster.launch import mps
+from cluster.gpu_share import DEFAULT_PIPE, PIPE_VARIABLE, SHARE_VARIABLE, library_serves
 
 
-def test_the_launcher_and_the_engine_mean_the_same_variables(tmp_path: Path) -> None:
-    assert (SHARE_VARIABLE, gpu_share.PIPE_VARIABLE) == (mps.PERCENT_VARIABLE, mps.PIPE_VARIABLE)
-    assert gpu_share._DEFAULT_PIPE == mps.DEFAULT_PIPE
-    pipe = tmp_path / "control"
-    for environment in ({}, {mps.PIPE_VARIABLE: "/mps"}):
-        assert has_mps(environment, pipe) is mps.operator_runs_one(environment, pipe) is bool(environment)
-    pipe.touch()
-    assert has_mps({}, pipe)
+def test_the_variables_are_those_of_cuda() -> None:
+    """The launcher sets what the engine reads; CUDA's client library reads the same."""
+    assert (SHARE_VARIABLE, PIPE_VARIABLE) == ("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "CUDA_MPS_PIPE_DIRECTORY")
+    assert str(DEFAULT_PIPE) == "/tmp/nvidia-mps/control"
 
 
 @pytest.mark.parametrize(

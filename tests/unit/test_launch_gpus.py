@@ -11,6 +11,7 @@ import pytest
 
 from cluster.config import ClusterConfig
 from cluster.errors import ConfigError
+from cluster.gpu_share import PIPE_VARIABLE, has_mps
 from cluster.launch import mps
 from cluster.launch.gpus import (
     count_gpus,
@@ -167,10 +168,10 @@ def test_nobody_is_told_of_a_share_where_the_daemon_did_not_start() -> None:
 
 
 def test_a_daemon_of_the_operator_is_known_by_its_pipe(tmp_path: Path) -> None:
-    assert not mps.operator_runs_one({}, tmp_path / "control")
-    assert mps.operator_runs_one({mps.PIPE_VARIABLE: "/mps"}, tmp_path / "control")
+    assert not has_mps({}, tmp_path / "control")
+    assert has_mps({PIPE_VARIABLE: "/mps"}, tmp_path / "control")
     (tmp_path / "control").touch()
-    assert mps.operator_runs_one({}, tmp_path / "control")
+    assert has_mps({}, tmp_path / "control")
 
 
 def test_a_numbered_device_is_taken_as_said_and_a_missing_one_refused_by_name() -> None:
@@ -193,7 +194,7 @@ def test_visible_gpus_are_counted() -> None:
     assert count_gpus({"CUDA_VISIBLE_DEVICES": ""}) == 0
 
 
-def fake_control(tmp_path: Path, exit_code: int, shown: str = mps.PIPE_VARIABLE) -> None:
+def fake_control(tmp_path: Path, exit_code: int, shown: str = PIPE_VARIABLE) -> None:
     tool = tmp_path / mps.CONTROL
     note = f'echo "$1|$(cat)|${shown}" >> {tmp_path}/calls'
     tool.write_text(f"#!/bin/sh\n{note}\necho trouble >&2\nexit {exit_code}\n")
@@ -203,12 +204,12 @@ def fake_control(tmp_path: Path, exit_code: int, shown: str = mps.PIPE_VARIABLE)
 def test_the_daemon_lives_as_long_as_the_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_control(tmp_path, 0)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.delenv(mps.PIPE_VARIABLE, raising=False)
+    monkeypatch.delenv(PIPE_VARIABLE, raising=False)
     with mps.mps_daemon(True, tmp_path) as warning:
         assert warning is None
-        assert os.environ[mps.PIPE_VARIABLE] == str(tmp_path / "mps")
+        assert os.environ[PIPE_VARIABLE] == str(tmp_path / "mps")
         assert (tmp_path / "mps").stat().st_mode & 0o777 == 0o700
-    assert mps.PIPE_VARIABLE not in os.environ
+    assert PIPE_VARIABLE not in os.environ
     assert (tmp_path / "calls").read_text().splitlines() == [f"-d||{tmp_path}/mps", f"|quit|{tmp_path}/mps"]
 
 
@@ -219,7 +220,7 @@ def test_the_daemon_sees_every_gpu_so_that_workers_choose_by_number(
     fake_control(tmp_path, 0, shown="CUDA_VISIBLE_DEVICES")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    monkeypatch.delenv(mps.PIPE_VARIABLE, raising=False)
+    monkeypatch.delenv(PIPE_VARIABLE, raising=False)
     with mps.mps_daemon(True, tmp_path):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
     assert (tmp_path / "calls").read_text().splitlines() == ["-d||", "|quit|"]
@@ -229,14 +230,14 @@ def test_a_slice_of_a_gpu_is_named_to_the_daemon(tmp_path: Path, monkeypatch: py
     fake_control(tmp_path, 0, shown="CUDA_VISIBLE_DEVICES")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-41b3")
-    monkeypatch.delenv(mps.PIPE_VARIABLE, raising=False)
+    monkeypatch.delenv(PIPE_VARIABLE, raising=False)
     with mps.mps_daemon(True, tmp_path):
         pass
     assert (tmp_path / "calls").read_text().splitlines() == ["-d||MIG-41b3", "|quit|MIG-41b3"]
 
 
 def test_without_mps_the_warning_names_the_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(mps.PIPE_VARIABLE, raising=False)
+    monkeypatch.delenv(PIPE_VARIABLE, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     with mps.mps_daemon(True, tmp_path) as warning:
         assert warning is not None
@@ -247,13 +248,13 @@ def test_without_mps_the_warning_names_the_cost(tmp_path: Path, monkeypatch: pyt
     with mps.mps_daemon(True, tmp_path) as warning:
         assert warning is not None
         assert "did not start (trouble)" in warning
-    assert mps.PIPE_VARIABLE not in os.environ
+    assert PIPE_VARIABLE not in os.environ
 
 
 def test_a_daemon_of_the_operator_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_control(tmp_path, 0)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setenv(mps.PIPE_VARIABLE, "/tmp/theirs")
+    monkeypatch.setenv(PIPE_VARIABLE, "/tmp/theirs")
     with mps.mps_daemon(True, tmp_path) as warning:
         assert warning is None
     assert not (tmp_path / "calls").exists()

@@ -8,9 +8,9 @@ import time
 import torch
 
 from cluster.engine.config import DEFAULT_GPU_FRACTION, EngineConfig
-from cluster.engine.kernels.gpu_share import PIPE_VARIABLE, has_mps
 from cluster.engine.kv_cache import KVCache, KVLayout
 from cluster.errors import StartupError
+from cluster.gpu_share import PIPE_VARIABLE, has_mps
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,6 @@ import torch
 
 from cluster.engine.kernels import fp8
 from cluster.engine.kernels.fp8 import Scaling
-from cluster.engine.kernels.gpu_share import library_serves
 from cluster.engine.kernels.ops import LinearWeight
 from cluster.engine.kernels.plan_admission import PlanAdmission
 from cluster.engine.kernels.triton import fp8_launch
@@ -16,6 +15,7 @@ from cluster.engine.kernels.triton.fp8_plans import Fp8Plan, unmeasured_plan
 from cluster.engine.kernels.triton.fp8_table import load_fp8_plans
 from cluster.engine.kernels.triton.fp8_trials import Fp8Trial
 from cluster.errors import ConfigError
+from cluster.gpu_share import library_serves
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ import torch
 from cluster.engine.kernels import cuda_plans
 from cluster.engine.kernels.cuda_fp8 import CudaFp8, CudaFp8Weight
 from cluster.engine.kernels.cuda_weights import CudaExpertWeight, CudaHeadWeight, CudaLinearWeight
-from cluster.engine.kernels.gpu_share import library_serves
 from cluster.engine.kernels.ops import (
     AttentionMetadata,
     ExpertChoice,
@@ -30,6 +29,7 @@ from cluster.engine.kernels.triton.latent_launch import LatentPlan
 from cluster.engine.kernels.triton.moe_plans import MoePlan, MoeShape, load_moe_plan_index
 from cluster.engine.kernels.triton.plans import AttentionPlan, LinearPlan
 from cluster.engine.kernels.triton.table import load_plan_index, plan_without_library, unmeasured_plan
+from cluster.gpu_share import library_serves
 
 _MAX_OVERLAPPED_ROWS = 512
 

@@ -1,4 +1,5 @@
-"""What changes where a process shares a GPU, with or without NVIDIA's Multi-Process Service (MPS)."""
+"""How processes share a GPU, with or without NVIDIA's Multi-Process Service (MPS): what a launcher says in their
+environment, and what changes for a process that reads it."""
 
 from __future__ import annotations
 
@@ -8,11 +9,12 @@ from pathlib import Path
 
 SHARE_VARIABLE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
 PIPE_VARIABLE = "CUDA_MPS_PIPE_DIRECTORY"
-_DEFAULT_PIPE = Path("/tmp/nvidia-mps/control")  # where CUDA looks if the variable is not set
+DEFAULT_PIPE = Path("/tmp/nvidia-mps/control")  # where CUDA looks if the variable is not set
 
 
-def has_mps(environment: Mapping[str, str] = os.environ, default_pipe: Path = _DEFAULT_PIPE) -> bool:
-    """Whether this process's kernels run beside those of others on its GPU, and do not take turns with them."""
+def has_mps(environment: Mapping[str, str] = os.environ, default_pipe: Path = DEFAULT_PIPE) -> bool:
+    """Whether kernels of processes started here, this one included, run beside those of others on their GPU, and do not
+    take turns with them. A launcher that has started no daemon yet asks for one of the operator's."""
     return PIPE_VARIABLE in environment or default_pipe.exists()
 
 
