@@ -1,21 +1,25 @@
 """What a decode step takes at each number of sequences that has a graph: `python -m benchmarks.gpu.step_sizes`.
 
 A size that takes longer than a larger one has plans that are worth tuning (`tune_step`), or that were refused: those
-are printed at the end. All operations of the 8B shape in one graph, no scheduler.
+are printed at the end. All operations of the 8B shape in one graph for each size, which take turns; no scheduler.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
-from benchmarks.gpu.step import DecodeStep, step_ms
+from benchmarks.gpu.step import DecodeStep, decode_batch
+from benchmarks.gpu.timing import interleaved_ms
 from cluster.engine.gpu.shapes import padded_sizes
 from cluster.engine.kernels.cuda_ops import CudaOps
 
 CONTEXT = 256
+_TURN_MS, _ROUNDS = 8.0, 15
 
 
 def slower_than_larger(sizes: Sequence[int], milliseconds: Sequence[float]) -> list[int]:
@@ -38,11 +42,11 @@ def main() -> None:
     ops = CudaOps(torch.device("cuda"), residual_dtype=torch.bfloat16, pdl=True)
     step = DecodeStep(ops, has_fp8=options.fp8)
     sizes = padded_sizes(options.most)
-    milliseconds: list[float] = []
-    for size in sizes:
-        whole, products = step_ms(step, size, CONTEXT)
-        milliseconds.append(whole)
-        print(f"{size:4} sequences  {whole:7.3f} ms, products {products:7.3f} ms", flush=True)
+    steps = [partial(step.run, *decode_batch(size, CONTEXT)) for size in sizes]
+    times = interleaved_ms([[each] for each in steps], rounds=_ROUNDS, min_ms=_TURN_MS)
+    milliseconds = [statistics.fmean(each) for each in times]
+    for size, each in zip(sizes, milliseconds, strict=True):
+        print(f"{size:4} sequences  {each:7.3f} ms", flush=True)
     print("longer than a larger size:", slower_than_larger(sizes, milliseconds) or "none")
     for refusal in ops.admission.refusals:
         print("refused:", refusal)

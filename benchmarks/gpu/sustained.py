@@ -26,6 +26,7 @@ from benchmarks.gpu.clocks import BF16_FLOP_PER_CLOCK, Sample, sampler
 from benchmarks.gpu.gemm import LayerBench
 from benchmarks.gpu.shapes import FUSED_LAYERS, LAYERS, Layer
 from benchmarks.gpu.sweeps import Offer, all_candidates
+from benchmarks.gpu.timing import shuffled_rounds
 from benchmarks.gpu.turns import GraphTurns, Turn, Turns
 from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.kernels.triton.plans import LinearPlan
@@ -105,10 +106,10 @@ def taken_turns(graphs: Sequence[TakesTurns], seconds: float, rounds: int, withi
     warm = [graph.take(seconds, sample) for graph in graphs]
     bound_ms = max(within * min(turn.ms for turn in warm), warm[0].ms)
     taken: list[list[Turn]] = [[] if turn.ms <= bound_ms else [turn] * rounds for turn in warm]
-    for _ in range(rounds):
-        for graph, turns in zip(graphs, taken, strict=True):
-            if len(turns) < rounds:
-                turns.append(graph.take(seconds, sample))
+    going_on = [index for index, turns in enumerate(taken) if not turns]
+    for order in shuffled_rounds(len(going_on), rounds):
+        for place in order:
+            taken[going_on[place]].append(graphs[going_on[place]].take(seconds, sample))
     return [Turns.of(turns) for turns in taken]
 
 

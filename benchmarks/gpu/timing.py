@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import torch
 
@@ -45,29 +47,52 @@ def replay_ms(graph: torch.cuda.CUDAGraph) -> float:
     return _timed(graph.replay)
 
 
+def shuffled_rounds(count: int, rounds: int) -> Iterator[list[int]]:
+    """Whose turn it is, round by round. Where power limits a card, its clock swings within tens of milliseconds: in a
+    fixed order the same ones could compute at the high clocks each time."""
+    generator = random.Random(0)
+    order = list(range(count))
+    for _ in range(rounds):
+        generator.shuffle(order)
+        yield list(order)
+
+
 def interleaved_ms(
     variants: Sequence[Sequence[Callable[[], object]]], *, rounds: int = 7, min_ms: float = 1.5
 ) -> list[list[float]]:
-    """Milliseconds of one call, per variant and round, the variants taking turns.
+    """Milliseconds of one call, per variant and round, the variants taking turns in an order of each round's own.
 
-    Clocks and temperature drift over a second of load; turns of milliseconds give every variant the same share.
+    Clocks and temperature drift over a second of load; turns of milliseconds give every variant the same share. The
+    device has work throughout a round: no turn waits for the host.
     """
     graphs = [capture(calls) for calls in variants]
     counts = [max(1, round(min_ms / max(replay_ms(graph), 1e-3))) for graph in graphs]
     times: list[list[float]] = [[] for _ in variants]
-    for index in range(rounds + 1):
-        for graph, count, calls, found in zip(graphs, counts, variants, times, strict=True):
-            milliseconds = _timed(_repeat(graph, count))
+    for index, order in enumerate(shuffled_rounds(len(graphs), rounds + 1)):
+        graphs[order[-1]].replay()  # or the first turn would begin with a launch
+        marks = [recorded()]
+        for each in order:
+            for _ in range(counts[each]):
+                graphs[each].replay()
+            marks.append(recorded())
+        marks[-1].synchronize()
+        for each, (start, end) in zip(order, pairwise(marks), strict=True):
             if index:  # the first round warms up
-                found.append(milliseconds / (count * len(calls)))
+                times[each].append(float(start.elapsed_time(end)) / (counts[each] * len(variants[each])))
     return times
 
 
+def recorded() -> torch.cuda.Event:
+    """An event of the current stream, here."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
 def _timed(call: Callable[[], object]) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
+    start = recorded()
     call()
-    end.record()
+    end = recorded()
     end.synchronize()
     return float(start.elapsed_time(end))
 

@@ -27,7 +27,7 @@ from cluster.engine.kernels.triton.table import PlanTable, library_versions
 
 _MODEL_LAYERS = ("8b.qkv", "8b.o", "8b.gate_up_silu", "8b.down", "8b.lm_head")
 _TURN_S = 0.01
-_ROUNDS = 3
+_ROUNDS = 6
 _WITHIN = 1.2  # of the fastest's time in the round that warms up, or no more turns
 _PRINTED = 10
 _FASTER = 0.99  # of the table's time: less could be chance

@@ -33,6 +33,7 @@ _PRINTED = 4
 _CONFIRMED = 2  # take turns again
 _MOST_ROWS = 512  # sequences
 _TOGETHER = 12  # graphs that take turns
+_TURN_MS, _ROUNDS = 6.0, 20  # a turn is a step or two
 
 
 def shorter_plan(found: Sequence[tuple[float, LinearPlan]]) -> LinearPlan | None:
@@ -71,8 +72,8 @@ class StepTuner:
             return run
 
         def ratios(some: Sequence[LinearPlan]) -> list[tuple[float, LinearPlan]]:
-            times = interleaved_ms([[step_with(plan)] for plan in some], rounds=7, min_ms=15.0)
-            milliseconds = [statistics.median(each) for each in times]
+            times = interleaved_ms([[step_with(plan)] for plan in some], rounds=_ROUNDS, min_ms=_TURN_MS)
+            milliseconds = [statistics.fmean(each) for each in times]  # clocks swing: a median would pick one of them
             return [(each / milliseconds[0], plan) for each, plan in zip(milliseconds, some, strict=True)]
 
         found: list[tuple[float, LinearPlan]] = []

@@ -8,10 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import torch
-
 from benchmarks.gpu.clocks import Sample, peak_share
-from benchmarks.gpu.timing import capture, replay_ms
+from benchmarks.gpu.timing import capture, recorded, replay_ms
 
 BATCH_MS = 2.0  # of device time between two waits of the host
 
@@ -64,12 +62,12 @@ class GraphTurns:
         """At least that long. One batch of replays is queued while the host waits for another, so that the device
         never waits for the host, and the sample is taken while it still computes."""
         begun_s, num_replays = time.perf_counter(), 0
-        start = last = _recorded()
+        start = last = recorded()
         while time.perf_counter() - begun_s < seconds:
             for _ in range(self._batch):
                 self._graph.replay()
             num_replays += self._batch
-            before, last = last, _recorded()
+            before, last = last, recorded()
             before.synchronize()
         found = sample()
         last.synchronize()
@@ -78,9 +76,3 @@ class GraphTurns:
 
 def replays_at_once(once_ms: float) -> int:
     return max(1, math.ceil(BATCH_MS / max(once_ms, 1e-3)))
-
-
-def _recorded() -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event

@@ -33,7 +33,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cuda_graphs: bool = True  # replay decode steps as CUDA graphs; false starts faster and runs slower
     graph_prompt_rows: int | None = None  # rows up to which steps with prompts are CUDA graphs; null: 1,536, 0: none
     num_threads: int | None = None  # CPU threads of the kernels; None: the cores this process may use
-    compile_threads: int = 1  # on a GPU: threads that compile the fingerprint's kernels at a first start
+    compile_threads: int = 8  # on a GPU: threads that compile the fingerprint's kernels at a first start
     speculation: SpeculationConfig = SpeculationConfig()  # see the section `speculation`
 
     @property

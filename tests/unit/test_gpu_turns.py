@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu import clocks
+from benchmarks.gpu import clocks, timing
 from benchmarks.gpu import turns as graph_turns
 from benchmarks.gpu.clocks import UNKNOWN, Sample, peak_share, sampler
 from benchmarks.gpu.sustained import LEAST_CALLS, rotation
@@ -125,7 +125,7 @@ def test_a_turn_keeps_a_batch_queued_until_its_time_is_over(monkeypatch: pytest.
     device = Device()
     monkeypatch.setattr(graph_turns, "capture", lambda calls: device)
     monkeypatch.setattr(graph_turns, "replay_ms", lambda graph: 0.5)
-    monkeypatch.setattr(graph_turns, "_recorded", device.recorded)
+    monkeypatch.setattr(graph_turns, "recorded", device.recorded)
     monkeypatch.setattr("benchmarks.gpu.turns.time.perf_counter", iter([0.0, 0.0, 1.0, 2.0, 3.0, 4.0]).__next__)
     turn = graph_turns.GraphTurns([lambda: None] * 10).take(2.5, lambda: Sample(1400, len(device.waited_for)))
     assert turn.ms == pytest.approx(0.05)
@@ -136,3 +136,36 @@ def test_a_turn_keeps_a_batch_queued_until_its_time_is_over(monkeypatch: pytest.
 def test_the_energy_of_a_call_is_its_power_over_its_time() -> None:
     found = Turns([2.0, 1.0, 4.0], [Sample(1400, 600), Sample(1400, 700), Sample(1400, 650)])
     assert found.median_mj == pytest.approx(1300.0)
+
+
+class Clock:
+    """The device's time in ms, and graphs that take some of it."""
+
+    def __init__(self) -> None:
+        self.ms, self.replayed = 0.0, ""
+
+    def graph(self, calls: Sequence[str]) -> SimpleNamespace:
+        return SimpleNamespace(replay=lambda: self.take(*calls))
+
+    def take(self, name: str, *calls: str) -> None:
+        self.replayed += name
+        self.ms += {"a": 1.0, "b": 2.0, "c": 8.0}[name] * (1 + len(calls))
+
+    def recorded(self) -> SimpleNamespace:
+        now = self.ms
+        return SimpleNamespace(now=now, synchronize=lambda: None, elapsed_time=lambda end: end.now - now)
+
+
+def test_variants_take_turns_in_another_order_each_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(timing, "capture", clock.graph)
+    monkeypatch.setattr(timing, "recorded", clock.recorded)
+    monkeypatch.setattr(timing, "replay_ms", lambda graph: 4.0)
+    times = timing.interleaved_ms([["a", "a", "a"], ["b"], ["c"]], rounds=30, min_ms=8.0)  # type: ignore[list-item]
+    assert times == [[1.0] * 30, [2.0] * 30, [8.0] * 30]
+    rounds = [clock.replayed[at : at + 7] for at in range(0, len(clock.replayed), 7)]
+    assert len(rounds) == 31
+    assert all(each[0] == each[-1] for each in rounds), "the device waits for no launch when the first turn begins"
+    orders = [each[1::2] for each in rounds]
+    assert set(orders) == {"abc", "acb", "bac", "bca", "cab", "cba"}
+    assert all(each[1::2] == each[2::2] for each in rounds)
