@@ -5,7 +5,7 @@ For Triton's interpreter (fp16 operands on the CPU) and for a GPU (bf16)."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -16,8 +16,12 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from cluster.engine.kernels.cuda_ops import CudaOps
+from cluster.engine.kernels.fingerprint import probe_outputs
 from cluster.engine.kernels.fp8 import quantize_weight, quantize_weight_blocks
+from cluster.engine.kernels.ops import Ops
+from cluster.engine.kernels.probes import Probe
 from cluster.engine.kernels.probes_moe import random_choice
+from cluster.engine.kernels.registry import describe_difference
 from cluster.engine.kernels.triton import attention, fp8_linear, linear, moe
 from cluster.engine.kernels.triton.fp8_plans import REFERENCE_FP8, Fp8Plan
 from cluster.engine.kernels.triton.fp8_table import Fp8Entry, Fp8PlanIndex, Fp8Table
@@ -42,6 +46,7 @@ FP8_COPY_ENGINE = Fp8Plan(kind="tma", block_m=64, block_n=32)
 ATTENTION = AttentionPlan(prefill_block_rows=32, prefill_use_tma=True)
 MOE_SHAPE = MoeShape(num_experts=6, top_k=2, hidden=64, features=256)
 
+COMPILE_THREADS = 6
 
 DTYPE = {"cpu": torch.float16, "cuda": torch.bfloat16}
 
@@ -74,6 +79,18 @@ def drawn(ops: CudaOps, seed: int, *shape: int) -> torch.Tensor:
     """Normal values, divided by the root of their last size, on the device of `ops`."""
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * math.sqrt(1 / shape[-1])
     return values.to(ops.device, DTYPE[ops.device.type])
+
+
+def differing_probes(ops: Ops, reference: Ops, probes: Sequence[Probe]) -> dict[str, str]:
+    """By name, where. Threads compile the kernels of several probes at once."""
+    found = {}
+    sides = (probe_outputs(each, probes, COMPILE_THREADS) for each in (ops, reference))
+    for probe, ours, theirs in zip(probes, *sides, strict=True):
+        for mine, other in zip(ours, theirs, strict=True):
+            difference = describe_difference(mine.cpu(), other.cpu())
+            if difference is not None:
+                found[probe.name] = difference
+    return found
 
 
 def run_linear(ops: CudaOps) -> torch.Tensor:

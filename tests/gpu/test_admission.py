@@ -14,13 +14,20 @@ from benchmarks.gpu.gemm import revealing_inputs
 from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.kernels.probe_lists import ALL_PROBES
 from cluster.engine.kernels.probes import Magnitudes, draw
-from cluster.engine.kernels.registry import describe_difference
 from cluster.engine.kernels.triton import launch
 from cluster.engine.kernels.triton.plans import REFERENCE_LINEAR, AttentionPlan, LinearPlan
 from cluster.engine.kernels.triton.table import LinearEntry, PlanIndex, PlanTable
 from cluster.gpu_share import SHARE_VARIABLE
 from tests.gpu.support import bits_equal, num_differing
-from tests.gpu.support_admission import OPERATIONS, TooLarge, name_plans, plant, plant_mistake, with_references
+from tests.gpu.support_admission import (
+    OPERATIONS,
+    TooLarge,
+    differing_probes,
+    name_plans,
+    plant,
+    plant_mistake,
+    with_references,
+)
 
 SWAPPED = LinearPlan(block_m=32, block_n=64, block_k=128, num_stages=3, swap=True)
 COPY_ENGINE = LinearPlan(kind="tma", block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3)
@@ -65,13 +72,7 @@ def reference() -> CudaOps:
 def test_every_probe_equals_the_reference_plans(plan: LinearPlan | None, kind: str, reference: CudaOps) -> None:
     attention = AttentionPlan(prefill_kind="hopper", split_num_warps=2) if kind == "hopper" else None
     ops = ops_with(plan, attention)
-    found = {}
-    for probe in ALL_PROBES:
-        for ours, theirs in zip(probe.run(ops), probe.run(reference), strict=True):
-            difference = describe_difference(ours.cpu(), theirs.cpu())
-            if difference is not None:
-                found[probe.name] = difference
-    assert not found
+    assert differing_probes(ops, reference, ALL_PROBES) == {}
     own = [refusal for refusal in ops.admission.refusals if not refusal.startswith("cublaslt")]
     assert own == [], "another plan served, so the one that was meant was not looked at"
 

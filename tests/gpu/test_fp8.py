@@ -16,11 +16,11 @@ from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.kernels.fp8 import Scaling, quantize_rows, quantize_weight, quantize_weight_blocks, split_rows
 from cluster.engine.kernels.probe_lists import FP8_PROBES
 from cluster.engine.kernels.probes import Magnitudes, draw
-from cluster.engine.kernels.registry import describe_difference
 from cluster.engine.kernels.triton import fp8_launch, fp8_linear, launch
 from cluster.engine.kernels.triton.fp8_plans import REFERENCE_FP8, Fp8Plan
 from cluster.engine.kernels.triton.fp8_table import Fp8Entry, Fp8PlanIndex, Fp8Table
 from tests.gpu.support import bits_equal, in_graph, mutated, num_differing, relative_error
+from tests.gpu.support_admission import differing_probes
 
 if torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("FP8 is for Hopper: elsewhere e4m3 sums have other bits", allow_module_level=True)
@@ -245,16 +245,11 @@ def ops_with(plan: Fp8Plan) -> CudaOps:
 @pytest.mark.parametrize("plan", [None, *PLANS, Fp8Plan(kind="separate")], ids=str)
 def test_every_probe_equals_the_reference_plan(plan: Fp8Plan | None) -> None:
     ops, reference = CudaOps(torch.device("cuda")) if plan is None else ops_with(plan), ops_with(REFERENCE_FP8)
-    found = {}
+    assert differing_probes(ops, reference, FP8_PROBES) == {}
     for probe in FP8_PROBES:
-        outputs = probe.run(ops)
-        for ours, theirs in zip(outputs, probe.run(reference), strict=True):
-            difference = describe_difference(ours.cpu(), theirs.cpu())
-            if difference is not None:
-                found[probe.name] = difference
         if probe.name.startswith("fp8 layers"):
+            outputs = probe.run(ops)
             assert bits_equal(outputs[0], outputs[1]), "quantised where it is made, and later"
-    assert not found
     assert [refusal for refusal in ops.admission.refusals if not refusal.startswith(("cublaslt", "library"))] == []
 
 

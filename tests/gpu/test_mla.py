@@ -22,11 +22,11 @@ from cluster.engine.kernels.probe_lists import LATENT_PROBES
 from cluster.engine.kernels.probes import Magnitudes, draw
 from cluster.engine.kernels.probes_latent import LatentInputs, LatentShape
 from cluster.engine.kernels.probes_moe import router_logits
-from cluster.engine.kernels.registry import describe_difference
 from cluster.engine.kernels.triton import attention, latent, latent_launch
 from cluster.engine.kernels.triton.latent_launch import LatentPlan
 from cluster.engine.models.config import NoScaling
 from tests.gpu.support import NUM_MULTIPROCESSORS, bits_equal, in_graph, mutated, num_differing, relative_error
+from tests.gpu.support_admission import differing_probes
 from tests.gpu.support_latent import PagedLatent
 
 CONTEXTS = [1700, 700, 64, 1, 513]
@@ -212,9 +212,7 @@ def test_choice_of_experts(ops: CudaOps, scoring: str, num_experts: int, num_gro
 def test_probes_have_the_same_bits_with_another_plan(ops: CudaOps) -> None:
     other = CudaOps(torch.device("cuda"))
     other.latent_plan = PLANS["16 rows, whole"]
-    for probe in LATENT_PROBES:
-        for ours, theirs in zip(probe.run(other), probe.run(ops), strict=True):
-            assert describe_difference(ours.cpu(), theirs.cpu()) is None, probe.name
+    assert differing_probes(other, ops, LATENT_PROBES) == {}
 
 
 def test_the_engine_gives_the_same_bits_in_every_way_to_compute(ops: CudaOps) -> None:

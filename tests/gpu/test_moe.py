@@ -12,7 +12,6 @@ from benchmarks.gpu.moe_inputs import MoeInputs
 from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.kernels.probe_lists import MOE_PROBES
 from cluster.engine.kernels.probes_moe import router_logits
-from cluster.engine.kernels.registry import describe_difference
 from cluster.engine.kernels.triton import moe, moe_launch
 from cluster.engine.kernels.triton.moe_plans import (
     REFERENCE_MOE,
@@ -23,6 +22,7 @@ from cluster.engine.kernels.triton.moe_plans import (
     unmeasured_moe_plan,
 )
 from tests.gpu.support import NUM_MULTIPROCESSORS, bits_equal, in_graph, mutated, num_differing, relative_error
+from tests.gpu.support_admission import differing_probes
 
 QWEN = MoeShape(num_experts=128, top_k=8, hidden=2048, features=768)
 WIDE = MoeShape(num_experts=8, top_k=2, hidden=1024, features=3584)  # Mixtral's proportions
@@ -214,13 +214,7 @@ def test_every_probe_equals_the_reference_plans(ops: CudaOps) -> None:
             return REFERENCE_MOE
 
     reference.moe_plans = Always(MoeTable(device="test"))
-    found = {}
-    for probe in MOE_PROBES:
-        for ours, theirs in zip(probe.run(ops), probe.run(reference), strict=True):
-            difference = describe_difference(ours.cpu(), theirs.cpu())
-            if difference is not None:
-                found[probe.name] = difference
-    assert not found
+    assert differing_probes(ops, reference, MOE_PROBES) == {}
     assert [refusal for refusal in ops.admission.refusals if not refusal.startswith("cublaslt")] == []
 
 

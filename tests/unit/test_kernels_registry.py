@@ -22,7 +22,7 @@ from cluster.engine.kernels.cpu.reference import ReferenceOps, ReferenceWeight
 from cluster.engine.kernels.cpu.select import chosen_class
 from cluster.engine.kernels.mutations import MUTANTS, break_kernel
 from cluster.engine.kernels.ops import LinearWeight, Ops
-from cluster.engine.kernels.probe_lists import ATTENTION_PROBES, LINEAR_PROBES
+from cluster.engine.kernels.probe_lists import ATTENTION_PROBES, LINEAR_PROBES, SOFTMAX_PROBES
 from cluster.engine.kernels.probes import CacheShape, EqualsReference, Magnitudes, Probe, attention_probe
 from cluster.engine.kernels.registry import Candidate, Operation, Registry, describe_difference
 from cluster.errors import ConfigError
@@ -193,6 +193,17 @@ def test_a_probe_that_fails_in_a_thread_ends_the_fingerprint(monkeypatch: pytest
     with pytest.raises(RuntimeError, match="no such instruction"):
         fingerprint(get_ops("cpu", 1), num_threads=2)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("probe")]
+
+
+def test_probes_with_other_bits_are_named() -> None:
+    """What tests on a GPU compare plans with."""
+    pytest.importorskip("triton")
+    from tests.gpu.support_admission import differing_probes
+
+    ops = get_ops("cpu", 1)
+    probes = (*SOFTMAX_PROBES, LINEAR_PROBES[0])
+    assert differing_probes(ops, get_ops("cpu", 2), probes) == {}
+    assert list(differing_probes(break_kernel(ops, "linear"), ops, probes)) == [LINEAR_PROBES[0].name]
 
 
 def test_fingerprint_is_one_for_all_threads_and_processes(monkeypatch: pytest.MonkeyPatch) -> None:

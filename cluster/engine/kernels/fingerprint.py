@@ -36,7 +36,7 @@ def fingerprint(
     probes = (*ALL_PROBES, *(FP8_PROBES if with_fp8 else ()), *(LATENT_PROBES if with_latent else ()))
     with one_torch_thread():
         progress(0, len(probes))
-        for index, (probe, outputs) in enumerate(zip(probes, _outputs(ops, probes, num_threads), strict=True)):
+        for index, (probe, outputs) in enumerate(zip(probes, probe_outputs(ops, probes, num_threads), strict=True)):
             digest.update(probe.name.encode())
             for output in outputs:
                 digest.update(bits(output.cpu()).numpy().tobytes())
@@ -44,7 +44,7 @@ def fingerprint(
     return f"{ops.name}/{digest.hexdigest()[:32]}"
 
 
-def _outputs(ops: Ops, probes: Sequence[Probe], num_threads: int) -> Iterator[Sequence[torch.Tensor]]:
+def probe_outputs(ops: Ops, probes: Sequence[Probe], num_threads: int) -> Iterator[Sequence[torch.Tensor]]:
     """What each probe gives, in their order. Threads end before the iterator does."""
     if num_threads == 1:
         yield from (probe.run(ops) for probe in probes)
