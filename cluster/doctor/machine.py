@@ -12,6 +12,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from cluster.doctor import gpu
 from cluster.doctor.finding import Finding, broken, limited, ok
 from cluster.errors import ModelError, StartupError
 from cluster.launch.cores import usable_cores
@@ -95,10 +96,7 @@ def devices() -> Iterator[Finding]:
         )
         return
     yield ok("Devices", f"cpu, {torch.get_num_threads()} threads")
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        detail = f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, sm_{properties.major}{properties.minor}"
-        yield ok(f"cuda:{index}", detail)
+    yield from gpu.examined()
 
 
 def router_port(port: int, host: str = "127.0.0.1") -> Finding:
