@@ -95,12 +95,13 @@ class _Model:
     def kv_layout(self, block_size: int) -> KVLayout:
         return KVLayout(num_layers=1, num_kv_heads=1, head_size=1, block_size=block_size)
 
-    def hidden(self, token_ids_T: torch.Tensor, metadata: object, kv_cache: KVCache) -> torch.Tensor:
-        return self._hidden[: len(token_ids_T)]
+    def hidden(
+        self, token_ids_T: torch.Tensor, metadata: object, kv_cache: KVCache, rows_R: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self._hidden[: len(token_ids_T if rows_R is None else rows_R)]
 
     def logits(self, hidden_TK: torch.Tensor, indices_R: torch.Tensor | None = None) -> torch.Tensor:
-        assert indices_R is not None
-        return self.logits_RV[: len(indices_R)]
+        return self.logits_RV[: len(hidden_TK if indices_R is None else indices_R)]
 
 
 class _Ops:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from gguf import GGMLQuantizationType
 from transformers import AutoModelForCausalLM
 
+from cluster.engine.kernels.ops import LinearWeight, Ops
+from cluster.engine.models.feed_forward import DenseFeedForward
 from cluster.errors import ConfigError
 from tests.unit.model_factory import (
     DENSE_FAMILIES,
@@ -57,12 +61,52 @@ def test_sharded_safetensors_give_the_same_bits(tmp_path: Path) -> None:
     assert torch.equal(logits_of(load(whole).model, TOKENS), logits_of(load(sharded).model, TOKENS))
 
 
-def test_selected_rows_have_the_bits_they_have_among_all_rows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe", "deepseek_v2"])
+@pytest.mark.parametrize("rows", [(19, 0, 7), (5, 5, 5, 5), ()])
+def test_selected_rows_have_the_bits_they_have_among_all_rows(
+    family: str, rows: tuple[int, ...], tmp_path: Path
+) -> None:
+    """And the K and V of the others are stored."""
+    model = load(save_safetensors(random_model(family), tmp_path)).model
+    step, whole = (whole_sequence(model, len(TOKENS)) for _ in range(2))
+    indices = torch.tensor(rows, dtype=torch.int64)
+    selected = model.forward(TOKENS, step.metadata, step.cache, indices)
+    assert torch.equal(selected, model.forward(TOKENS, whole.metadata, whole.cache)[indices])
+    assert torch.equal(step.cache.kv_NL2HSD.view(torch.int16), whole.cache.kv_NL2HSD.view(torch.int16))
+
+
+def test_what_follows_the_last_attention_is_computed_for_selected_rows_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = load(save_safetensors(random_model("llama"), tmp_path)).model
+    rows_of: dict[int, list[int]] = defaultdict(list)
+    linear = type(model.ops).linear
+
+    def counting(self: Ops, x_TK: torch.Tensor, weight: LinearWeight, *more: Any, **named: Any) -> torch.Tensor:
+        rows_of[id(weight)].append(len(x_TK))
+        return linear(self, x_TK, weight, *more, **named)
+
+    monkeypatch.setattr(type(model.ops), "linear", counting)
     step = whole_sequence(model, len(TOKENS))
+    model.forward(TOKENS, step.metadata, step.cache, torch.tensor([19, 4]))
+    *others, last = model.weights.layers
+    assert others
+    for layer in others:
+        assert isinstance(layer.feed_forward, DenseFeedForward)
+        assert rows_of[id(layer.output)] == rows_of[id(layer.feed_forward.down)] == [len(TOKENS)]
+    assert isinstance(last.feed_forward, DenseFeedForward)
+    assert rows_of[id(last.qkv)] == [len(TOKENS)]
+    assert rows_of[id(last.output)] == rows_of[id(last.feed_forward.down)] == [2]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_ranks_give_selected_rows_the_bits_of_one(family: str, tmp_path: Path) -> None:
+    save_safetensors(random_model(family), tmp_path)
     rows = torch.tensor([19, 0, 7])
-    selected = model.forward(TOKENS, step.metadata, step.cache, rows)
-    assert torch.equal(selected, logits_of(model, TOKENS)[rows])
+    (alone,), kv_alone = run_ranks(tmp_path, 1)
+    ranks, kv = run_ranks(tmp_path, 3, rows)
+    assert all(torch.equal(logits, alone[rows]) for logits in ranks)
+    assert torch.equal(kv.view(torch.int16), kv_alone.view(torch.int16))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mixtral", "qwen3_moe"])

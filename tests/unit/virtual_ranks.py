@@ -54,22 +54,22 @@ class VirtualRank:
         return joined
 
 
-def run_ranks(path: Path, size: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+def run_ranks(path: Path, size: int, rows_R: torch.Tensor | None = None) -> tuple[list[torch.Tensor], torch.Tensor]:
     """`run_models` of a model's files."""
-    return run_models(lambda group: load(path, group).model, size)
+    return run_models(lambda group: load(path, group).model, size, rows_R)
 
 
 def run_models(
-    make_model: Callable[[ParallelGroup], DecoderModel], size: int
+    make_model: Callable[[ParallelGroup], DecoderModel], size: int, rows_R: torch.Tensor | None = None
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Every rank's logits, and the KV pools side by side: (N, L, 2, all KV heads, S, D)."""
+    """Every rank's logits of some rows (None: of all), and the KV pools side by side: (N, L, 2, all KV heads, S, D)."""
     barrier = threading.Barrier(size)
     parts = [torch.empty(0)] * size
 
     def run(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         model = make_model(VirtualRank(rank, size, barrier, parts))
         step = whole_sequence(model, len(TOKENS))
-        return model.forward(TOKENS, step.metadata, step.cache), step.cache.kv_NL2HSD
+        return model.forward(TOKENS, step.metadata, step.cache, rows_R), step.cache.kv_NL2HSD
 
     with ThreadPoolExecutor(size) as pool:
         results = list(pool.map(run, range(size)))

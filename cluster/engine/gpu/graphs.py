@@ -32,12 +32,12 @@ class StepOutput:
 
 @dataclass(frozen=True, slots=True)
 class HiddenRows:
-    """What `GpuModel.hidden` returns, valid until the next graph replays."""
+    """What `GpuModel.hidden` returns of the rows that logits may be wanted of, valid until the next graph replays."""
 
-    hidden_TK: torch.Tensor
+    hidden_RK: torch.Tensor
 
     def unowned(self) -> HiddenRows:
-        return HiddenRows(_view(self.hidden_TK))
+        return HiddenRows(_view(self.hidden_RK))
 
 
 class Captured(Protocol):

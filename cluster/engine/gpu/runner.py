@@ -43,8 +43,14 @@ _LOGIT_ROWS_AT_ONCE = 512  # of prompts whose logprobs are wanted: bounds the me
 class GpuModel(Protocol):
     """A `Model` in two parts, so that logits can be made of some rows at a time; `DecoderModel` is one."""
 
-    def hidden(self, token_ids_T: torch.Tensor, metadata: AttentionMetadata, kv_cache: KVCache) -> torch.Tensor:
-        """All layers: K and V of every row are stored; what `logits` reads."""
+    def hidden(
+        self,
+        token_ids_T: torch.Tensor,
+        metadata: AttentionMetadata,
+        kv_cache: KVCache,
+        rows_R: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """All layers: K and V of every row are stored; what `logits` reads, of some rows or of all."""
         ...
 
     def logits(self, hidden_TK: torch.Tensor, indices_R: torch.Tensor | None = None) -> torch.Tensor:
@@ -171,7 +177,10 @@ class GpuModelRunner:
         return self.prompt_graphs.expected_bytes(self._hidden_rows)
 
     def _hidden_rows(self, shape: StepShape) -> HiddenRows:
-        return HiddenRows(self._hidden(shape, *self._bounds(shape)))
+        """For a graph: of as many rows as can be drawn from, the first of `logits_R`. Behind those of a step stands
+        what an earlier one left there; it may be more than this one has rows."""
+        rows_R = self._staging.logits_R[: min(shape.num_sequences, shape.num_rows)].clamp(max=shape.num_rows - 1)
+        return HiddenRows(self._hidden(shape, *self._bounds(shape), rows_R))
 
     def compile_all(self) -> None:
         """`compile` for all sizes that steps of this runner can have."""
@@ -246,19 +255,21 @@ class GpuModelRunner:
                 return output
             rows = None if self.prompt_graphs is None else self.prompt_graphs.replay(shape)
             if rows is not None:
-                return self._logits(rows.hidden_TK, shape)
+                return self._output(self._model.logits(rows.hidden_RK[: shape.num_logits]))
         return self._forward_eagerly(shape, longest, num_keys)
 
     def _forward_eagerly(self, shape: StepShape, longest: int, num_keys: int) -> StepOutput:
-        return self._logits(self._hidden(shape, longest, num_keys), shape)
+        logits_R = self._staging.logits_R[: shape.num_logits]
+        if shape.num_logits < shape.num_rows:
+            return self._output(self._model.logits(self._hidden(shape, longest, num_keys, logits_R)))
+        return self._output(self._model.logits(self._hidden(shape, longest, num_keys), logits_R))
 
-    def _logits(self, hidden_TK: torch.Tensor, shape: StepShape) -> StepOutput:
-        return self._output(self._model.logits(hidden_TK, self._staging.logits_R[: shape.num_logits]))
-
-    def _hidden(self, shape: StepShape, longest: int, num_keys: int) -> torch.Tensor:
+    def _hidden(
+        self, shape: StepShape, longest: int, num_keys: int, rows_R: torch.Tensor | None = None
+    ) -> torch.Tensor:
         staging = self._staging
         metadata = staging.metadata(shape, longest, num_keys)
-        return self._model.hidden(staging.token_ids_T[: shape.num_rows], metadata, self._kv_cache)
+        return self._model.hidden(staging.token_ids_T[: shape.num_rows], metadata, self._kv_cache, rows_R)
 
     def _output(self, logits_RV: torch.Tensor) -> StepOutput:
         return StepOutput(logits_RV, RowStats(*self._ops.vocab_stats(logits_RV)))
