@@ -19,6 +19,7 @@ from decode.load import (
     MAX_READ_BYTES,
     MAX_READS_AT_ONCE,
     MIN_SOURCE_BLOCK_SIZE,
+    SETTLE_S,
     Landing,
     Load,
     batches,
@@ -224,6 +225,9 @@ class Admission:
             self.measures.on_posted(region, transfer, started_at, pieces)
 
     def _poll_reads(self, load: Load, now: float) -> None:
+        while load.settling and load.settling[0] <= now:
+            load.settling.popleft()
+            self._feed(load, core.ReadDone(), now)
         for transfer in tuple(load.running):
             match self._transport.poll(transfer):
                 case TransferState.RUNNING:
@@ -241,8 +245,8 @@ class Admission:
     def _on_read_failed(self, load: Load, why: str, now: float) -> None:
         self.measures.num_failed_transfers += 1
         self._peers.on_broken(load.peer, now)
-        message = f"prefill worker {load.handle.endpoint}: {why}"
-        self._feed(load, core.Abort(TransferFailed.code, message, lost_read=True), now)
+        load.settling.append(now + SETTLE_S)
+        self._feed(load, core.Abort(TransferFailed.code, f"prefill worker {load.handle.endpoint}: {why}"), now)
 
     def _judge(self, load: Load) -> core.LoadEvent:
         """Compare the records that have landed with the handle, and their digests with our memory."""

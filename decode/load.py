@@ -23,6 +23,7 @@ from kvconnector.mapping import join
 MAX_READ_BYTES = 8 << 20
 MAX_DEVICE_READ_BYTES = 256 << 20
 MAX_READ_PIECES = 1024
+SETTLE_S = 1.0  # pieces of a READ that failed may be on their way: copies within a machine or a fabric take far less
 MAX_READS_AT_ONCE = 2
 MIN_SOURCE_BLOCK_SIZE = 16  # bounds the number of a prompt's records
 
@@ -41,6 +42,7 @@ class Load:
     landing_row: int | None = None
     unposted: deque[tuple[str, str, list[Piece]]] = field(default_factory=deque)  # (region, local region, pieces)
     running: list[TransferId] = field(default_factory=list)
+    settling: deque[float] = field(default_factory=deque)  # for each READ that failed: when nothing of it can land
 
     @property
     def key(self) -> tuple[str, int]:

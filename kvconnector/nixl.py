@@ -149,7 +149,7 @@ class NixlTransport:
             self._forget_if_idle(peer)
 
     def read(self, peer: PeerId, region: str, local_region: str, pieces: Sequence[Piece]) -> TransferId:
-        """On `TransferFailed` nothing was started."""
+        """After `TransferFailed`, too, pieces may be on their way: UCX posts one after the other and cancels none."""
         remote = self._peers.get(peer, {}).get(region)
         if remote is None:
             raise TransferFailed(f"peer {peer} is not connected or has no memory {region!r}")
@@ -160,8 +160,12 @@ class NixlTransport:
         handle = self._mapped(
             "prepare a READ", lambda: self._agent.initialize_xfer("READ", local_list, remote_list, peer)
         )
-        if self._mapped("post a READ", lambda: self._agent.transfer(handle)) == "ERR":
-            raise TransferFailed(f"a READ from {peer} could not be posted")
+        try:
+            if self._mapped("post a READ", lambda: self._agent.transfer(handle)) == "ERR":
+                raise TransferFailed(f"a READ from {peer} could not be posted")
+        except TransferFailed:
+            self._ignoring_errors(lambda: self._agent.release_xfer_handle(handle))
+            raise
         self._next_id += 1
         self._reads[TransferId(self._next_id)] = (peer, handle)
         return TransferId(self._next_id)

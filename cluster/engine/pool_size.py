@@ -30,9 +30,15 @@ def choose_num_blocks(
 
 
 def blocks_of(
-    layout: KVLayout, num_bytes: int, source: str, max_model_len: int, draft_layout: KVLayout | None = None
+    layout: KVLayout,
+    num_bytes: int,
+    source: str,
+    max_model_len: int,
+    draft_layout: KVLayout | None = None,
+    *,
+    fix: str = "raise engine.kv_cache_bytes",
 ) -> int:
-    """How many blocks fit into `num_bytes`; `source` says where that number comes from.
+    """How many blocks fit into `num_bytes`; `source` says where that number comes from, `fix` what makes it larger.
 
     A draft model's pool has as many blocks, of `draft_layout`: both share the bytes.
     StartupError if one context does not fit: a request could then never run.
@@ -45,7 +51,7 @@ def blocks_of(
         raise StartupError(
             f"the KV pool is too small: one context of max_model_len {max_model_len} tokens needs "
             f"{blocks_per_context * block_bytes} bytes{with_draft}, there are {num_bytes} ({source}, room for "
-            f"{num_blocks * layout.block_size} tokens); raise engine.kv_cache_bytes or lower engine.max_model_len"
+            f"{num_blocks * layout.block_size} tokens); {fix}{' or lower engine.max_model_len' if num_blocks else ''}"
         )
     return num_blocks
 

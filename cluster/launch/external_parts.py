@@ -7,15 +7,16 @@ The ranks of one group are neighbours, so that launchers which fill one host aft
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
 
 from cluster.addresses import WILDCARDS
-from cluster.config import ClusterConfig
+from cluster.config import ClusterConfig, PoolSettings
 from cluster.errors import ConfigError
-from cluster.launch.topology import Rank, Topology, WorkerGroup
+from cluster.launch.topology import Rank, Topology, WorkerGroup, fewest_users
 from cluster.types import Role
 
 MAX_REPLICAS = 64
@@ -120,22 +121,22 @@ def place(
     see it, empty if there are none.
 
     The ranks of a host share its cores and its GPUs: `cuda` without a number is dealt out one GPU each, in
-    turn. Cores are shared by those ranks that may use the same ones.
+    turn, those first that no rank was given by number. Cores are shared by those ranks that may use the same ones.
     """
     parts = parts_of(topology)
     workers = [(part, seats[part.rank]) for part in parts if part.group is not None]
     ranks: dict[str, list[Rank]] = {group.name: [] for group in topology.groups}
     hosts: dict[str, str] = {}
-    num_dealt: dict[str, int] = {}  # GPUs of each host
+    users: dict[str, Counter[str]] = defaultdict(Counter)  # of each host, by device
     for part, seat in workers:
-        group = part.group
+        users[seat.address][_pool(part, config).engine.device] += 1
+    for part, seat in workers:
+        group, pool = part.group, _pool(part, config)
         assert group is not None
-        pool = config.prefill if group.role is Role.PREFILL else config.decode
         device = pool.engine.device
         if device == "cuda" and seat.num_gpus:
-            index = num_dealt.get(seat.address, 0)
-            num_dealt[seat.address] = index + 1
-            device = f"cuda:{index % seat.num_gpus}"
+            device = f"cuda:{fewest_users(users[seat.address], seat.num_gpus)}"
+            users[seat.address][device] += 1
         threads = pool.engine.num_threads or _threads(part, seat, workers, config)
         ranks[group.name].append(replace(group.ranks[part.group_rank], device=device, num_threads=threads))
         own_host = LOOPBACK if group.host in WILDCARDS else group.host
@@ -144,6 +145,11 @@ def place(
         group.name: Placement(replace(group, ranks=tuple(ranks[group.name])), hosts[group.name])
         for group in topology.groups
     }
+
+
+def _pool(part: Part, config: ClusterConfig) -> PoolSettings:
+    assert part.group is not None
+    return config.pool(part.group.role)
 
 
 def _threads(part: Part, seat: Seat, workers: Sequence[tuple[Part, Seat]], config: ClusterConfig) -> int:

@@ -1,7 +1,7 @@
 """Which worker computes on which GPU, and with what share of it. Pure, but for `count_gpus`.
 
-A pool whose device is `cuda` takes the GPUs one after the other, prefill first; when there are fewer GPUs
-than workers, they begin again and share. `cuda:1` is taken as it is said.
+A pool whose device is `cuda` takes the GPUs one after the other, prefill first, each time one that fewest have; so
+workers share where there are fewer GPUs than workers. `cuda:1` is taken as it is said, and counts for the others.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from cluster.config import ClusterConfig, PoolSettings
 from cluster.engine.config import DEFAULT_GPU_FRACTION
 from cluster.errors import ConfigError
-from cluster.launch.topology import Rank, Topology, WorkerGroup
+from cluster.launch.topology import Rank, Topology, WorkerGroup, fewest_users
 from cluster.types import Role
 
 # Of the multiprocessors, for workers that share a GPU with the other role and were not told. Measured on
@@ -143,8 +143,12 @@ def count_gpus(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def _numbers(topology: Topology, num_gpus: int) -> Iterator[int]:
-    count = sum(rank.device == "cuda" for group in topology.groups for rank in group.ranks)
-    return (index % max(num_gpus, 1) for index in range(count))
+    """One for each rank whose device has none. A number that no GPU has is refused by who takes it."""
+    users = Counter(rank.device for group in topology.groups for rank in group.ranks)
+    for _ in range(users["cuda"]):
+        number = fewest_users(users, max(num_gpus, 1))
+        users[f"cuda:{number}"] += 1
+        yield number
 
 
 def _numbered(rank: Rank, group: WorkerGroup, numbers: Iterator[int], num_gpus: int) -> Rank:

@@ -2,7 +2,8 @@
 
 Without it the GPU is given to one process at a time, in slices: measured on one H200, a decode step beside a
 prefill took 8.8 instead of 3.8 ms. The daemon is ours: it listens in the launch's private directory and ends
-with the launch. One that the operator runs already (CUDA_MPS_PIPE_DIRECTORY is set) is used as it is.
+with the launch. One that the operator runs already (CUDA_MPS_PIPE_DIRECTORY is set, or it listens where CUDA looks
+without it) is used as it is: two daemons on one GPU would take turns.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cluster.gpu_share import PIPE_VARIABLE
+from cluster.gpu_share import DEFAULT_PIPE, PIPE_VARIABLE, has_mps
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +33,10 @@ _WITHOUT = (
 
 
 @contextmanager
-def mps_daemon(is_wanted: bool, directory: Path) -> Iterator[str | None]:
+def mps_daemon(is_wanted: bool, directory: Path, default_pipe: Path = DEFAULT_PIPE) -> Iterator[str | None]:
     """Run the daemon while the block is entered; processes started inside find it through the environment.
     Yields None, or why there is none and what that costs, for the user to read."""
-    if not is_wanted or PIPE_VARIABLE in os.environ:
+    if not is_wanted or has_mps(default_pipe=default_pipe):
         yield None
         return
     if shutil.which(CONTROL) is None:

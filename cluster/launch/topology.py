@@ -9,7 +9,7 @@ has one rank; tensor and pipeline parallel degrees will add ranks here and nowhe
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from cluster.addresses import join_address
@@ -198,3 +198,8 @@ def _refuse_port_collisions(topology: Topology) -> None:
         if port and port in taken:
             raise ConfigError(f"{taken[port]} and {name} would both listen on port {port}; give one of them another")
         taken[port] = name
+
+
+def fewest_users(users: Mapping[str, int], num_gpus: int) -> int:
+    """The number of the GPU that is used least, the lowest of several. `users`: by device; absent: none."""
+    return min(range(num_gpus), key=lambda number: users.get(f"cuda:{number}", 0))

@@ -92,11 +92,11 @@ class LedgerWrongDigest:
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """Cancelled, refused, a READ failed (then `lost_read`), blocks were reused, an answer failed, ..."""
+    """Cancelled, refused, a READ failed, blocks were reused, an answer failed, ... A READ that failed has not ended by
+    that: parts of it may be on their way, and `ReadDone` says when none is."""
 
     code: str
     message: str
-    lost_read: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,9 +219,8 @@ def _abort(state: LoadState, event: Abort) -> Step:
     source's are released in any case, because nobody else will read them (vllm#41269)."""
     if state.phase in (LoadPhase.VERIFIED, LoadPhase.FREE):
         return state, ()
-    state = _with(state, num_running=state.num_running - event.lost_read)
     if state.phase is LoadPhase.DRAINING:  # the first failure has been told
-        return _drained(state)
+        return state, ()
     fail = Fail(event.code, event.message)
     if state.num_running:
         return _with(state, phase=LoadPhase.DRAINING), (StartDraining(), fail)

@@ -10,6 +10,7 @@ import pytest
 
 from cluster.control.messages import Cancel, Submit
 from cluster.types import FinishReason, PrefillResult, PrefillStarted, TokenChunk
+from decode.load import SETTLE_S
 from kvconnector import notices
 from kvconnector.base import PeerId
 from kvconnector.core.load import LoadPhase
@@ -150,6 +151,9 @@ def test_prefill_that_dies_vllm_46283() -> None:
     assert [*result.first.token_ids, *pair.tokens("r")] == pair.alone(request)
     assert pair.decode.counters.kv_transfer_failures == 1
     del pair.prefills["prefill-1"]
+    assert pair.inspect(pair.decode).num_draining > 0, "pieces of the READ may be on their way"
+    pair.advance(SETTLE_S)
+    pair.run()
     pair.assert_nothing_held()
 
 
@@ -390,5 +394,6 @@ def test_a_sealed_ticket_that_makes_no_sense_ends_in_recompute(change: dict[str,
     pair.run()
     assert [*result.first.token_ids, *pair.tokens("r")] == pair.alone(request)
     pair.release(request)
+    pair.advance(SETTLE_S)
     pair.run()
     pair.assert_nothing_held()

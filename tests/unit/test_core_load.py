@@ -92,16 +92,18 @@ def test_abort_while_reading_drains_and_fails_at_once() -> None:
     assert effects[-2:] == [StartDraining(), Fail("cancelled", "x")]
     state, effects = play(ReadDone(), CANCEL, Tick(), state=state, now=99.0)
     assert effects == []  # a timeout alone frees nothing that can still be written
-    state, effects = play(Abort("transfer_failed", "y", lost_read=True), state=state)
+    state, effects = play(Abort("transfer_failed", "y"), state=state)
+    assert (state.phase, effects) == (LoadPhase.DRAINING, [])
+    state, effects = play(ReadDone(), state=state)
     assert (state.phase, effects) == (LoadPhase.FREE, [GiveBack(), TellDone()])
 
 
-def test_the_last_lost_read_frees_at_once() -> None:
-    state, effects = play(
-        PeerConnected(), Reserved(needs_reads=True), Posted(1), Abort("transfer_failed", "y", lost_read=True)
-    )
-    assert state.phase is LoadPhase.FREE
-    assert effects[-3:] == [GiveBack(), TellDone(), Fail("transfer_failed", "y")]
+def test_what_a_failed_read_may_still_write_is_kept_until_it_has_landed() -> None:
+    state, effects = play(PeerConnected(), Reserved(needs_reads=True), Posted(1), Abort("transfer_failed", "y"))
+    assert state.phase is LoadPhase.DRAINING
+    assert effects[-2:] == [StartDraining(), Fail("transfer_failed", "y")]
+    state, effects = play(ReadDone(), state=state)
+    assert (state.phase, effects) == (LoadPhase.FREE, [GiveBack(), TellDone()])
 
 
 @pytest.mark.parametrize("num_events", range(1, 5))
@@ -177,8 +179,10 @@ def test_any_history_has_one_outcome_and_frees_nothing_too_early(seed: int, num_
             shaken = True
             feed(PeerConnected())
         elif num_running and (choice < 0.7 or is_ending):
+            if world.random() < 0.1:
+                feed(Abort("transfer_failed", ""))
             num_running -= 1
-            feed(ReadDone() if world.random() < 0.9 else Abort("transfer_failed", "", lost_read=True))
+            feed(ReadDone())
         elif choice < 0.75:
             feed(CANCEL)
         else:

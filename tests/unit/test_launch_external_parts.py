@@ -154,6 +154,8 @@ def test_the_gpus_of_a_host_are_dealt_out_and_the_router_gets_none() -> None:
     assert devices(cuda, *[HERE] * 5) == ["cuda"] * 4
     chosen = configured(prefill__replicas=2, prefill__engine__device="cuda:3", decode__engine__device="cpu")
     assert devices(chosen, *[four] * 4) == ["cuda:3", "cuda:3", "cpu"]
+    first = configured(prefill__engine__device="cuda:0", decode__replicas=2, decode__engine__device="cuda")
+    assert devices(first, *[replace(HERE, num_gpus=2)] * 4) == ["cuda:0", "cuda:1", "cuda:0"]
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,15 @@ def test_each_worker_gets_a_gpu_of_its_own_while_there_are_enough() -> None:
     assert shared_gpus(topology) == frozenset()
 
 
+def test_a_gpu_that_was_given_by_number_is_not_dealt_out_while_others_are_free() -> None:
+    topology = placed(2, prefill={"engine": {"device": "cuda:0"}}, decode={})
+    assert devices(topology) == {"prefill-0": ("cuda:0", None, 1), "decode-0": ("cuda:1", None, 1)}
+    topology = placed(4, prefill={"replicas": 2}, decode={"engine": {"device": "cuda:1"}})
+    assert [device for device, _, _ in devices(topology).values()] == ["cuda:0", "cuda:2", "cuda:1"]
+    topology = placed(2, prefill={"replicas": 2}, decode={"engine": {"device": "cuda:1"}})
+    assert [device for device, _, _ in devices(topology).values()] == ["cuda:0", "cuda:0", "cuda:1"]
+
+
 def test_workers_on_one_gpu_share_its_memory_and_multiprocessors() -> None:
     topology = placed(1, prefill={}, decode={})
     assert devices(topology) == {"prefill-0": ("cuda:0", 80, 2), "decode-0": ("cuda:0", 100, 2)}
@@ -260,3 +269,9 @@ def test_a_daemon_of_the_operator_is_used(tmp_path: Path, monkeypatch: pytest.Mo
     assert not (tmp_path / "calls").exists()
     with mps.mps_daemon(False, tmp_path) as warning:
         assert warning is None
+    monkeypatch.delenv(PIPE_VARIABLE)
+    (tmp_path / "control").touch()
+    with mps.mps_daemon(True, tmp_path, default_pipe=tmp_path / "control") as warning:
+        assert warning is None, "one that listens where CUDA looks by itself"
+        assert PIPE_VARIABLE not in os.environ
+    assert not (tmp_path / "calls").exists()

@@ -20,6 +20,8 @@ from triton.runtime.errors import OutOfResources
 
 from cluster.engine.kernels import plan_admission
 from cluster.engine.kernels.plan_admission import PlanAdmission, rows_scope
+from cluster.engine.kernels.triton.plans import LinearPlan
+from cluster.engine.kernels.triton.trials import LinearTrial
 
 CPU = torch.device("cpu")
 
@@ -211,6 +213,26 @@ def test_a_failure_that_took_the_context_with_it_goes_up(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         served(PlanAdmission(torch.device("cuda")), FakeTrial({WANTED: raising(RuntimeError("launch failed"))}))
+
+
+def test_a_product_that_leaves_a_tile_out_is_refused_though_nobody_compares_it() -> None:
+    """Of wide products the first and the last columns are compared; a library left tiles between them unwritten."""
+
+    def product(width: int) -> Callable[[torch.Tensor, torch.Tensor, LinearPlan], None]:
+        def run(x_TK: torch.Tensor, out_TN: torch.Tensor, plan: LinearPlan) -> None:
+            out_TN[:, : 3000 - width] = 1.0
+            out_TN[:, 3000:] = 1.0
+
+        return run
+
+    def found(width: int) -> list[torch.Tensor]:
+        weight_NK = torch.zeros((6000, 16), dtype=torch.bfloat16)
+        trial = LinearTrial(product(width), weight_NK, None, 3, torch.bfloat16, silu_mul=False)
+        return trial.found(trial.draw(0, LinearPlan()), LinearPlan())
+
+    assert [part.shape for part in found(0)] == [(3, 2048), (3, 2048)]
+    with pytest.raises(RuntimeError, match="192 of 18000 values were not written"):
+        found(64)
 
 
 def test_nothing_is_compared_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,8 @@ def test_ranking_counts_ties_by_the_lower_id() -> None:
     logits_RV[0, 17], logits_RV[0, 18] = -0.0, 0.0
     order_RV = logits_RV.sort(dim=1, descending=True, stable=True).indices
     assert torch.equal(top_ids(logits_RV, 40), order_RV[:, :40])
+    many_RV = logits_RV[:, :300].repeat(40, 1).roll(7, dims=0)
+    assert torch.equal(top_ids(many_RV, 3), many_RV.sort(dim=1, descending=True, stable=True).indices[:, :3])
     tokens_R = torch.tensor([18, 4321])
     expected = [order_RV[row].tolist().index(token) + 1 for row, token in enumerate(tokens_R.tolist())]
     assert ranks(logits_RV, tokens_R).tolist() == expected

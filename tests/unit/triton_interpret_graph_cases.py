@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -192,8 +193,8 @@ def test_a_grid_without_room_for_tiles_that_are_not_full_is_noticed(
 ) -> None:
     plain = AttentionMetadata.num_tiles
 
-    def too_few(self: AttentionMetadata, num_rows: int, rows_per_tile: int) -> int:
-        return plain(self, num_rows, rows_per_tile) - (self.num_prompts_max or 0)
+    def too_few(self: AttentionMetadata, num_rows: int, rows_per_tile: int, max_rows: int) -> int:
+        return plain(self, num_rows, rows_per_tile, max_rows) - (self.num_prompts_max or 0)
 
     monkeypatch.setattr(AttentionMetadata, "num_tiles", too_few)
     engine, _ = graph_engine(model, monkeypatch, MAX_ROWS)
@@ -224,7 +225,7 @@ def compositions(count: int) -> Iterator[list[int]]:
         yield [source.choice((1, 1, 2, 8, 9, 15, 16, 17)) for _ in range(5)]
 
 
-def attend(cache: Paged, rows: list[int], shape: StepShape | None) -> torch.Tensor:
+def attend(cache: Paged, rows: list[int], shape: StepShape | None, plan: AttentionPlan = PLAN) -> torch.Tensor:
     """(T, H * D) of the newest rows of each sequence; `shape`: with the padding and the bounds of a graph."""
     num_rows = sum(rows)
     num_sequences = len(rows) if shape is None else shape.num_sequences
@@ -247,7 +248,7 @@ def attend(cache: Paged, rows: list[int], shape: StepShape | None) -> torch.Tens
         num_keys_max=None if shape is None else 256 * num_sequences,
         num_prompts_max=None if shape is None else shape.num_prompts_max,
     )
-    return attention_launch.run_attention(q, cache.layer, metadata, 0.2, PLAN, 3)[:num_rows]
+    return attention_launch.run_attention(q, cache.layer, metadata, 0.2, plan, 3)[:num_rows]
 
 
 def test_attention_with_the_bounds_of_a_graph_has_the_bits_of_attention_without() -> None:
@@ -256,6 +257,15 @@ def test_attention_with_the_bounds_of_a_graph_has_the_bits_of_attention_without(
         num_prompts = sum(count > 1 for count in rows)
         shape = StepShape(96, 8, 0, MANY_ROWS, True, num_prompts_max=max(1, num_prompts))
         assert torch.equal(attend(cache, rows, shape), attend(cache, rows, None)), rows
+
+
+def test_single_rows_have_tiles_in_a_graph_where_no_split_kernel_serves() -> None:
+    """As the reference's plan has it, which serves where split plans are refused: more tiles than prompts."""
+    cache = Paged([40] * 12, num_heads=4, num_kv_heads=2, head_size=16, dtype=torch.float16, device="cpu")
+    rows = [1] * 11 + [9]
+    shape = StepShape(20, 12, 0, MANY_ROWS, True, num_prompts_max=1)
+    tiled = msgspec.structs.replace(PLAN, few_rows_kind="tiled")
+    assert torch.equal(attend(cache, rows, shape, tiled), attend(cache, rows, None))
 
 
 def test_a_bound_of_one_prompt_too_few_is_noticed() -> None:

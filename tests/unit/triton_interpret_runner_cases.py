@@ -17,6 +17,7 @@ from cluster.engine.config import EngineConfig
 from cluster.engine.engine import Engine
 from cluster.engine.gpu import runner as gpu_runner
 from cluster.engine.gpu.runner import GpuModelRunner
+from cluster.engine.gpu.sampler import logprob_rows
 from cluster.engine.kernels import get_ops
 from cluster.engine.kernels.ops import TwoStepAttention
 from cluster.engine.kernels.triton import launch
@@ -131,6 +132,20 @@ def test_the_tokens_of_the_plain_runner(
             assert (ours.token_id, ours.rank) == (theirs.token_id, theirs.rank)
             assert [each for each, _ in ours.top] == [each for each, _ in theirs.top]
             assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)  # another kernel's logsumexp
+
+
+def test_the_largest_step_tells_logprobs_of_as_many_rows_as_any(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or their memory would be missed when a request wants them: a worker would end, and the next that tried again."""
+    engine = use_gpu_runner(make_engine(model, 1), model)
+    told: list[int] = []
+
+    def noting(logits_RV: torch.Tensor, *more: Any, **named: Any) -> Any:
+        told.append(len(logits_RV))
+        return logprob_rows(logits_RV, *more, **named)
+
+    monkeypatch.setattr(gpu_runner, "logprob_rows", noting)
+    engine._runner.run_largest()  # type: ignore[attr-defined]
+    assert told == [MAX_ROWS]
 
 
 @pytest.mark.parametrize("length", [94, MAX_ROWS + 1, 2 * MAX_ROWS + 1])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -15,6 +17,8 @@ from cluster.gpu_share import PIPE_VARIABLE, has_mps
 logger = logging.getLogger(__name__)
 
 GIB = 1 << 30
+LESS_POOL = "lower engine.kv_cache_bytes or engine.gpu_memory_fraction"
+MORE_POOL = "raise engine.gpu_memory_fraction, give the worker a GPU of its own"
 # Beside the pool and what a step allocates: graphs, the libraries' workspaces, fragments.
 RESERVE_BYTES = 768 << 20
 _NEIGHBOUR_BYTES = 2 * GIB  # more than this process's own context and libraries take beside torch's memory
@@ -29,6 +33,19 @@ def check_weights_fit(device: torch.device, num_bytes: int) -> None:
             f"the weights need {_gib(num_bytes)} GiB on {device}, where {_gib(free)} of {_gib(total)} GiB are free"
             f"{_taken(device, free, total)}; use a GPU with more memory, a smaller model, or more ranks"
         )
+
+
+@contextmanager
+def room_for(what: str, device: torch.device, fix: str) -> Iterator[None]:
+    """`StartupError` that names `what` and what to change, if the block takes more memory than there is."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info(device)
+        raise StartupError(
+            f"{what} does not fit on {device}: {_gib(free)} of {_gib(total)} GiB are free"
+            f"{_taken(device, free, total)}; {fix}"
+        ) from error
 
 
 def pool_bytes(config: EngineConfig, device: torch.device, step_bytes: int) -> tuple[int, str]:
@@ -85,15 +102,8 @@ def warn_of_neighbours(device: torch.device) -> None:
 
 def allocate_pool(layout: KVLayout, num_blocks: int, device: torch.device) -> KVCache:
     """`StartupError` says what was asked for and what was there."""
-    free, total = torch.cuda.mem_get_info(device)
-    try:
+    with room_for(f"the KV pool of {_gib(num_blocks * layout.block_bytes)} GiB", device, LESS_POOL):
         return KVCache(layout, num_blocks, device)
-    except torch.OutOfMemoryError as error:
-        needed = num_blocks * layout.block_bytes
-        raise StartupError(
-            f"the KV pool of {_gib(needed)} GiB does not fit on {device}: {_gib(free)} of {_gib(total)} GiB are free"
-            f"{_taken(device, free, total)}; lower engine.kv_cache_bytes or engine.gpu_memory_fraction"
-        ) from error
 
 
 def _taken(device: torch.device, free: int, total: int) -> str:

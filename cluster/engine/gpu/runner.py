@@ -26,7 +26,7 @@ from cluster.engine.gpu.graphs import GraphStore, HiddenRows, StepOutput
 from cluster.engine.gpu.host_copy import Moment, to_device
 from cluster.engine.gpu.prompt_graphs import PromptGraphs
 from cluster.engine.gpu.results import PromptRows, step_result
-from cluster.engine.gpu.sampler import DrawnRows, GpuSampler, HostLogprobs, RowStats
+from cluster.engine.gpu.sampler import DrawnRows, GpuSampler, HostLogprobs, RowStats, logprob_rows
 from cluster.engine.gpu.shapes import FEW_ROWS, MANY_ROWS, StepShape, round_up
 from cluster.engine.gpu.staging import StagedStep, StepStaging
 from cluster.engine.kernels.cuda_ops import CudaOps
@@ -227,12 +227,17 @@ class GpuModelRunner:
 
     @torch.inference_mode()
     def run_largest(self) -> None:
-        """One step as large as any, of padding: what it allocates at its peak is what steps need."""
+        """One step as large as any, of padding: what it allocates at its peak is what steps need. Its logits are as
+        many as any step has, processed, and told with logprobs."""
         sizes = self._staging.row_sizes, self._staging.sequence_sizes
-        shape = StepShape(sizes[0][-1], sizes[1][-1], len(self._tokens_R), MANY_ROWS, self._max_model_len > SPLIT_KEYS)
+        num_logits = max(len(self._tokens_R), min(_LOGIT_ROWS_AT_ONCE, sizes[0][-1]))
+        shape = StepShape(sizes[0][-1], sizes[1][-1], num_logits, MANY_ROWS, self._max_model_len > SPLIT_KEYS)
         self._stage_padding()
-        output = self._forward_eagerly(shape, self._max_model_len, self._max_pool_keys)
-        output.logits_RV.clone()
+        hidden_TK = self._hidden(shape, self._max_model_len, self._max_pool_keys)  # of all: a prompt's logprobs
+        indices_R = torch.zeros(round_up(num_logits, sizes[0]), dtype=torch.int64, device=self._device)
+        output = self._output(self._model.logits(hidden_TK, indices_R))
+        processed_RV = output.logits_RV.clone()
+        logprob_rows(processed_RV, output.stats.logsumexp_R, indices_R, num_top=1)
 
     def _stage_padding(self) -> None:
         staging = self._staging

@@ -22,6 +22,8 @@ from cluster.engine.kernels.triton.draw import draw_tokens, ranks
 from cluster.engine.sampling.logprobs import LogprobRows
 from cluster.engine.sampling.processors import LogitsProcessor
 
+_RANKED_AT_ONCE = 32  # rows whose highest logits are looked for together: bounds the memory
+
 
 @dataclass(frozen=True, slots=True)
 class RowStats:
@@ -158,10 +160,15 @@ def logprob_rows(
 
 
 def top_ids(logits_RV: torch.Tensor, count: int) -> torch.Tensor:
-    """(R, count) ids by descending logit, ties by the lower id: each key holds a value and an id, so that no
-    two are equal."""
+    """(R, count) ids by descending logit, ties by the lower id."""
     if count == 0:
         return torch.empty((len(logits_RV), 0), dtype=torch.int64, device=logits_RV.device)
+    starts = range(0, len(logits_RV), _RANKED_AT_ONCE)
+    return torch.cat([_top_ids(logits_RV[start : start + _RANKED_AT_ONCE], count) for start in starts])
+
+
+def _top_ids(logits_RV: torch.Tensor, count: int) -> torch.Tensor:
+    """Each key holds a value and an id, so that no two are equal. Takes 32 bytes for each logit."""
     bits_RV = (logits_RV + 0.0).view(torch.int32).to(torch.int64)  # + 0.0: -0 ranks like 0
     ascending_RV = torch.where(bits_RV < 0, bits_RV ^ 0x7FFFFFFF, bits_RV)
     ids_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)

@@ -10,7 +10,6 @@ from cluster.engine.gpu.runner import GpuModel, GpuModelRunner
 from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.kv_cache import KVCache, KVLayout
 from cluster.engine.pool_size import blocks_of
-from cluster.errors import StartupError
 
 
 def start_gpu(
@@ -26,19 +25,16 @@ def start_gpu(
     device = ops.device
     with torch.cuda.device(device):
         memory.warn_of_neighbours(device)
-        try:
+        largest = f"a step of max_batched_tokens {config.limits.max_batched_tokens}"
+        with memory.room_for(largest, device, "lower engine.max_batched_tokens"):
             step_bytes = _measure_step(model, ops, layout, config, max_model_len)
-        except torch.OutOfMemoryError as error:
-            free, total = torch.cuda.mem_get_info(device)
-            raise StartupError(
-                f"a step of max_batched_tokens {config.limits.max_batched_tokens} does not fit on {device}: "
-                f"{free / memory.GIB:.2f} of {total / memory.GIB:.2f} GiB are free; lower engine.max_batched_tokens"
-            ) from error
         num_bytes, source = memory.pool_bytes(config, device, step_bytes)
-        num_blocks = blocks_of(layout, num_bytes, source, max_model_len, draft_layout)
+        fix = memory.MORE_POOL if config.kv_cache_bytes is None else "raise engine.kv_cache_bytes"
+        num_blocks = blocks_of(layout, num_bytes, source, max_model_len, draft_layout, fix=fix)
         kv_cache = memory.allocate_pool(layout, num_blocks, device)
-        runner = _target_runner(model, ops, kv_cache, config, max_model_len)
-        runner.warm_up()
+        with memory.room_for("what steps need beside the KV pool", device, memory.LESS_POOL):
+            runner = _target_runner(model, ops, kv_cache, config, max_model_len)
+            runner.warm_up()
     return kv_cache, runner
 
 
@@ -49,8 +45,9 @@ def start_draft(
     sequence."""
     with torch.cuda.device(ops.device):
         kv_cache = memory.allocate_pool(layout, num_blocks, ops.device)
-        runner = _runner(model, ops, kv_cache, config, max_model_len, max_drafts=1)
-        runner.warm_up()
+        with memory.room_for("what the draft model's steps need", ops.device, memory.LESS_POOL):
+            runner = _runner(model, ops, kv_cache, config, max_model_len, max_drafts=1)
+            runner.warm_up()
     return runner
 
 

@@ -109,10 +109,11 @@ class AttentionMetadata:
     num_keys_max: int | None = None  # bound of the sum of context_len, which sizes scratch; None: only the above
     num_prompts_max: int | None = None  # bound of the queries of several rows, which sizes grids; None: all may be
 
-    def num_tiles(self, num_rows: int, rows_per_tile: int) -> int:
-        """Bound of the tiles that cover the queries of several rows, `num_rows` in all, or the only query."""
+    def num_tiles(self, num_rows: int, rows_per_tile: int, max_rows: int = 1) -> int:
+        """Bound of the tiles that cover the queries of more than `max_rows` rows, `num_rows` in all, or the only query.
+        With 0 those of one row have tiles, too, and there may be more of them than prompts."""
         num_sequences = self.context_len.shape[0]
-        bound = self.num_prompts_max
+        bound = None if max_rows == 0 else self.num_prompts_max
         return num_rows // rows_per_tile + (num_sequences if bound is None else min(num_sequences, bound))
 
 

@@ -269,7 +269,7 @@ def _run_prefill(call: _AttentionCall, plan: AttentionPlan, max_rows: int, num_m
         _run_prefill_hopper(call, plan, max_rows, num_multiprocessors)
         return
     block_rows = max(plan.prefill_block_rows, triton.next_power_of_2(call.group))
-    tiles = metadata.num_tiles(num_rows, block_rows // call.group)
+    tiles = metadata.num_tiles(num_rows, block_rows // call.group, max_rows)
     keys = block_kv(head_size)
     use_tma = plan.prefill_use_tma and kv.shape[3] % keys == 0 and head_size in (64, 128, 256)
     kv_rows = kv
@@ -298,7 +298,7 @@ def _run_prefill_hopper(call: _AttentionCall, plan: AttentionPlan, max_rows: int
     layout = shared_layout(128, 16)
     kv_rows = GluonTensorDescriptor(kv, [rows, head_size], [head_size, 1], [keys, head_size], layout)
     rows_per_tile = 128 // call.group
-    num_tiles = metadata.num_tiles(num_rows, rows_per_tile)
+    num_tiles = metadata.num_tiles(num_rows, rows_per_tile, max_rows)
     constants = call.constants(128)
     for unused in ("BLOCK_D", "BLOCK_ROWS"):
         del constants[unused]

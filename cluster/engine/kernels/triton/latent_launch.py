@@ -217,7 +217,7 @@ def _run_prefill(call: _Call, plan: LatentPlan, max_rows: int) -> None:
     block_rows = plan.prefill_block_rows
     group = call.group(block_rows)
     rows_per_tile = block_rows // group
-    num_tiles = metadata.num_tiles(len(call.q_THL), rows_per_tile)
+    num_tiles = metadata.num_tiles(len(call.q_THL), rows_per_tile, max_rows)
     tiles = call.lists.tiles(metadata, num_tiles, rows_per_tile, max_rows)
     for value in _values(plan.prefill_halves):
         latent.latent_prefill_kernel[(num_tiles, call.num_heads // group)](

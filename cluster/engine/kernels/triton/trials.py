@@ -2,11 +2,12 @@
 
 Rows are seeded, and neighbouring columns nearly cancel. Weights are the model's, so nothing large is made, and
 the order of a sum shows in about one of 10,000 results rounded to bf16, and in most fp32 ones: hence the number of
-values that are compared.
+values that are compared. The others must have been written: a library left tiles out on a share of a GPU.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
@@ -64,9 +65,14 @@ class LinearTrial:
         return [self._reference(inputs, part) for part in self._parts()]
 
     def found(self, inputs: torch.Tensor, plan: LinearPlan) -> list[torch.Tensor]:
-        out = torch.empty((len(inputs), self._out_features), dtype=self.out_dtype, device=inputs.device)
+        """RuntimeError if some result was not written, also where none are compared."""
+        out = torch.full((len(inputs), self._out_features), math.nan, dtype=self.out_dtype, device=inputs.device)
         self.run(inputs, out, plan)
-        return [out[:, part] for part in self._parts()]
+        parts = self._parts()
+        num_unwritten = int(out[:, parts[0].stop : parts[-1].start].isnan().sum())
+        if num_unwritten:
+            raise RuntimeError(f"{num_unwritten} of {out.numel()} values were not written, or are NaN")
+        return [out[:, part] for part in parts]
 
     @property
     def _out_features(self) -> int:
