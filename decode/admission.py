@@ -20,6 +20,8 @@ from decode.load import (
     MAX_READS_AT_ONCE,
     MIN_SOURCE_BLOCK_SIZE,
     SETTLE_S,
+    SLOWEST_BYTES_PER_S,
+    STALL_S,
     Landing,
     Load,
     batches,
@@ -63,6 +65,7 @@ class Admission:
         self._load_timeout_s = load_timeout_s
         self._on_failed = on_failed
         self._shard = Shard(layout=engine.layout)
+        self._polled_at = 0.0
         self._max_read_bytes = MAX_DEVICE_READ_BYTES if engine.kv_cache.kv_NL2HSD.is_cuda else MAX_READ_BYTES
         self._nonces = ticket.UsedNonces()
         self._loads: dict[_Key, Load] = {}
@@ -125,7 +128,11 @@ class Admission:
         """Reap READs, post waiting ones, tick every load. Does not depend on new requests."""
         self._transport.notifications()  # nobody should send us any; they must not pile up
         self._peers.poll(now)
+        was_away = now - self._polled_at > STALL_S / 2  # in a long step: nothing is known of READs meanwhile
+        self._polled_at = now
         for load in (*self._draining, *self._loads.values()):
+            if was_away:
+                load.moved_at = now
             self._poll_reads(load, now)
             self._feed(load, core.Tick(), now)
         self._draining = [load for load in self._draining if load.state.phase is not core.LoadPhase.FREE]
@@ -222,6 +229,7 @@ class Admission:
                 self._on_read_failed(load, error.message, now)
                 return
             load.running.append(transfer)
+            load.moved_at = now
             self.measures.on_posted(region, transfer, started_at, pieces)
 
     def _poll_reads(self, load: Load, now: float) -> None:
@@ -235,12 +243,17 @@ class Admission:
                 case TransferState.DONE:
                     self.measures.on_ended(transfer, is_good=True)
                     load.running.remove(transfer)
+                    load.moved_at = now
                     self._feed(load, core.ReadDone(), now)
                 case TransferState.FAILED:
                     self.measures.on_ended(transfer, is_good=False)
                     load.running.remove(transfer)
                     self._on_read_failed(load, "a READ failed", now)
         self._post(load, now)
+        stalled_s = STALL_S + MAX_READS_AT_ONCE * self._max_read_bytes / SLOWEST_BYTES_PER_S
+        if load.running and load.state.phase is core.LoadPhase.LOADING and now - load.moved_at > stalled_s:
+            why = f"prefill worker {load.handle.endpoint}: no READ has ended for {stalled_s:.1f} s"
+            self._feed(load, core.Abort(TransferFailed.code, why), now)
 
     def _on_read_failed(self, load: Load, why: str, now: float) -> None:
         self.measures.num_failed_transfers += 1
@@ -302,8 +315,9 @@ class Admission:
 
     def _fail(self, load: Load, code: str, message: str) -> None:
         self._loads.pop(load.key, None)
-        self.measures.num_failed_loads += 1
-        logger.warning("request %s attempt %d: no KV (%s): %s", *load.key, code, message)
+        if code != Cancelled.code:  # a client that leaves is no trouble of the hand-over's
+            self.measures.num_failed_loads += 1
+            logger.warning("request %s attempt %d: no KV (%s): %s", *load.key, code, message)
         self._on_failed(load.request, code, message)
 
     def _on_refused(self, key: _Key, error: HandshakeMismatch, now: float) -> None:

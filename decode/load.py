@@ -23,6 +23,8 @@ from kvconnector.mapping import join
 MAX_READ_BYTES = 8 << 20
 MAX_DEVICE_READ_BYTES = 256 << 20
 MAX_READ_PIECES = 1024
+# A READ without an end for so long, and for what its bytes may take, stands still: its source was paused or is cut off.
+STALL_S, SLOWEST_BYTES_PER_S = 5.0, 100e6
 SETTLE_S = 1.0  # pieces of a READ that failed may be on their way: copies within a machine or a fabric take far less
 MAX_READS_AT_ONCE = 2
 MIN_SOURCE_BLOCK_SIZE = 16  # bounds the number of a prompt's records
@@ -42,6 +44,7 @@ class Load:
     landing_row: int | None = None
     unposted: deque[tuple[str, str, list[Piece]]] = field(default_factory=deque)  # (region, local region, pieces)
     running: list[TransferId] = field(default_factory=list)
+    moved_at: float = 0.0  # when a READ was posted or ended last
     settling: deque[float] = field(default_factory=deque)  # for each READ that failed: when nothing of it can land
 
     @property

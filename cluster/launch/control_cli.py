@@ -74,8 +74,10 @@ def _ask(pid: int | None, command: Command) -> object:
     match answer:
         case Refused(why):
             raise ConfigError(why)
-        case Done(what):
+        case Done(what, is_clean):
             typer.echo(what)
+            if not is_clean:
+                raise typer.Exit(1)
     return answer
 
 

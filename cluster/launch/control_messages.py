@@ -36,6 +36,7 @@ class Doing(msgspec.Struct, frozen=True, tag="doing"):
 
 class Done(msgspec.Struct, frozen=True, tag="done"):
     what: str
+    is_clean: bool = True  # no worker had to be killed: whoever asked is to see it
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):

@@ -137,13 +137,14 @@ class LocalLauncher:
         """End one process for good; False if it had to be killed. It has `drain_timeout_s` for its requests."""
         self._leaving.add(name)
         process = self._running.get(name)
+        was_ready = process is not None and process.ready.is_set()
         if process is None:  # between two lives
             self._supervisors[name].cancel()
         else:
             await self._stop_stage([process], self._settings.drain_timeout_s + DRAIN_MARGIN_S)
         await asyncio.wait({self._supervisors[name]}, timeout=KILL_GRACE_S)
         self._forget(name)
-        return process is None or process.exit_code == 0
+        return process is None or not was_ready or process.exit_code == 0  # who starts has no requests to end
 
     def state_of(self, name: str) -> str:
         """For people: starting, ready, draining, restarting."""

@@ -166,16 +166,24 @@ class WorkerPools:
         if not found:
             names = ", ".join(worker.group.name for worker in self._workers)
             raise ConfigError(f"there is no worker {name}, only {names}")
-        if len(self._of(found[0].group.role)) == 1:
-            role = found[0].group.role.value
-            raise ConfigError(f"{name} is the only {role} worker: `cluster scale {role}=2` first, then drain it")
+        role = found[0].group.role
+        others = [worker for worker in self._of(role) if worker is not found[0]]
+        if not others:
+            raise ConfigError(
+                f"{name} is the only {role.value} worker: `cluster scale {role.value}=2` first, then drain it"
+            )
+        if self._is_ready(found[0]) and not any(map(self._is_ready, others)):
+            states = ", ".join(f"{worker.group.name} is {self._state(worker)}" for worker in others)
+            raise ConfigError(f"{name} is the only {role.value} worker that is ready ({states}): try again later")
         yield Doing(f"draining {name}")
-        yield Done(await self._leave(found[0]))
+        has_finished = await self._leave(found[0])
+        yield Done(_left(name, has_finished), has_finished)
 
     async def _scale(self, replicas: dict[Role, int]) -> AsyncIterator[Answer]:
         for role, count in replicas.items():
             if not 1 <= count <= MAX_REPLICAS:
                 raise ConfigError(f"{role.value}={count}: expected 1 to {MAX_REPLICAS} workers")
+        is_clean = True
         for role, count in replicas.items():
             while len(self._of(role)) < count:
                 worker = self._plan_one(role)
@@ -183,10 +191,12 @@ class WorkerPools:
                 await self._join(worker)
                 yield Doing(f"{worker.group.name} is ready")
             while len(self._of(role)) > count:
-                worker = self._of(role)[-1]
+                worker = min(reversed(self._of(role)), key=self._is_ready)  # who does not serve leaves first
                 yield Doing(f"draining {worker.group.name}")
-                yield Doing(await self._leave(worker))
-        yield Done(", ".join(f"{role.value}={len(self._of(role))}" for role in Role))
+                has_finished = await self._leave(worker)
+                is_clean = is_clean and has_finished
+                yield Doing(_left(worker.group.name, has_finished))
+        yield Done(", ".join(f"{role.value}={len(self._of(role))}" for role in Role), is_clean)
 
     def _plan_one(self, role: Role) -> PoolWorker:
         like = self._of(role)[0].group
@@ -203,22 +213,32 @@ class WorkerPools:
         self._workers.append(worker)
         self._members.join(worker.group)
 
-    async def _leave(self, worker: PoolWorker) -> str:
-        name = worker.group.name
+    async def _leave(self, worker: PoolWorker) -> bool:
+        """False: it had to be killed."""
         self._members.leave(worker.group)
         await asyncio.sleep(ROUTER_READS_S)
         has_finished = await self._launcher.drain(worker.process.name)
         self._workers.remove(worker)
         await worker.close()
-        return f"{name} has left" if has_finished else f"{name} was killed, it did not drain in time"
+        return has_finished
+
+    def _state(self, worker: PoolWorker) -> str:
+        return self._launcher.state_of(worker.process.name)
+
+    def _is_ready(self, worker: PoolWorker) -> bool:
+        return self._state(worker) == "ready"
 
     def _of(self, role: Role) -> list[PoolWorker]:
         return [worker for worker in self._workers if worker.group.role is role]
 
     async def _status_of(self, worker: PoolWorker) -> WorkerStatus:
         group, name = worker.group, worker.process.name
-        state, pid = self._launcher.state_of(name), self._launcher.pid_of(name)
+        state, pid = self._state(worker), self._launcher.pid_of(name)
         return await with_load(WorkerStatus(group.name, group.role, group.address, state, pid))
+
+
+def _left(name: str, has_finished: bool) -> str:
+    return f"{name} has left" if has_finished else f"{name} was killed, it did not drain in time"
 
 
 async def with_load(known: WorkerStatus) -> WorkerStatus:

@@ -1,13 +1,19 @@
-"""The private directory of one launch: config files of its processes and the cluster key. Gone at the end."""
+"""The private directory of one launch: config files of its processes and the cluster key. Gone at the end.
+
+A launch holds a lock on a file in it. A process id alone does not say whether one runs: after it was killed, or in
+another container, its number belongs to somebody else.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import secrets
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +24,8 @@ from cluster.errors import ConfigError, StartupError
 
 KEY_BYTES = 32
 _PREFIX = "tandem-launch-"
+_LOCK = "lock"
+_BEGINNING_S = 5.0
 _OWNER = re.compile(rf"{_PREFIX}(\d+)-\w+")
 
 
@@ -28,17 +36,20 @@ def run_directory() -> Iterator[Path]:
     try:
         _remove_abandoned(parent)
         directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=parent))
+        lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     except OSError as error:
         raise StartupError(f"cannot create a private directory in {parent}: {error.strerror}; set TMPDIR") from error
     try:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until this process ends, however it does; no child inherits it
         yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+        os.close(lock)
 
 
 def launches() -> list[tuple[int, Path]]:
     """Process id and directory of every launch of this user that is running."""
-    return [(owner, entry) for owner, entry in _ours(_parent()) if _is_running(owner)]
+    return [(owner, entry) for owner, entry in _ours(_parent()) if _is_held(entry)]
 
 
 def _parent() -> Path:
@@ -48,8 +59,8 @@ def _parent() -> Path:
 
 
 def _remove_abandoned(parent: Path) -> None:
-    for owner, entry in _ours(parent):
-        if not _is_running(owner):
+    for _, entry in _ours(parent):
+        if not _is_held(entry) and not _is_beginning(entry):
             shutil.rmtree(entry, ignore_errors=True)
 
 
@@ -60,12 +71,28 @@ def _ours(parent: Path) -> Iterator[tuple[int, Path]]:
             yield int(owner[1]), entry
 
 
-def _is_running(pid: int) -> bool:
+def _is_held(directory: Path) -> bool:
+    """Whether the launch that made it still runs."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        lock = os.open(directory / _LOCK, os.O_RDWR)
+    except OSError:
         return False
-    return True
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    else:
+        return False
+    finally:
+        os.close(lock)
+
+
+def _is_beginning(directory: Path) -> bool:
+    """A launch that begins has a directory a moment before it has the lock."""
+    try:
+        return time.time() - directory.stat().st_mtime < _BEGINNING_S
+    except OSError:
+        return True  # gone
 
 
 def write_private(path: Path, content: bytes) -> Path:

@@ -80,8 +80,8 @@ def worker_spec(
 
 
 def write_members(directory: Path, role: Role, groups: Iterable[WorkerGroup]) -> Path:
-    """Tell the router which workers of `role` there are; it follows this file."""
-    addresses = [group.address for group in groups if group.role is role]
+    """Tell the router which workers of `role` there are, and their names; it follows this file."""
+    addresses = {group.name: group.address for group in groups if group.role is role}
     return replace_private(directory / members_name(role), msgspec.json.encode(addresses))
 
 

@@ -2,7 +2,8 @@
 
     127.0.0.1:7001                             that worker
     dns:prefill.serving.svc:7001               every address of a name (a headless service), asked again and again
-    file:/run/tandem/prefill.json              a JSON list of addresses that its owner replaces when it changes
+    file:/run/tandem/prefill.json              a JSON list of addresses, or an object with their names as keys, that its
+                                               owner replaces when it changes
     kubernetes:serving/prefill:7001            every pod of a service, from its EndpointSlices (port: number or name)
 
 A source says which workers there should be, nothing about their health: that is the session's business.
@@ -16,7 +17,8 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -35,7 +37,7 @@ API_HOST_VARIABLE = "KUBERNETES_SERVICE_HOST"
 _ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.%]+\]|[^\s:/\[\]]+):(\d{1,5})")
 _SERVICE = re.compile(r"([a-z0-9-]+)/([a-z0-9.-]+):([a-z0-9-]+)")
 
-OnAddresses = Callable[[frozenset[str]], None]
+OnAddresses = Callable[[Mapping[str, str]], None]  # each with its name, or an empty one; in the order of joining
 
 
 class Source(Protocol):
@@ -51,7 +53,7 @@ class StaticSource:
         self._address = address
 
     async def follow(self, on_addresses: OnAddresses) -> None:
-        on_addresses(frozenset({self._address}))
+        on_addresses({self._address: ""})
 
 
 class DnsSource:
@@ -67,7 +69,7 @@ class DnsSource:
         while True:
             try:
                 async with asyncio.timeout(DNS_TIMEOUT_S):
-                    on_addresses(bounded(await self._resolve(), self._host))
+                    on_addresses(bounded(nameless(await self._resolve()), self._host))
                 complaint = ""
             except (OSError, TimeoutError) as error:
                 if complaint != (complaint := str(error) or "no answer in time"):
@@ -91,7 +93,10 @@ class FileSource:
         while True:
             try:
                 if content != (content := self._path.read_bytes()):
-                    addresses = frozenset(msgspec.json.decode(content, type=list[str]))
+                    told = msgspec.json.decode(content, type=list[str] | dict[str, str])
+                    addresses = dict.fromkeys(told, "")
+                    if isinstance(told, dict):
+                        addresses = {address: name for name, address in told.items()}
                     if wrong := [address for address in addresses if not is_address(address)]:
                         raise ValueError(f"{wrong[0]!r} is not HOST:PORT")
                     on_addresses(bounded(addresses, str(self._path)))
@@ -144,8 +149,12 @@ def is_address(text: str) -> bool:
     return found is not None and 1 <= int(found[1]) <= 65_535
 
 
-def bounded(addresses: frozenset[str], origin: str) -> frozenset[str]:
+def nameless(addresses: Iterable[str]) -> dict[str, str]:
+    return dict.fromkeys(sorted(addresses), "")
+
+
+def bounded(addresses: Mapping[str, str], origin: str) -> Mapping[str, str]:
     if len(addresses) <= MAX_ADDRESSES:
         return addresses
     log.warning("%s has %d addresses, only the first %d are used", origin, len(addresses), MAX_ADDRESSES)
-    return frozenset(sorted(addresses)[:MAX_ADDRESSES])
+    return dict(islice(addresses.items(), MAX_ADDRESSES))

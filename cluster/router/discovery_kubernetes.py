@@ -19,7 +19,7 @@ import httpx
 import msgspec
 
 from cluster.addresses import join_address
-from cluster.router.discovery import API_HOST_VARIABLE, OnAddresses, bounded
+from cluster.router.discovery import API_HOST_VARIABLE, OnAddresses, bounded, nameless
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class EndpointSliceSource:
             while True:
                 try:
                     slices = await self._list(api)
-                    on_addresses(bounded(self._addresses(slices), self._origin))
+                    on_addresses(bounded(nameless(self._addresses(slices)), self._origin))
                     complaint = ""
                     await self._until_changed(api, slices.metadata.resource_version)
                 except (httpx.HTTPError, msgspec.DecodeError, TimeoutError) as error:

@@ -37,6 +37,7 @@ from cluster.types import WorkerInfo
 log = logging.getLogger(__name__)
 
 MAX_SESSION_BYTES = 256
+MAX_COUNTED_TOKENS = 1 << 20  # of a text that is only tokenised: longer than any context, and its answer is sent
 PROMETHEUS_TYPE = (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
 
 _Body = TypeVar("_Body", bound=msgspec.Struct)
@@ -127,7 +128,9 @@ class Endpoints:
             raise InvalidRequest("exactly one of prompt and messages must be given", param="prompt")
         if request.prompt is not None:
             token_ids = await self.text.encode(
-                request.prompt, add_special_tokens=request.add_special_tokens is not False, max_tokens=None
+                request.prompt,
+                add_special_tokens=request.add_special_tokens is not False,
+                max_tokens=MAX_COUNTED_TOKENS,
             )
         else:
             token_ids = await self.text.encode_chat(
@@ -135,7 +138,7 @@ class Endpoints:
                 add_generation_prompt=request.add_generation_prompt is not False,
                 add_special_tokens=bool(request.add_special_tokens),
                 variables=None,
-                max_tokens=None,
+                max_tokens=MAX_COUNTED_TOKENS,
             )
         codec = self.text.codec
         names = [codec.token_text(token_id) for token_id in token_ids] if request.return_token_strs else None

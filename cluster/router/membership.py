@@ -25,7 +25,7 @@ class Membership:
         self._pool = pool
         self._sources = sources
         self._connect = connect
-        self._told: dict[tuple[Role, int], frozenset[str]] = {}
+        self._told: dict[tuple[Role, int], Mapping[str, str]] = {}  # addresses and their names
 
     async def follow(self) -> None:
         """Until cancelled."""
@@ -38,19 +38,22 @@ class Membership:
                 await asyncio.sleep(REAP_PAUSE_S)
 
     async def _follow_one(self, role: Role, index: int, source: Source) -> None:
-        def on_addresses(addresses: frozenset[str]) -> None:
+        def on_addresses(addresses: Mapping[str, str]) -> None:
             self._told[role, index] = addresses
             self._apply(role)
 
         await source.follow(on_addresses)
 
     def _apply(self, role: Role) -> None:
-        wanted = frozenset[str]().union(*(told for (of, _), told in self._told.items() if of is role))
+        wanted: dict[str, str] = {}
+        for of, index in sorted(self._told, key=lambda key: key[1]):
+            if of is role:
+                wanted.update(self._told[of, index])
         present = self._pool.addresses(role)
-        for address in sorted(present - wanted):
+        for address in sorted(present - wanted.keys()):
             log.info("%s worker %s leaves", role.value, address)
             self._pool.retire(role, address)
-        for address in sorted(wanted - present):
+        for address in [address for address in wanted if address not in present]:
             log.info("%s worker %s joins", role.value, address)
             if not self._pool.take_back(role, address):
-                self._pool.join(self._connect(address, role))
+                self._pool.join(self._connect(address, role), wanted[address])

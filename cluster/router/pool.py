@@ -84,11 +84,13 @@ class WorkerPool:
     def addresses(self, role: Role) -> frozenset[str]:
         return frozenset(worker.connection.address for worker in self._of(role))
 
-    def join(self, connection: WorkerConnection) -> None:
-        """One more worker, which the pool owns from now on."""
+    def join(self, connection: WorkerConnection, name: str = "") -> None:
+        """One more worker, which the pool owns from now on. `name`: what whoever started it calls it; without, or while
+        another one has it, the first number that is free."""
         taken = {worker.name for worker in self.workers}
         role = connection.role
-        name = next(name for index in itertools.count() if (name := f"{role.value}-{index}") not in taken)
+        if not name or name in taken:
+            name = next(name for index in itertools.count() if (name := f"{role.value}-{index}") not in taken)
         self._of(role).append(Worker(connection, name))
 
     def retire(self, role: Role, address: str) -> None:

@@ -61,7 +61,9 @@ class Tokenizer:
         if max_tokens is not None and num_bytes > max_tokens * self._longest_token:
             at_least = -(-num_bytes // self._longest_token)
             raise ContextTooLong(f"the text has at least {at_least} tokens, at most {max_tokens} fit")
-        token_ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # `encode` holds the interpreter's lock, seconds for a long text; a batch, also of one, does not.
+        [encoding] = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        token_ids: list[int] = encoding.ids
         if max_tokens is not None and len(token_ids) > max_tokens:
             raise ContextTooLong(f"the text has {len(token_ids)} tokens, at most {max_tokens} fit")
         return token_ids

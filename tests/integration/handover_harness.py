@@ -208,6 +208,9 @@ class Pair:
     def chunks(self, request_id: str) -> list[TokenChunk]:
         return [event for event in self.events.get(request_id, []) if isinstance(event, TokenChunk)]
 
+    def tokens_so_far(self, request_id: str) -> list[int]:
+        return [token for chunk in self.chunks(request_id) for token in chunk.token_ids]
+
     def tokens(self, request_id: str) -> list[int]:
         """Of a request that ended well; its chunks must be in order, with one terminal event."""
         chunks = self.chunks(request_id)

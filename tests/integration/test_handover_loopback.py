@@ -10,7 +10,7 @@ import pytest
 
 from cluster.control.messages import Cancel, Submit
 from cluster.types import FinishReason, PrefillResult, PrefillStarted, TokenChunk
-from decode.load import SETTLE_S
+from decode.load import SETTLE_S, STALL_S
 from kvconnector import notices
 from kvconnector.base import PeerId
 from kvconnector.core.load import LoadPhase
@@ -277,6 +277,43 @@ def test_a_slow_read_is_given_up_and_recomputed_but_its_blocks_are_kept() -> Non
     assert pair.inspect(pair.decode).num_draining == 7
     pair.hub.is_stalled = False
     pair.run()
+    pair.assert_nothing_held()
+
+
+def test_a_read_that_stands_still_is_given_up_long_before_the_hand_over_is() -> None:
+    """A prefill worker that was paused while its KV was read: its streams were silent until the deadline."""
+    pair = Pair()
+    request = prompt("r", 100)
+    result = pair.compute(request)
+    pair.hub.is_stalled = True
+    pair.start_decode(request, result)
+    began = pair.now
+    while not pair.tokens_so_far("r"):
+        pair.advance(0.5)
+        pair.turn(prefill=False)
+        assert pair.now < began + STALL_S + 2.0
+    assert pair.now > began + STALL_S
+    pair.run(turns=300)
+    assert [*result.first.token_ids, *pair.tokens("r")] == pair.alone(request)
+    assert pair.inspect(pair.decode).num_draining == 7
+    pair.hub.is_stalled = False
+    pair.run()
+    pair.assert_nothing_held()
+
+
+def test_a_step_that_takes_long_is_no_standstill() -> None:
+    pair = Pair()
+    request = prompt("r", 100)
+    result = pair.compute(request)
+    pair.hub.is_stalled = True
+    pair.start_decode(request, result)
+    pair.turn(prefill=False)
+    pair.advance(STALL_S + 3.0)
+    pair.turn(prefill=False)
+    pair.hub.is_stalled = False
+    pair.run()
+    assert [*result.first.token_ids, *pair.tokens("r")] == pair.alone(request)
+    assert pair.decode.counters.kv_loads_failed == 0
     pair.assert_nothing_held()
 
 

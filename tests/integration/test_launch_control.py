@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import socket
 from collections.abc import AsyncIterator
@@ -54,6 +55,7 @@ def test_the_launch_that_is_meant_is_found(tmp_path: Path, monkeypatch: pytest.M
     for pid in (os.getpid(), os.getppid()):
         directory = tmp_path / f"tandem-launch-{pid}-x"
         directory.mkdir()
+        fcntl.flock(os.open(directory / "lock", os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX)
         with socket.socket(socket.AF_UNIX) as listener:
             monkeypatch.chdir(directory)
             listener.bind(SOCKET_NAME)

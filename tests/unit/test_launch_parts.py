@@ -9,6 +9,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import grpc
@@ -18,7 +19,7 @@ from rich.console import Console
 
 from cluster.errors import ConfigError, StartupError
 from cluster.launch.ports import check_port_free, choose_free_port
-from cluster.launch.run_directory import cluster_key_file, run_directory, write_config
+from cluster.launch.run_directory import cluster_key_file, launches, run_directory, write_config
 from cluster.launch.view import LiveView, PlainView, Serving, launch_view
 from cluster.process_events import Failed, Progress, Ready, emit, emit_failure, parse
 
@@ -75,19 +76,35 @@ def test_each_launch_has_its_own_key(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_what_a_killed_launcher_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    abandoned, living, foreign = (
-        tmp_path / f"tandem-launch-{gone.pid}-ab12",
+    hour_ago = time.time() - 3600
+    beginning, foreign = tmp_path / "tandem-launch-7-ab12", tmp_path / "tandem-launch-notes"
+    abandoned = [  # the process id is somebody's again: of this process, of one that may not be asked about
         tmp_path / f"tandem-launch-{os.getpid()}-ab12",
-        tmp_path / "tandem-launch-notes",
-    )
-    for directory in (abandoned, living, foreign):
-        directory.mkdir()
-    with run_directory():
-        assert not abandoned.exists()
-        assert living.exists()
-        assert foreign.exists()
+        tmp_path / "tandem-launch-1-ab12",
+    ]
+    with run_directory() as living:
+        for directory in (*abandoned, beginning, foreign):
+            directory.mkdir()
+        (abandoned[0] / "lock").touch()
+        for directory in (*abandoned, foreign, living):
+            os.utime(directory, (hour_ago, hour_ago))
+        assert launches() == [(os.getpid(), living)]
+        with run_directory() as mine:
+            assert sorted(tmp_path.iterdir()) == sorted([beginning, foreign, living, mine])
+            assert sorted(launches()) == sorted([(os.getpid(), living), (os.getpid(), mine)])
+
+
+def test_a_launch_that_was_killed_holds_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    code = "import time\nfrom cluster.launch.run_directory import run_directory\nwith run_directory() as d:\n"
+    code += "    print(d, flush=True)\n    time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as launch:
+        assert launch.stdout is not None
+        directory = Path(launch.stdout.readline().strip())
+        assert launches() == [(launch.pid, directory)]
+        launch.kill()
+    assert directory.exists()
+    assert launches() == []
 
 
 def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,8 @@ def test_router_and_workers_agree_on_addresses_and_model(tmp_path: Path) -> None
     addresses = [f"{worker.host}:{worker.port}" for worker in workers]
     [prefill], [decode] = router.prefill, router.decode
     members = [json.loads(Path(entry.removeprefix("file:")).read_bytes()) for entry in (prefill, decode)]
-    assert members[0] + members[1] == addresses
+    assert [*members[0].values(), *members[1].values()] == addresses
+    assert [*members[0], *members[1]] == ["prefill-0", "prefill-1", "decode-0"]
     assert len({router.port, *(worker.port for worker in workers)}) == 4
     assert {worker.model for worker in workers} == {router.model_path} == {"/models/tiny.gguf"}
     assert {worker.model_name for worker in workers} == {router.model_name} == {"served"}

@@ -315,6 +315,6 @@ async def test_a_copy_of_the_members_follows_them(tmp_path: Path) -> None:
     waiting = asyncio.ensure_future(anext(changes))
     await asyncio.sleep(0)
     members.join(replace(group_of(0), port=7))
-    assert (await asyncio.wait_for(waiting, WAIT_S))["decode.members"] == b'["127.0.0.1:7"]'
+    assert (await asyncio.wait_for(waiting, WAIT_S))["decode.members"] == b'{"decode-0":"127.0.0.1:7"}'
     members.leave(group_of(0))
-    assert (await anext(changes))["decode.members"] == b"[]"
+    assert (await anext(changes))["decode.members"] == b"{}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -26,14 +26,16 @@ WAIT_S = 10.0
 
 
 @asynccontextmanager
-async def followed(source: Source) -> AsyncIterator[Callable[[set[str]], Awaitable[None]]]:
+async def followed(source: Source) -> AsyncIterator[Callable[[set[str] | dict[str, str]], Awaitable[None]]]:
     """Yields a wait for the addresses that the source says now."""
-    told: list[frozenset[str]] = []
+    told: list[Mapping[str, str]] = []
     task = asyncio.create_task(source.follow(told.append))
 
-    async def says(addresses: set[str]) -> None:
+    async def says(addresses: set[str] | dict[str, str]) -> None:
+        """A set: without names."""
+        wanted = addresses if isinstance(addresses, dict) else dict.fromkeys(addresses, "")
         async with asyncio.timeout(WAIT_S):
-            while not told or told[-1] != addresses:
+            while not told or told[-1] != wanted:
                 assert not task.done()
                 await asyncio.sleep(0.01)
 
@@ -84,6 +86,11 @@ async def test_a_file_is_read_again_and_a_broken_one_changes_nothing(tmp_path: P
         await says({"127.0.0.1:1"})
         path.write_text("[]")
         await says(set())
+        path.write_text('{"prefill-1": "127.0.0.1:10000", "prefill-0": "127.0.0.1:9999"}')
+        await says({"127.0.0.1:10000": "prefill-1", "127.0.0.1:9999": "prefill-0"})
+        path.write_text('{"prefill-1": "nowhere"}')
+        await asyncio.sleep(0.05)
+        await says({"127.0.0.1:10000": "prefill-1", "127.0.0.1:9999": "prefill-0"})
 
 
 class FakeApiServer:
@@ -170,6 +177,25 @@ def test_no_pod_no_kubernetes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     with pytest.raises(ConfigError, match="KUBERNETES_SERVICE_HOST"):
         open_sources(["kubernetes:serving/prefill:7001"])
+
+
+async def test_workers_are_called_what_their_launch_calls_them(tmp_path: Path) -> None:
+    """Or metrics and logs would name another one than `cluster status` and `cluster drain`."""
+    members = tmp_path / "members"
+    members.write_text('{"decode-0": "127.0.0.1:9999", "decode-2": "127.0.0.1:10000"}')
+    pool = WorkerPool(prefill=None, decode=[])
+    membership = Membership(
+        pool, {Role.DECODE: [FileSource(members, pause_s=0.01)]}, lambda address, role: FakeWorker(role, address)
+    )
+    task = asyncio.create_task(membership.follow())
+    await until(lambda: len(pool.decode) == 2)
+    assert {worker.name: worker.connection.address for worker in pool.decode} == {
+        "decode-0": "127.0.0.1:9999",
+        "decode-2": "127.0.0.1:10000",
+    }
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await pool.close()
 
 
 async def test_a_worker_that_leaves_keeps_its_requests_and_gets_no_more(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -273,3 +275,28 @@ def test_a_name_is_looked_up_without_its_weights(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("cluster.tokenizer.tokenizer.resolve_model", resolve)
     with pytest.raises(ModelError, match="org/name was asked for"):
         Tokenizer.load("org/name")
+
+
+def test_other_threads_go_on_while_a_long_text_is_encoded(tmp_path: Path) -> None:
+    """The router tokenises in threads so that streams go on; the interpreter's lock must be free meanwhile."""
+    tokenizer = Tokenizer.load(write_gguf(tmp_path / "tiny.gguf", trained(), "gpt-2"))
+    text = "1" * 600_000
+    ended, gaps = threading.Event(), [0.0]
+
+    def watch() -> None:
+        before = time.perf_counter()
+        while not ended.is_set():
+            time.sleep(0.001)
+            now = time.perf_counter()
+            gaps.append(now - before)
+            before = now
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    began = time.perf_counter()
+    token_ids = tokenizer.encode(text)
+    took = time.perf_counter() - began
+    ended.set()
+    watcher.join()
+    assert tokenizer.decode(token_ids) == text
+    assert max(gaps) < took / 2
