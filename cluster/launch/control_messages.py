@@ -47,7 +47,7 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     name: str
     role: Role
     address: str
-    state: str  # starting, ready, draining, restarting
+    state: str  # starting, ready, silent (it was ready, and does not answer), draining, restarting
     pid: int = 0
     engine_id: str = ""  # empty: it does not answer
     num_running: int = 0

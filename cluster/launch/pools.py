@@ -249,7 +249,8 @@ async def with_load(known: WorkerStatus) -> WorkerStatus:
         async with asyncio.timeout(QUESTION_TIMEOUT_S):
             info, load = await admin.get_info(known.address)
     except (WorkerLost, TimeoutError):
-        return known
+        is_asked = not known.address.endswith(":0")  # one that shares the router's process has no port
+        return msgspec.structs.replace(known, state="silent") if known.state == "ready" and is_asked else known
     return msgspec.structs.replace(
         known,
         engine_id=info.engine_id,

@@ -50,6 +50,7 @@ class Reply:
         self.closes_connection = False  # set while there is a body that has not been read
         self.is_streaming = False
         self.is_complete = False
+        self.status = 0  # 0: nothing has been said yet
 
     async def json(self, body: Any, status: int = 200, headers: tuple[tuple[bytes, bytes], ...] = ()) -> None:
         await self.whole(_encode(body), status, (JSON_TYPE, *headers))
@@ -86,6 +87,7 @@ class Reply:
         await self.json(envelope, status, headers)
 
     async def _start(self, status: int, headers: tuple[tuple[bytes, bytes], ...]) -> None:
+        self.status = status
         closing = ((b"connection", b"close"),) if self.closes_connection else ()
         await self._send(
             {"type": "http.response.start", "status": status, "headers": [*headers, self._request_id_header, *closing]}

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import msgspec
 from starlette.applications import Starlette
@@ -22,14 +23,17 @@ from cluster.router.responses import ErrorBody, ErrorEnvelope
 
 log = logging.getLogger(__name__)
 
+CLIENT_GONE = 499  # for metrics: nobody was there any more to be told a status
+
 Handler = Callable[[Scope, Receive, Reply], Awaitable[None]]
 
 
 class _Endpoint:
-    """An ASGI application around one handler."""
+    """An ASGI application around one handler. `count` is told the status of every answer."""
 
-    def __init__(self, handler: Handler, *, takes_body: bool) -> None:
+    def __init__(self, handler: Handler, count: Callable[[int], None], *, takes_body: bool) -> None:
         self._handler = handler
+        self._count = count
         self._takes_body = takes_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -44,14 +48,21 @@ class _Endpoint:
             await reply.error(error)
         except asyncio.CancelledError:  # the server has waited for this request long enough
             await reply.error(Overloaded("this router is shutting down", retry_after_s=5.0))
+        except Exception:
+            reply.status = reply.status or 500  # which the application says
+            raise
+        finally:
+            self._count(reply.status or CLIENT_GONE)
 
 
 def make_app(endpoints: Endpoints) -> Starlette:
     def get(path: str, handler: Handler) -> Route:
-        return Route(path, _Endpoint(handler, takes_body=False), methods=["GET"])
+        count = partial(endpoints.metrics.count_response, path)
+        return Route(path, _Endpoint(handler, count, takes_body=False), methods=["GET"])
 
     def post(path: str, handler: Handler) -> Route:
-        return Route(path, _Endpoint(handler, takes_body=True), methods=["POST"])
+        count = partial(endpoints.metrics.count_response, path)
+        return Route(path, _Endpoint(handler, count, takes_body=True), methods=["POST"])
 
     return Starlette(
         routes=[

@@ -23,6 +23,7 @@ WORKER_STATES = ("ready", "draining", "unreachable")
 EXTRA_LABELS: dict[str, tuple[str, ...]] = {
     "vllm:request_success": ("finished_reason",),
     "tandem_recoveries": ("code", "when"),
+    "tandem_http_responses": ("handler", "status"),
     "tandem_handshake_refusals": ("field",),
     "tandem_workers": ("role", "state"),
     "vllm:spec_decode_num_accepted_tokens_per_pos": ("position",),

@@ -56,6 +56,7 @@ class RouterMetrics(Collector):
         self._finished: Counter[str] = Counter()
         self._recoveries: Counter[tuple[str, str]] = Counter()
         self._refused_fields: Counter[str] = Counter()
+        self._responses: Counter[tuple[str, str]] = Counter()
         self._registry.register(self)
 
     def count_finish(self, reason: FinishReason) -> None:
@@ -64,6 +65,9 @@ class RouterMetrics(Collector):
 
     def count_recovery(self, code: str, *, is_mid_stream: bool) -> None:
         self._recoveries[code, "mid_stream" if is_mid_stream else "before_first_token"] += 1
+
+    def count_response(self, handler: str, status: int) -> None:
+        self._responses[handler, str(status)] += 1
 
     def count_handshake_refusal(self, error: TandemError) -> None:
         for field in _MISMATCHED_FIELD.findall(error.message) or ["unknown"]:
@@ -92,6 +96,9 @@ class RouterMetrics(Collector):
         finished = {(reason,): self._finished[reason] for reason in ("stop", "length", "abort", "error")}
         yield self._labelled("vllm:request_success", "Ended sequences.", finished)
         yield self._labelled("tandem_recoveries", "Attempts that failed and were made again.", self._recoveries)
+        yield self._labelled(
+            "tandem_http_responses", "Answers to HTTP requests; 499: the client had left.", self._responses
+        )
         refused = {(field,): count for field, count in self._refused_fields.items()}
         yield self._labelled("tandem_handshake_refusals", "Pairs that do not fit, by field.", refused)
 

@@ -134,6 +134,7 @@ class Session:
             told = load.histograms
             frame.draining = self._admin.is_draining
             self._write = asyncio.ensure_future(context.write(frame))
+            self._write.add_done_callback(_note_end)
             await asyncio.shield(self._write)
             await self._pending.wake.wait()
             frame = _frame_of(self._pending.take())
@@ -144,8 +145,6 @@ class Session:
         if self._write is None:
             return
         await asyncio.wait({self._write}, timeout=LAST_WRITE_S)
-        if self._write.done() and not self._write.cancelled() and (broken := self._write.exception()) is not None:
-            logger.debug("the last frame of a session was not written: %s", broken)
 
     async def _tick(self) -> None:
         """A heartbeat when there is nothing else to write; notices a router that is silent or stuck."""
@@ -157,6 +156,12 @@ class Session:
             if self._pending.num_entries > limits.MAX_PENDING_ENTRIES:
                 raise _SessionEnded(grpc.StatusCode.RESOURCE_EXHAUSTED, "the router reads too slowly")
             self._pending.wake.set()
+
+
+def _note_end(write: asyncio.Task[None]) -> None:
+    """Also of one that ends when nobody waits any more: of a process that was paused, say."""
+    if not write.cancelled() and (broken := write.exception()) is not None:
+        logger.debug("a frame of a session was not written: %s", broken)
 
 
 class _Pending:

@@ -39,6 +39,33 @@ async def samples_after_requests(tokens_per_chunk: int = 1) -> dict[tuple[str, .
     return found
 
 
+async def test_every_answer_is_counted_with_its_status() -> None:
+    """Also requests that are refused before there is a sequence."""
+    decode = [FakeWorker(Role.DECODE, "d0")]
+    async with running_router(decode) as router, http_client(router) as client:
+        body = {"prompt": [1, 2, 3], "max_tokens": 2}
+        await client.post("/v1/completions", json=body)
+        await client.post("/v1/completions", json={**body, "stream": True})
+        await client.post("/v1/completions", json={**body, "temperature": -1})
+        decode[0].is_up = False
+        assert (await client.post("/v1/completions", json=body)).status_code == 503
+        await client.get("/health")
+        text = (await client.get("/metrics")).text
+        decode[0].is_up = True
+    counted = {
+        (sample.labels["handler"], sample.labels["status"]): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == "tandem_http_responses_total"
+    }
+    assert counted == {
+        ("/v1/completions", "200"): 2,
+        ("/v1/completions", "400"): 1,
+        ("/v1/completions", "503"): 1,
+        ("/health", "503"): 1,
+    }
+
+
 @pytest.mark.parametrize("tokens_per_chunk", [1, 3])
 async def test_metrics_have_vllms_names_and_count_requests(tokens_per_chunk: int) -> None:
     samples = await samples_after_requests(tokens_per_chunk)
