@@ -14,6 +14,7 @@ from cluster.tokenizer.chat_template import Json
 from cluster.types import FinishReason, SamplingParams, TokenChunk, TokenLogprob
 
 INLINE_CHARACTERS = 4096  # shorter texts are tokenised on the event loop: a thread hop costs more
+MESSAGE_CHARACTERS = 64  # as many as a message of a chat costs beside its text: many empty ones are work, too
 NUM_THREADS = 2
 
 _Result = TypeVar("_Result")
@@ -153,7 +154,8 @@ class TextService:
             text = self.codec.render_chat(messages, add_generation_prompt=add_generation_prompt, variables=variables)
             return tuple(self.codec.encode(text, add_special_tokens=add_special_tokens, max_tokens=max_tokens))
 
-        return await self._run(sum(len(str(message["content"])) for message in messages), render_and_encode)
+        size = sum(MESSAGE_CHARACTERS + len(str(message["content"])) for message in messages)
+        return await self._run(size, render_and_encode)
 
     async def decode(self, token_ids: Sequence[int]) -> str:
         return await self._run(len(token_ids), lambda: self.codec.decode(token_ids, skip_special_tokens=False))
