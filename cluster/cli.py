@@ -138,7 +138,8 @@ def plan(
     from cluster.gpu_share import has_mps
     from cluster.launch.command import show_warnings
     from cluster.launch.cores import usable_cores
-    from cluster.launch.gpus import count_gpus, place_on_gpus, shares_of_others, shares_without_effect
+    from cluster.launch.external_facts import visible_gpus
+    from cluster.launch.gpus import place_on_gpus, shares_of_others, shares_without_effect
     from cluster.launch.ray_plan import check_ray
     from cluster.launch.topology import plan_topology
     from cluster.launch.topology_table import topology_table
@@ -150,7 +151,7 @@ def plan(
         check_ray(config)
         warnings = shares_of_others(config)
     topology = plan_topology(config, usable_cores())
-    if not is_on_ray and (num_gpus := count_gpus()):  # elsewhere the plan shows what was asked for
+    if not is_on_ray and (num_gpus := visible_gpus(os.environ)):  # elsewhere the plan shows what was asked for
         topology = place_on_gpus(topology, config, num_gpus, has_daemon=has_mps())
         warnings = shares_without_effect(topology, config)
     console = Console()

@@ -67,6 +67,7 @@ class Admission:
         self._shard = Shard(layout=engine.layout)
         self._polled_at = 0.0
         self._max_read_bytes = MAX_DEVICE_READ_BYTES if engine.kv_cache.kv_NL2HSD.is_cuda else MAX_READ_BYTES
+        self._stalled_s = STALL_S + MAX_READS_AT_ONCE * self._max_read_bytes / SLOWEST_BYTES_PER_S
         self._nonces = ticket.UsedNonces()
         self._loads: dict[_Key, Load] = {}
         self._draining: list[Load] = []  # told as failed, but READs may still land
@@ -250,9 +251,8 @@ class Admission:
                     load.running.remove(transfer)
                     self._on_read_failed(load, "a READ failed", now)
         self._post(load, now)
-        stalled_s = STALL_S + MAX_READS_AT_ONCE * self._max_read_bytes / SLOWEST_BYTES_PER_S
-        if load.running and load.state.phase is core.LoadPhase.LOADING and now - load.moved_at > stalled_s:
-            why = f"prefill worker {load.handle.endpoint}: no READ has ended for {stalled_s:.1f} s"
+        if load.running and load.state.phase is core.LoadPhase.LOADING and now - load.moved_at > self._stalled_s:
+            why = f"prefill worker {load.handle.endpoint}: no READ has ended for {self._stalled_s:.1f} s"
             self._feed(load, core.Abort(TransferFailed.code, why), now)
 
     def _on_read_failed(self, load: Load, why: str, now: float) -> None:

@@ -35,7 +35,7 @@ from cluster.errors import DeadlineExceeded, InvalidRequest, StartupError
 from cluster.types import FinishReason, Request, WorkerLoad
 
 if TYPE_CHECKING:
-    from cluster.engine.gpu.runner import GpuModel
+    from cluster.engine.gpu.model import GpuModel
     from cluster.engine.kernels.cuda_ops import CudaOps
 
 

@@ -16,9 +16,9 @@ from cluster.errors import TandemError
 from cluster.gpu_share import has_mps
 from cluster.launch.control_socket import control_server
 from cluster.launch.cores import usable_cores
+from cluster.launch.external_facts import visible_gpus
 from cluster.launch.external_identity import read_identity
 from cluster.launch.gpus import (
-    count_gpus,
     place_on_gpus,
     shared_gpus,
     shares_of_others,
@@ -61,7 +61,9 @@ def launch_local(config: ClusterConfig, console: Console) -> None:
     """Blocks until the deployment has ended. Raises an error of our tree when it could not start, or
     when a process died for good."""
     has_daemon = has_mps()
-    topology = place_on_gpus(plan_topology(config, usable_cores()), config, count_gpus(), has_daemon=has_daemon)
+    topology = place_on_gpus(
+        plan_topology(config, usable_cores()), config, visible_gpus(os.environ), has_daemon=has_daemon
+    )
     show_warnings(console, shares_without_effect(topology, config))
     check_ports(topology)
     model = find_model(config.model.reference, console)
@@ -79,7 +81,9 @@ def launch_local(config: ClusterConfig, console: Console) -> None:
         serving = Serving(url=topology.router.url, model_name=model_name, summary=topology.summary)
 
         def make_worker(group: WorkerGroup, present: Sequence[WorkerGroup]) -> LocalWorker:
-            group = with_a_gpu(group, present, config, count_gpus(), has_daemon=has_daemon, has_mps=shares_apply)
+            group = with_a_gpu(
+                group, present, config, visible_gpus(os.environ), has_daemon=has_daemon, has_mps=shares_apply
+            )
             group = with_port(group, choose_free_port)
             spec = worker_spec(config, group, model, model_name, directory, key_file)
             return LocalWorker(group, spec, directory)

@@ -1,4 +1,4 @@
-"""Which worker computes on which GPU, and with what share of it. Pure, but for `count_gpus`.
+"""Which worker computes on which GPU, and with what share of it. Pure.
 
 A pool whose device is `cuda` takes the GPUs one after the other, prefill first, each time one that fewest have; so
 workers share where there are fewer GPUs than workers. `cuda:1` is taken as it is said, and counts for the others.
@@ -6,11 +6,9 @@ workers share where there are fewer GPUs than workers. `cuda:1` is taken as it i
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from cluster.config import ClusterConfig, PoolSettings
 from cluster.engine.config import DEFAULT_GPU_FRACTION
@@ -132,14 +130,6 @@ def shares_of_others(config: ClusterConfig) -> list[str]:
         for name, pool in pools.items()
         if pool.gpu_percent is not None
     ]
-
-
-def count_gpus(environment: Mapping[str, str] = os.environ) -> int:
-    """NVIDIA GPUs that a process started here would see, without loading CUDA."""
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([each for each in visible.split(",") if each.strip()])
-    return sum(1 for path in Path("/dev").glob("nvidia[0-9]*"))
 
 
 def _numbers(topology: Topology, num_gpus: int) -> Iterator[int]:

@@ -53,7 +53,9 @@ class Membership:
         for address in sorted(present - wanted.keys()):
             log.info("%s worker %s leaves", role.value, address)
             self._pool.retire(role, address)
-        for address in [address for address in wanted if address not in present]:
+        for address, name in wanted.items():
+            if address in present:
+                continue
             log.info("%s worker %s joins", role.value, address)
             if not self._pool.take_back(role, address):
-                self._pool.join(self._connect(address, role), wanted[address])
+                self._pool.join(self._connect(address, role), name)

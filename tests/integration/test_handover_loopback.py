@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from cluster.control.messages import Cancel, Submit
-from cluster.types import FinishReason, PrefillResult, PrefillStarted, TokenChunk
+from cluster.types import FinishReason, PrefillResult, PrefillStarted, Request, TokenChunk
 from decode.load import SETTLE_S, STALL_S
 from kvconnector import notices
 from kvconnector.base import PeerId
@@ -245,12 +245,18 @@ def test_cancel_while_waiting_for_blocks() -> None:
     pair.assert_nothing_held()
 
 
-def test_cancel_while_reading_keeps_the_blocks_until_nothing_can_land_sglang_35049() -> None:
+def with_stalled_reads() -> tuple[Pair, Request, PrefillResult]:
+    """A prompt of 100 tokens whose READs neither end nor fail while `hub.is_stalled`."""
     pair = Pair()
     request = prompt("r", 100)
     result = pair.compute(request)
     pair.hub.is_stalled = True
     pair.start_decode(request, result)
+    return pair, request, result
+
+
+def test_cancel_while_reading_keeps_the_blocks_until_nothing_can_land_sglang_35049() -> None:
+    pair, request, _ = with_stalled_reads()
     for _ in range(3):
         pair.turn()
     pair.cancel(request)
@@ -265,11 +271,7 @@ def test_cancel_while_reading_keeps_the_blocks_until_nothing_can_land_sglang_350
 
 
 def test_a_slow_read_is_given_up_and_recomputed_but_its_blocks_are_kept() -> None:
-    pair = Pair()
-    request = prompt("r", 100)
-    result = pair.compute(request)
-    pair.hub.is_stalled = True
-    pair.start_decode(request, result)
+    pair, request, result = with_stalled_reads()
     pair.turn()
     pair.advance(25.0)
     pair.run(turns=300)
@@ -282,11 +284,7 @@ def test_a_slow_read_is_given_up_and_recomputed_but_its_blocks_are_kept() -> Non
 
 def test_a_read_that_stands_still_is_given_up_long_before_the_hand_over_is() -> None:
     """A prefill worker that was paused while its KV was read: its streams were silent until the deadline."""
-    pair = Pair()
-    request = prompt("r", 100)
-    result = pair.compute(request)
-    pair.hub.is_stalled = True
-    pair.start_decode(request, result)
+    pair, request, result = with_stalled_reads()
     began = pair.now
     while not pair.tokens_so_far("r"):
         pair.advance(0.5)
@@ -302,11 +300,7 @@ def test_a_read_that_stands_still_is_given_up_long_before_the_hand_over_is() -> 
 
 
 def test_a_step_that_takes_long_is_no_standstill() -> None:
-    pair = Pair()
-    request = prompt("r", 100)
-    result = pair.compute(request)
-    pair.hub.is_stalled = True
-    pair.start_decode(request, result)
+    pair, request, result = with_stalled_reads()
     pair.turn(prefill=False)
     pair.advance(STALL_S + 3.0)
     pair.turn(prefill=False)

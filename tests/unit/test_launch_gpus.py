@@ -13,8 +13,8 @@ from cluster.config import ClusterConfig
 from cluster.errors import ConfigError
 from cluster.gpu_share import PIPE_VARIABLE, has_mps
 from cluster.launch import mps
+from cluster.launch.external_facts import visible_gpus
 from cluster.launch.gpus import (
-    count_gpus,
     place_on_gpus,
     shared_gpus,
     shares_of_others,
@@ -199,8 +199,8 @@ def test_workers_on_cpus_are_left_alone() -> None:
 
 
 def test_visible_gpus_are_counted() -> None:
-    assert count_gpus({"CUDA_VISIBLE_DEVICES": "3,5"}) == 2
-    assert count_gpus({"CUDA_VISIBLE_DEVICES": ""}) == 0
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "3,5"}) == 2
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}) == 0
 
 
 def fake_control(tmp_path: Path, exit_code: int, shown: str = PIPE_VARIABLE) -> None:

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,13 +23,13 @@ from cluster.engine.forward_input import prompt_logprob_range
 from cluster.engine.gpu.draws import DrawRows, Draws
 from cluster.engine.gpu.graphs import GraphStore, HiddenRows, StepOutput
 from cluster.engine.gpu.host_copy import Moment, to_device
+from cluster.engine.gpu.model import GpuModel
 from cluster.engine.gpu.prompt_graphs import PromptGraphs
 from cluster.engine.gpu.results import PromptRows, step_result
 from cluster.engine.gpu.sampler import DrawnRows, GpuSampler, HostLogprobs, RowStats, logprob_rows
 from cluster.engine.gpu.shapes import FEW_ROWS, MANY_ROWS, StepShape, round_up
 from cluster.engine.gpu.staging import StagedStep, StepStaging
 from cluster.engine.kernels.cuda_ops import CudaOps
-from cluster.engine.kernels.ops import AttentionMetadata
 from cluster.engine.kernels.triton.plans import SPLIT_KEYS
 from cluster.engine.kv_cache import KVCache
 
@@ -38,28 +37,6 @@ logger = logging.getLogger(__name__)
 
 _DRAFTING_SEQUENCES = (1, 2, 4, 8)  # speculation pays where few run: their verification replays graphs, too
 _LOGIT_ROWS_AT_ONCE = 512  # of prompts whose logprobs are wanted: bounds the memory of the logits
-
-
-class GpuModel(Protocol):
-    """A `Model` in two parts, so that logits can be made of some rows at a time; `DecoderModel` is one."""
-
-    def hidden(
-        self,
-        token_ids_T: torch.Tensor,
-        metadata: AttentionMetadata,
-        kv_cache: KVCache,
-        rows_R: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """All layers: K and V of every row are stored; what `logits` reads, of some rows or of all."""
-        ...
-
-    def logits(self, hidden_TK: torch.Tensor, indices_R: torch.Tensor | None = None) -> torch.Tensor:
-        """(R, V) fp32 of some rows."""
-        ...
-
-    def warm_up(self, row_counts: Sequence[int], logits_counts: Sequence[int]) -> None:
-        """Use every kernel that steps of these sizes need once, beside attention's."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

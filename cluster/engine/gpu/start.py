@@ -6,7 +6,8 @@ import torch
 
 from cluster.engine.config import EngineConfig
 from cluster.engine.gpu import memory
-from cluster.engine.gpu.runner import GpuModel, GpuModelRunner
+from cluster.engine.gpu.model import GpuModel
+from cluster.engine.gpu.runner import GpuModelRunner
 from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.kv_cache import KVCache, KVLayout
 from cluster.engine.pool_size import blocks_of
