@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -60,6 +61,7 @@ class DecodeStep:
     def run(self, token_ids: torch.Tensor, kv: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
         """Next token ids, greedy, with each row's logsumexp computed too."""
         ops = self.ops
+        metadata = replace(metadata)  # of this step: lists of work that an earlier one left are not a graph's to read
         residual = ops.embedding(token_ids, self.embedding)
         x = ops.rms_norm(residual, self.layers[0].norm_K, 1e-5, input_of=self.layers[0].qkv)
         for index, layer in enumerate(self.layers):

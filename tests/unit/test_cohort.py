@@ -232,8 +232,8 @@ def laid_out(batch: Batch, bounds: StepBounds, blocks: BlockRows) -> StepWords:
 
 def packed(words: StepWords) -> list[int]:
     target = np.zeros(1000, np.int32)
-    size, _ = words.copy_to(target)
-    return list(map(int, target[:size]))
+    words.copy_to(target)
+    return list(map(int, target))
 
 
 def test_words_that_moved_on_are_those_of_the_step() -> None:

@@ -1,4 +1,4 @@
-"""Copies between host and device that nobody waits for."""
+"""What host and device tell each other without either waiting for the other."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+
+NUM_BUFFERS = 3  # steps whose host side may be alive: one that runs, one that is queued, one that is built
 
 
 class Moment:
@@ -32,7 +34,7 @@ class Moment:
 
 
 def pinned_zeros(count: int, device: torch.device) -> torch.Tensor:
-    """int32 host memory that `device` copies from without a detour."""
+    """int32 host memory that `device` copies from without a detour, and that its kernels read and write in place."""
     return torch.zeros(count, dtype=torch.int32, pin_memory=device.type == "cuda")
 
 

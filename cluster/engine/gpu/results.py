@@ -33,7 +33,7 @@ def step_result(batch: Batch, drawn: DrawnRows | None, prompts: list[PromptRows]
 
 
 def _decoded_tokens(drawn: DrawnRows) -> DecodedTokens:
-    token_ids = drawn.token_ids_R.host.tolist()
+    token_ids = drawn.token_ids()
     if drawn.logprobs is None:
         return DecodedTokens(token_ids, None)
     logprobs: list[tuple[TokenLogprob, ...]] = [()] * len(token_ids)
@@ -46,7 +46,7 @@ def _sampled_tokens(batch: Batch, drawn: DrawnRows | None) -> tuple[tuple[Sample
     """Parallel to the batch's entries, each parallel to its drawn positions."""
     if drawn is None:
         return ((),) * len(batch.scheduled)
-    token_ids, is_broken = drawn.token_ids_R.host.tolist(), drawn.is_broken_R.tolist()
+    token_ids, is_broken = drawn.token_ids(), drawn.is_broken_R.tolist()
     logprobs = drawn.logprobs.arrived().to_host(drawn.num_top) if drawn.logprobs is not None else []
     places = drawn.logprob_places
     if not places and len(token_ids) == len(batch.scheduled):

@@ -1,10 +1,10 @@
 """Runs an engine's steps on a CUDA device, one step ahead of the host.
 
-    launch(n+1): stage, forward (a graph where there is one), sample, start copies to the host, record an event
-    collect(n):  wait for n's event, while n+1 runs
+    launch(n+1): stage, forward (a graph where there is one), sample, tell the host, record an event
+    collect(n):  wait for n's event, while n+1 runs; n+2 is launched after it
 
 Nothing between a step and the next waits for the device: drawn tokens stay there for the next step, and
-their copies arrive in pinned memory.
+the host finds them in pinned memory.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class GpuModelRunner:
         max_drawn = min(max_num_sequences * (1 + max_drafts), max_batched_tokens)
         self._tokens_R = torch.zeros(max_drawn, dtype=torch.int64, device=device)
         self._draw_rows = DrawRows()
-        self._sampler = GpuSampler(ops)
+        self._sampler = GpuSampler(ops, max_drawn)
         self._graphs: GraphStore[StepOutput] | None = None
         self.prompt_graphs: PromptGraphs | None = None
         if use_graphs:

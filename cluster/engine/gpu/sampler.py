@@ -16,9 +16,10 @@ import numpy.typing as npt
 import torch
 
 from cluster.engine.gpu.draws import Draws
-from cluster.engine.gpu.host_copy import HostCopy, to_device
+from cluster.engine.gpu.host_copy import NUM_BUFFERS, HostCopy, pinned_zeros, to_device
 from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.kernels.triton.draw import draw_tokens, ranks
+from cluster.engine.kernels.triton.step import tell_step
 from cluster.engine.sampling.logprobs import LogprobRows
 from cluster.engine.sampling.processors import LogitsProcessor
 
@@ -39,21 +40,23 @@ class RowStats:
 
 @dataclass(frozen=True, slots=True)
 class DrawnRows:
-    """On their way to the host; read them after the step's event."""
+    """On their way to the host; read them after the step's event, and before the second step after it is launched."""
 
-    token_ids_R: HostCopy
-    sound_R: tuple[HostCopy, ...]  # finite where nothing is wrong with a row's logits
+    words_3R: npt.NDArray[np.int32]  # token ids; bits of two fp32 that are finite where a row's logits are sound
     logprobs: HostLogprobs | None
     logprob_places: dict[int, int]  # row -> place in `logprobs`
     num_top: list[int]  # by place
 
+    def token_ids(self) -> list[int]:
+        ids: list[int] = self.words_3R[0].tolist()
+        return ids
+
     @property
     def is_broken_R(self) -> npt.NDArray[np.bool_]:
         """Decided on the host, where it takes a microsecond; on a device it takes five launches."""
-        is_broken_R = np.zeros(len(self.token_ids_R.host), np.bool_)
-        for each in self.sound_R:
-            is_broken_R |= ~np.isfinite(each.host.numpy())
-        return is_broken_R
+        first_R, second_R = self.words_3R[1:].view(np.float32)
+        is_sound_R: npt.NDArray[np.bool_] = np.isfinite(first_R) & np.isfinite(second_R)
+        return ~is_sound_R
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,30 +84,45 @@ class HostLogprobs:
 
 
 class GpuSampler:
-    """One per runner; keeps the token histories of running sequences that have penalties."""
+    """One per runner; keeps the token histories of running sequences that have penalties, and owns the pinned memory
+    that steps tell their tokens in."""
 
-    def __init__(self, ops: CudaOps) -> None:
+    def __init__(self, ops: CudaOps, max_rows: int) -> None:
         self._ops = ops
         self._processor = LogitsProcessor()
+        self._told = [pinned_zeros(3 * max_rows, ops.device).view(3, max_rows) for _ in range(NUM_BUFFERS)]
+        self._turn = 0
 
     def sample(self, logits_RV: torch.Tensor, stats: RowStats, draws: Draws, tokens_R: torch.Tensor) -> DrawnRows:
         """Draw one token for each row into `tokens_R` (int64, on the device); row r has the logits for
         the r-th of `draws`. The raw logits are not changed."""
-        asked, sound_R = draws.asked, [HostCopy(stats.logsumexp_R)]
+        asked = draws.asked
         if asked.is_plain:
-            tokens_R.copy_(stats.argmax_R)
-            return DrawnRows(HostCopy(tokens_R), tuple(sound_R), None, {}, [])
+            return DrawnRows(self._tell(stats.argmax_R, stats, stats, tokens_R), None, {}, [])
         chosen_from_RV, chosen_stats = self._processed(logits_RV, stats, draws)
-        if chosen_stats is not stats:
-            sound_R.append(HostCopy(chosen_stats.maximum_R))
-        tokens_R.copy_(chosen_stats.argmax_R)
+        chosen_R = chosen_stats.argmax_R
         if asked.noise.rows:
+            tokens_R.copy_(chosen_R)
             self._draw(chosen_from_RV, chosen_stats.maximum_R, draws, tokens_R)
+            chosen_R = tokens_R
+        words_3R = self._tell(chosen_R, stats, chosen_stats, tokens_R)
         places, num_top = asked.logprob_places, asked.num_top
         logprobs = None
         if places:
             logprobs = HostLogprobs.of(self._logprobs(logits_RV, stats, tokens_R, places, max(num_top)))
-        return DrawnRows(HostCopy(tokens_R), tuple(sound_R), logprobs, places, num_top)
+        return DrawnRows(words_3R, logprobs, places, num_top)
+
+    def _tell(
+        self, chosen_R: torch.Tensor, raw: RowStats, chosen_from: RowStats, tokens_R: torch.Tensor
+    ) -> npt.NDArray[np.int32]:
+        """To `tokens_R` and, in stream order, to the host. A NaN shows in the logsumexp of raw logits; processed ones
+        may be infinite where they are forbidden, but not at their maximum."""
+        self._turn = (self._turn + 1) % NUM_BUFFERS
+        told = self._told[self._turn]
+        sound_too_R = raw.logsumexp_R if chosen_from is raw else chosen_from.maximum_R
+        tell_step(chosen_R, raw.logsumexp_R, sound_too_R, tokens_R, told)
+        words_3R: npt.NDArray[np.int32] = told.numpy()[:, : len(tokens_R)]
+        return words_3R
 
     def prompt_logprobs(
         self, logits_RV: torch.Tensor, stats: RowStats, token_ids: Sequence[int], num_top: int

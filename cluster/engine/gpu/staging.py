@@ -1,8 +1,6 @@
-"""Batch -> the tensors of a step on the device: one copy from pinned memory, one kernel that lays it out.
+"""Batch -> the tensors of a step on the device: one kernel, which reads pinned memory in place.
 
     pinned int32    query_start B+1 | context_len B | logits R | token T | source T | position T | slot T | table B*M
-        | one copy
-    device int32    the same
         | unpack_kernel: widens, takes tokens that only the device knows from the step before
     static tensors  what the model reads; they never move, so graphs can be captured over them
 
@@ -19,15 +17,13 @@ import torch
 from cluster.engine.batch import Batch
 from cluster.engine.forward_input import prompt_logprob_range
 from cluster.engine.gpu.block_rows import BlockRows
-from cluster.engine.gpu.host_copy import Moment, pinned_zeros
+from cluster.engine.gpu.host_copy import NUM_BUFFERS, Moment, pinned_zeros
 from cluster.engine.gpu.prompt_shapes import PromptShapes
 from cluster.engine.gpu.shapes import MANY_ROWS, StepShape, padded_sizes, round_up, rows_class
 from cluster.engine.gpu.step_words import Int32Array, StepBounds, StepWords
 from cluster.engine.kernels.ops import AttentionMetadata
 from cluster.engine.kernels.triton.plans import SPLIT_KEYS
 from cluster.engine.kernels.triton.step import unpack_step
-
-NUM_BUFFERS = 3  # steps whose host side may be alive: one that runs, one that is queued, one that is built
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +72,6 @@ class StepStaging:
         pinned = [pinned_zeros(capacity, device) for _ in range(NUM_BUFFERS)]
         self._buffers = [_Buffer(memory, memory.numpy(), Moment(device)) for memory in pinned]
         self._turn = 0
-        self._packed = torch.zeros(capacity, dtype=torch.int32, device=device)
 
         def static(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -113,16 +108,15 @@ class StepStaging:
         else:
             self._words = self._lay_out(batch, logits_of_entry, row_drawn)
         buffer, bounds = self._next_buffer(), self._words.bounds
-        size, num_columns = self._words.copy_to(buffer.words)
-        self._packed[:size].copy_(buffer.memory[:size], non_blocking=True)
-        buffer.is_free.record()
+        num_columns = self._words.copy_to(buffer.words)
         shape = bounds.shape
         unpack_step(
-            self._packed, drawn_R, self.token_ids_T, self.positions_T, self.slot_mapping_T, self.logits_R,
+            buffer.memory, drawn_R, self.token_ids_T, self.positions_T, self.slot_mapping_T, self.logits_R,
             self.query_start, self.context_len_B, self.block_table_BM,
             num_rows=shape.num_rows, num_sequences=shape.num_sequences, num_logits=shape.num_logits,
             num_columns=num_columns,
         )  # fmt: skip
+        buffer.is_free.record()
         return StagedStep(shape, logits_of_entry), bounds.longest, bounds.num_keys
 
     def _lay_out(self, batch: Batch, logits_of_entry: tuple[range, ...], row_drawn: dict[int, int]) -> StepWords:
@@ -153,7 +147,7 @@ class StepStaging:
     def _next_buffer(self) -> _Buffer:
         self._turn = (self._turn + 1) % NUM_BUFFERS
         buffer = self._buffers[self._turn]
-        buffer.is_free.wait()  # its copy was queued three steps ago
+        buffer.is_free.wait()  # its reader was queued three steps ago
         return buffer
 
 

@@ -105,8 +105,8 @@ class StepWords:
         if not bounds.shape.has_many_splits and bounds.longest > SPLIT_KEYS:
             bounds.shape = replace(bounds.shape, has_many_splits=True)
 
-    def copy_to(self, target: Int32Array) -> tuple[int, int]:
-        """The words and the block table behind them: how many words, and how many columns of the table."""
+    def copy_to(self, target: Int32Array) -> int:
+        """The words and the block table behind them: how many columns the table has."""
         target[: self._num_words] = self._memory[: self._num_words]
         table_BM = self._table()
         num_sequences, num_columns = table_BM.shape
@@ -114,7 +114,7 @@ class StepWords:
         place = target[self._num_words : end].reshape(-1, num_columns)
         place[:num_sequences] = table_BM
         place[num_sequences:] = 0
-        return end, num_columns
+        return int(num_columns)
 
     def _table(self) -> Int32Array:
         return self._blocks.gather(self._rows_B, -(-self.bounds.longest // self._block_size))

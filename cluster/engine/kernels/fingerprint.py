@@ -50,9 +50,11 @@ def probe_outputs(ops: Ops, probes: Sequence[Probe], num_threads: int) -> Iterat
         yield from (probe.run(ops) for probe in probes)
         return
 
+    device = torch.empty(0, device=ops.device).device  # with an index, whether or not that of `ops` has one
+
     def start() -> None:
-        if ops.device.type == "cuda":
-            torch.cuda.set_device(ops.device)  # each thread has a device of its own
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # each thread has a current device of its own
 
     with ThreadPoolExecutor(num_threads, thread_name_prefix="probe", initializer=start) as pool:
         yield from pool.map(lambda probe: probe.run(ops), probes)

@@ -1,4 +1,9 @@
-"""Laying out a step on the device: see `cluster/engine/gpu/staging.py` for the packed order."""
+"""Both ends of a step: laying it out on the device, and telling the host what it drew.
+
+The host's side of either is pinned memory, which the kernels read and write in place: a copy beside a small kernel
+costs the device five times what the kernel does (`docs/log.md`). For the packed order see
+`cluster/engine/gpu/staging.py`.
+"""
 
 from __future__ import annotations
 
@@ -49,9 +54,34 @@ def unpack_step(
     num_logits: int,
     num_columns: int,
 ) -> None:
-    """Fill leading parts of the static tensors; a token with a source is taken from `drawn_R` (int64)."""
+    """Fill leading parts of the static tensors; a token with a source is taken from `drawn_R` (int64). `packed` may be
+    pinned host memory; it must stay as it is until the kernel is done."""
     size = max(num_rows, num_sequences + 1, num_logits, num_sequences * num_columns)
     unpack_kernel[(triton.cdiv(size, _BLOCK),)](
         packed, drawn_R, token_ids_T, positions_T, slot_mapping_T, logits_R, query_start, context_len_B, block_table_BM,
         num_rows, num_sequences, num_logits, num_columns, block_table_BM.stride(0), BLOCK=_BLOCK,
     )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["R", "capacity"])
+def tell_kernel(chosen_ptr, sound_ptr, sound_too_ptr, tokens_ptr, host_ptr, R, capacity, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    keep = offs < R
+    chosen = tl.load(chosen_ptr + offs, mask=keep, other=0)
+    tl.store(tokens_ptr + offs, chosen, mask=keep)
+    tl.store(host_ptr + offs, chosen.to(tl.int32), mask=keep)
+    sound = tl.load(sound_ptr + offs, mask=keep, other=0.0)
+    tl.store(host_ptr + capacity + offs, sound.to(tl.int32, bitcast=True), mask=keep)
+    sound = tl.load(sound_too_ptr + offs, mask=keep, other=0.0)
+    tl.store(host_ptr + 2 * capacity + offs, sound.to(tl.int32, bitcast=True), mask=keep)
+
+
+def tell_step(
+    chosen_R: torch.Tensor, sound_R: torch.Tensor, sound_too_R: torch.Tensor, tokens_R: torch.Tensor, host: torch.Tensor
+) -> None:
+    """Chosen tokens (int64) to `tokens_R`, which may be the same tensor, and to the first row of `host`, (3, most rows)
+    int32 in pinned memory; to its other rows the bits of two fp32 tensors. All but `host` are (R,)."""
+    num_rows = len(chosen_R)
+    tell_kernel[(triton.cdiv(num_rows, _BLOCK),)](
+        chosen_R, sound_R, sound_too_R, tokens_R, host, num_rows, host.shape[1], BLOCK=_BLOCK
+    )
