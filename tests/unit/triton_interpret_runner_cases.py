@@ -16,8 +16,9 @@ import torch
 from cluster.engine.config import EngineConfig
 from cluster.engine.engine import Engine
 from cluster.engine.gpu import runner as gpu_runner
+from cluster.engine.gpu.draws import DrawRows
 from cluster.engine.gpu.runner import GpuModelRunner
-from cluster.engine.gpu.sampler import logprob_rows
+from cluster.engine.gpu.sampler import GpuSampler, RowStats, logprob_rows
 from cluster.engine.kernels import get_ops
 from cluster.engine.kernels.ops import TwoStepAttention
 from cluster.engine.kernels.triton import launch
@@ -157,3 +158,39 @@ def test_chunks_that_owe_prompt_logprobs_and_draw_nothing_or_have_one_row(model:
     found = answers(use_gpu_runner(make_engine(model, 1), model), [longer])
     assert found[longer.request_id][0] == expected[longer.request_id][0]
     assert len(found[longer.request_id][2]) == len(longer.token_ids)
+
+
+def stats_of(tokens: list[int], logsumexp: float = 1.0) -> RowStats:
+    ids_R = torch.tensor(tokens)
+    return RowStats(torch.zeros(len(tokens)), torch.full((len(tokens),), logsumexp), ids_R)
+
+
+def plain_draws(model: Any, count: int) -> Any:
+    """Greedy, without logprobs, of sequences that decode."""
+    engine = make_engine(model, 0)
+    for index in range(count):
+        engine.add_request(make_request(f"r{index}", (3, 4, 5 + index), max_tokens=4, ignore_eos=True, temperature=0.0))
+    batch = engine.scheduler.schedule()
+    assert batch is not None
+    draws = DrawRows().of(batch)
+    assert len(draws) == count
+    return draws
+
+
+def test_what_a_step_told_stays_while_two_more_are_launched(model: Any) -> None:
+    sampler, draws = GpuSampler(InterpretedOps(), 5), plain_draws(model, 3)  # type: ignore[arg-type]
+    logits_RV, tokens_R = torch.zeros(3, 8), torch.zeros(3, dtype=torch.int64)
+    told = []
+    for turn in (10, 11, 12):
+        told.append(sampler.sample(logits_RV, stats_of([turn, 131_071, 7]), draws, tokens_R))
+        assert tokens_R.tolist() == [turn, 131_071, 7]
+    assert [rows.token_ids() for rows in told] == [[turn, 131_071, 7] for turn in (10, 11, 12)]
+
+
+@pytest.mark.parametrize("logsumexp", [float("nan"), float("inf"), float("-inf")])
+def test_rows_whose_logits_are_no_numbers_are_told_apart(model: Any, logsumexp: float) -> None:
+    sampler, draws = GpuSampler(InterpretedOps(), 3), plain_draws(model, 3)  # type: ignore[arg-type]
+    stats = stats_of([1, 2, 3])
+    stats.logsumexp_R[1] = logsumexp
+    drawn = sampler.sample(torch.zeros(3, 8), stats, draws, torch.zeros(3, dtype=torch.int64))
+    assert drawn.is_broken_R.tolist() == [False, True, False]
