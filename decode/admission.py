@@ -7,30 +7,18 @@ engine, the transport and the peers. Engine thread only; nothing here blocks.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 
 from cluster.control.messages import PeerAnswer, PeerQuestion
 from cluster.engine.engine import Engine
 from cluster.errors import Cancelled, HandshakeMismatch, LeaseExpired, TransferFailed
 from cluster.types import Request
-from decode.load import (
-    MAX_DEVICE_READ_BYTES,
-    MAX_READ_BYTES,
-    MAX_READS_AT_ONCE,
-    MIN_SOURCE_BLOCK_SIZE,
-    SETTLE_S,
-    SLOWEST_BYTES_PER_S,
-    STALL_S,
-    Landing,
-    Load,
-    batches,
-    check_belongs,
-)
+from decode.load import MIN_SOURCE_BLOCK_SIZE, Landing, Load, check_belongs
 from decode.measures import HandoverMeasures
 from decode.peers import Peers
+from decode.reads import Reads
 from kvconnector import notices, ticket
-from kvconnector.base import TransferState, Transport
+from kvconnector.base import Transport
 from kvconnector.core import load as core
 from kvconnector.digest import KVDigester
 from kvconnector.ledger import Verdict
@@ -65,9 +53,6 @@ class Admission:
         self._load_timeout_s = load_timeout_s
         self._on_failed = on_failed
         self._shard = Shard(layout=engine.layout)
-        self._polled_at = 0.0
-        self._max_read_bytes = MAX_DEVICE_READ_BYTES if engine.kv_cache.kv_NL2HSD.is_cuda else MAX_READ_BYTES
-        self._stalled_s = STALL_S + MAX_READS_AT_ONCE * self._max_read_bytes / SLOWEST_BYTES_PER_S
         self._nonces = ticket.UsedNonces()
         self._loads: dict[_Key, Load] = {}
         self._draining: list[Load] = []  # told as failed, but READs may still land
@@ -85,6 +70,10 @@ class Admission:
             on_failed=lambda key, why, now: self._feed_key(key, core.Abort(TransferFailed.code, why), now),
         )
         self.measures = HandoverMeasures()
+        is_device = engine.kv_cache.kv_NL2HSD.is_cuda
+        self._reads = Reads(
+            transport, self.measures, is_device=is_device, feed=self._feed, on_broken=self._peers.on_broken
+        )
 
     @property
     def num_loads(self) -> int:
@@ -129,12 +118,9 @@ class Admission:
         """Reap READs, post waiting ones, tick every load. Does not depend on new requests."""
         self._transport.notifications()  # nobody should send us any; they must not pile up
         self._peers.poll(now)
-        was_away = now - self._polled_at > STALL_S / 2  # in a long step: nothing is known of READs meanwhile
-        self._polled_at = now
+        self._reads.begin_round(now)
         for load in (*self._draining, *self._loads.values()):
-            if was_away:
-                load.moved_at = now
-            self._poll_reads(load, now)
+            self._reads.poll(load, now)
             self._feed(load, core.Tick(), now)
         self._draining = [load for load in self._draining if load.state.phase is not core.LoadPhase.FREE]
 
@@ -201,7 +187,6 @@ class Admission:
             why = "was disconnected" if shard is None else "has blocks of another size than its ticket"
             self._feed(load, core.Abort(TransferFailed.code, f"prefill worker {load.handle.endpoint} {why}"), now)
             return
-        assert not load.unposted
         self._engine.blocks.start_loading(reservation)
         [pieces] = plan(
             [(shard, load.handle.block_ids)],
@@ -209,57 +194,12 @@ class Admission:
             reservation.num_cached_tokens,
             load.handle.num_tokens,
         )
-        load.unposted.extend(("kv", "kv", batch) for batch in batches(pieces, self._max_read_bytes))
-        self._feed(load, core.Posted(len(load.unposted)), now)
-        self._post(load, now)
+        self._reads.begin_data(load, pieces, now)
 
     def _read_ledger(self, load: Load, now: float) -> None:
         assert load.landing_row is not None
         pieces = self._landing.pieces(load.landing_row, load.handle.block_ids[load.first_read_block :])
-        load.unposted.extend(("ledger", "landing", batch) for batch in batches(pieces))
-        self._feed(load, core.Posted(len(load.unposted)), now)
-        self._post(load, now)
-
-    def _post(self, load: Load, now: float) -> None:
-        while load.unposted and len(load.running) < MAX_READS_AT_ONCE:
-            region, local_region, pieces = load.unposted.popleft()
-            started_at = time.perf_counter()
-            try:
-                transfer = self._transport.read(load.peer.engine_id, region, local_region, pieces)
-            except TransferFailed as error:
-                self._on_read_failed(load, error.message, now)
-                return
-            load.running.append(transfer)
-            load.moved_at = now
-            self.measures.on_posted(region, transfer, started_at, pieces)
-
-    def _poll_reads(self, load: Load, now: float) -> None:
-        while load.settling and load.settling[0] <= now:
-            load.settling.popleft()
-            self._feed(load, core.ReadDone(), now)
-        for transfer in tuple(load.running):
-            match self._transport.poll(transfer):
-                case TransferState.RUNNING:
-                    continue
-                case TransferState.DONE:
-                    self.measures.on_ended(transfer, is_good=True)
-                    load.running.remove(transfer)
-                    load.moved_at = now
-                    self._feed(load, core.ReadDone(), now)
-                case TransferState.FAILED:
-                    self.measures.on_ended(transfer, is_good=False)
-                    load.running.remove(transfer)
-                    self._on_read_failed(load, "a READ failed", now)
-        self._post(load, now)
-        if load.running and load.state.phase is core.LoadPhase.LOADING and now - load.moved_at > self._stalled_s:
-            why = f"prefill worker {load.handle.endpoint}: no READ has ended for {self._stalled_s:.1f} s"
-            self._feed(load, core.Abort(TransferFailed.code, why), now)
-
-    def _on_read_failed(self, load: Load, why: str, now: float) -> None:
-        self.measures.num_failed_transfers += 1
-        self._peers.on_broken(load.peer, now)
-        load.settling.append(now + SETTLE_S)
-        self._feed(load, core.Abort(TransferFailed.code, f"prefill worker {load.handle.endpoint}: {why}"), now)
+        self._reads.begin_ledger(load, pieces, now)
 
     def _judge(self, load: Load) -> core.LoadEvent:
         """Compare the records that have landed with the handle, and their digests with our memory."""
@@ -290,14 +230,10 @@ class Admission:
         self._forget(load)
 
     def _start_draining(self, load: Load, now: float) -> None:
-        """READs that were not posted never will be; the others may still land."""
         if load.reservation is not None:
             self._engine.blocks.abort(load.reservation)
         self._draining.append(load)
-        num_unposted = len(load.unposted)
-        load.unposted.clear()
-        for _ in range(num_unposted):
-            self._feed(load, core.ReadDone(), now)
+        self._reads.drop_unposted(load, now)
 
     def _give_back(self, load: Load) -> None:
         if load.reservation is not None and not self._engine.blocks.abort(load.reservation):

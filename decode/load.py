@@ -1,9 +1,9 @@
-"""What one load needs besides its state: the READs of its data, cut into bounded batches."""
+"""What one load needs besides its state, and the memory that its records land in."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,15 +18,6 @@ from kvconnector.core.load import LoadState
 from kvconnector.ledger import LedgerRecords, record_bytes
 from kvconnector.mapping import join
 
-# A READ of host memory within one machine may be over when it is posted, so this bounds how long the engine
-# waits; between GPUs it never is, and few large ones are fastest.
-MAX_READ_BYTES = 8 << 20
-MAX_DEVICE_READ_BYTES = 256 << 20
-MAX_READ_PIECES = 1024
-# A READ without an end for so long, and for what its bytes may take, stands still: its source was paused or is cut off.
-STALL_S, SLOWEST_BYTES_PER_S = 5.0, 100e6
-SETTLE_S = 1.0  # pieces of a READ that failed may be on their way: copies within a machine or a fabric take far less
-MAX_READS_AT_ONCE = 2
 MIN_SOURCE_BLOCK_SIZE = 16  # bounds the number of a prompt's records
 
 
@@ -83,27 +74,6 @@ class Landing:
     def records(self, row: int, num_blocks: int) -> LedgerRecords:
         """A copy of what has landed."""
         return LedgerRecords(np.array(self.memory[row, :num_blocks].numpy()))
-
-
-def batches(pieces: Sequence[Piece], max_bytes: int = MAX_READ_BYTES) -> Iterator[list[Piece]]:
-    """Cut into READs of at most `max_bytes` and MAX_READ_PIECES; large pieces are split."""
-    batch: list[Piece] = []
-    num_bytes = 0
-    for piece in _split(pieces, max_bytes):
-        if batch and (num_bytes + piece.num_bytes > max_bytes or len(batch) >= MAX_READ_PIECES):
-            yield batch
-            batch, num_bytes = [], 0
-        batch.append(piece)
-        num_bytes += piece.num_bytes
-    if batch:
-        yield batch
-
-
-def _split(pieces: Sequence[Piece], max_bytes: int) -> Iterator[Piece]:
-    for piece in pieces:
-        for start in range(0, piece.num_bytes, max_bytes):
-            num_bytes = min(max_bytes, piece.num_bytes - start)
-            yield Piece(piece.source_offset + start, piece.destination_offset + start, num_bytes)
 
 
 def check_belongs(request: Request, handle: KVHandle) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from cluster.control.messages import Cancel, Submit
 from cluster.types import FinishReason, PrefillResult, PrefillStarted, Request, TokenChunk
-from decode.load import SETTLE_S, STALL_S
+from decode.reads import SETTLE_S, STALL_S
 from kvconnector import notices
 from kvconnector.base import PeerId
 from kvconnector.core.load import LoadPhase
