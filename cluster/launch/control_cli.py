@@ -86,10 +86,10 @@ def _show(deployment: Deployment) -> None:
 
     table = Table("worker", "state", "address", "pid", "running", "waiting", "free blocks", box=None)
     for worker in deployment.workers:
+        has_answered = bool(worker.engine_id)  # one in the router's own process has no port to be asked at
         blocks = f"{worker.num_free_blocks}/{worker.num_blocks}"
-        counts = (worker.pid, worker.num_running, worker.num_waiting)
-        row = (worker.name, worker.state, worker.address, *map(str, counts), blocks)
-        table.add_row(*row)
+        load = (str(worker.num_running), str(worker.num_waiting), blocks) if has_answered else ("-", "-", "-")
+        table.add_row(worker.name, worker.state, worker.address, str(worker.pid), *load)
     console = Console()
     console.print(f"{deployment.model_name} at {deployment.url}/v1", highlight=False)
     console.print(table)

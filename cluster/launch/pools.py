@@ -247,12 +247,13 @@ async def with_load(known: WorkerStatus) -> WorkerStatus:
 
     try:
         async with asyncio.timeout(QUESTION_TIMEOUT_S):
-            info, load = await admin.get_info(known.address)
+            info, load, is_draining = await admin.get_info(known.address)
     except (WorkerLost, TimeoutError):
         is_asked = not known.address.endswith(":0")  # one that shares the router's process has no port
         return msgspec.structs.replace(known, state="silent") if known.state == "ready" and is_asked else known
     return msgspec.structs.replace(
         known,
+        state="draining" if is_draining and known.state == "ready" else known.state,
         engine_id=info.engine_id,
         num_running=load.num_running,
         num_waiting=load.num_waiting,

@@ -29,9 +29,10 @@ async def drain(address: str, timeout_s: float | None = None) -> int:
     return int(reply.num_requests)
 
 
-async def get_info(address: str) -> tuple[WorkerInfo, WorkerLoad]:
+async def get_info(address: str) -> tuple[WorkerInfo, WorkerLoad, bool]:
+    """What a worker is and does, and whether it drains, whoever asked it to."""
     reply = await _call(address, "GetInfo", pb.GetInfoRequest(), pb.GetInfoReply.FromString)
-    return convert.info_from_pb(reply.info), convert.load_from_pb(reply.load)
+    return convert.info_from_pb(reply.info), convert.load_from_pb(reply.load), reply.draining
 
 
 async def _call(address: str, method: str, request: Any, decode: Callable[[bytes], Any]) -> Any:
