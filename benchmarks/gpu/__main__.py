@@ -7,7 +7,8 @@ sweep-attention                time attention plans, as JSON lines in --out
 fp8                            try, time and compare FP8 products, write their plan table to --out
 fp8-chains                     FP8 products with chains of 1, 2 and 4 groups: time and error
 engine                         the whole engine on an 8B shape; --peer FILE adds ratios to a peer's figures
-engine-fp8                     the same with FP8 layers; --ours FILE has our bf16, which is measured here without it
+engine-shapes                  the engine at every shape that --peer FILE has; --model llama-fp8: with FP8 layers
+engine-fp8                     `engine` with FP8 layers; --ours FILE has our bf16, which is measured here without it
 engine-defaults                our engine with torch's default products and attention; --ours FILE has our own
 engine-profile                 where the engine's time goes, by step and by kernel; --only, --requests, --model
 exactness                      every way to compute the same requests, bit for bit; --model, --quick
@@ -36,6 +37,7 @@ from benchmarks.gpu import (
     record_engine,
     record_exactness,
     record_fp8,
+    record_shapes,
     sweeps,
     torch_defaults,
 )
@@ -43,7 +45,8 @@ from benchmarks.gpu.shapes import ROW_COUNTS
 
 _WHAT = (
     *("gemm", "attention", "decode-step", "decode-step-fp8", "tune", "sweep-attention", "fp8", "fp8-vet", "fp8-chains"),
-    *("engine", "engine-fp8", "engine-defaults", "engine-profile", "exactness", "compile-share", "compile-engine"),
+    *("engine", "engine-shapes", "engine-fp8", "engine-defaults", "engine-profile", "exactness"),
+    *("compile-share", "compile-engine"),
 )
 
 
@@ -65,7 +68,7 @@ def main() -> None:
         "--model",
         action="append",
         choices=tuple(record_exactness.MODELS),
-        help="exactness, compile-engine: not all; engine-profile: llama-fp8 instead of llama",
+        help="exactness, compile-engine: not all; engine-profile, engine-shapes: llama-fp8 instead of llama",
     )
     parser.add_argument(
         "--rows", type=int, nargs="+", default=ROW_COUNTS, help="compile-share: candidates of these row counts alone"
@@ -76,6 +79,12 @@ def main() -> None:
     parser.add_argument("--known", action="store_true", help="compile-share: only plans that the table has somewhere")
     parser.add_argument("--quick", action="store_true", help="exactness: six of the cells")
     options = parser.parse_args()
+
+    def takes_fp8() -> bool:
+        if options.model not in (None, ["llama"], ["llama-fp8"]):
+            parser.error(f"{options.what}: --model is llama or llama-fp8")
+        return bool(options.model == ["llama-fp8"])
+
     match options.what:
         case "gemm":
             record.record_gemm(options.out)
@@ -91,10 +100,12 @@ def main() -> None:
             sweeps.sweep_attention(options.out, options.budget or 400)
         case "engine":
             record_engine.record_engine(options.out, options.peer)
+        case "engine-shapes":
+            if options.peer is None:
+                parser.error("engine-shapes needs --peer")
+            record_shapes.record_shapes(options.out, options.peer, has_fp8=takes_fp8())
         case "engine-profile":
-            if options.model not in (None, ["llama"], ["llama-fp8"]):
-                parser.error("engine-profile: --model is llama or llama-fp8")
-            has_fp8 = options.model == ["llama-fp8"]
+            has_fp8 = takes_fp8()
             if options.graph_prompt_rows is None:
                 engine_profile.profile_engine(options.only, options.requests, has_fp8=has_fp8)
             elif options.only in (None, "mixed"):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from benchmarks.results import read_results
 
@@ -22,15 +24,8 @@ class Figures:
 
 def peer_figures(path: Path | None, quantization: str | None = None) -> Figures:
     """From the JSON lines of the peer's script: its default mode with weights of that kind. No file: nothing."""
-    figures, is_wanted = Figures(), True
-    for line in path.read_text().splitlines() if path is not None and path.exists() else ():
-        if not line.startswith("{"):
-            continue
-        found = json.loads(line)
-        if found.get("what") == "setup":
-            is_wanted = found["quantization"] == quantization and found["mode"] == "default"
-        if not is_wanted:
-            continue
+    figures = Figures()
+    for found in _peer_lines(path, quantization):
         match found:
             case {"what": "prefill", "tok_s": value}:
                 figures.prefill_tok_s = value
@@ -41,6 +36,47 @@ def peer_figures(path: Path | None, quantization: str | None = None) -> Figures:
             case {"what": "mixed", "total_tok_s": value}:
                 figures.mixed_tok_s = value
     return figures
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A workload of equal prompts that the peer was measured with, and what it took."""
+
+    batch: int
+    prompt_tokens: int
+    out_tokens: int  # 1: a prefill, and the figure is tokens a second; else milliseconds of a decode step
+    figure: float
+
+
+def peer_shapes(path: Path, quantization: str | None = None) -> list[Shape]:
+    """Every prefill and decode of the file, in its order; of those of one shape the last."""
+    shapes: dict[tuple[int, int, int], Shape] = {}
+    for found in _peer_lines(path, quantization):
+        match found:
+            case {"what": "prefill", "prompts": batch, "prompt_tokens": prompt, "out_tokens": 1, "tok_s": value}:
+                shapes[batch, prompt, 1] = Shape(batch, prompt, 1, value)
+            case {
+                "what": "decode",
+                "batch": batch,
+                "prompt_tokens": prompt,
+                "out_tokens": out,
+                "inter_token_ms": value,
+            }:
+                shapes[batch, prompt, out] = Shape(batch, prompt, out, value)
+    return list(shapes.values())
+
+
+def _peer_lines(path: Path | None, quantization: str | None) -> Iterator[dict[str, Any]]:
+    """Results of the peer's default mode with weights of that kind."""
+    is_wanted = True
+    for line in path.read_text().splitlines() if path is not None and path.exists() else ():
+        if not line.startswith("{"):
+            continue
+        found = json.loads(line)
+        if found.get("what") == "setup":
+            is_wanted = found["quantization"] == quantization and found["mode"] == "default"
+        if is_wanted:
+            yield found
 
 
 def recorded_figures(path: Path, device: str, context: int = 256) -> Figures:

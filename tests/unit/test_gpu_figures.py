@@ -11,8 +11,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu.figures import Figures, peer_figures, recorded_figures
+from benchmarks.gpu.figures import Figures, Shape, peer_figures, peer_shapes, recorded_figures
 from benchmarks.gpu.record_exactness import CELLS, NUM_REQUESTS, chosen_cells
+from benchmarks.gpu.record_shapes import record_shape, record_shapes
 from benchmarks.results import append_result
 
 
@@ -39,6 +40,48 @@ def test_each_kind_of_weights_has_its_own_figures(tmp_path: Path) -> None:
 
 def test_without_a_peer_there_are_no_figures(tmp_path: Path) -> None:
     assert peer_figures(None) == peer_figures(tmp_path / "missing") == Figures()
+
+
+def test_every_shape_of_the_peer_s_runs_is_found_once(tmp_path: Path) -> None:
+    def lines(prompt: int, out: int, prefill: tuple[int, int], decode: dict[int, float]) -> list[dict[str, Any]]:
+        count, length = prefill
+        first = {"what": "prefill", "prompts": count, "prompt_tokens": length, "out_tokens": 1, "tok_s": 4e4 + prompt}
+        steps = [
+            {"what": "decode", "batch": each, "prompt_tokens": prompt, "out_tokens": out, "inter_token_ms": value}
+            for each, value in decode.items()
+        ]
+        return [{"what": "setup", "quantization": None}, first, *steps]
+
+    path = tmp_path / "peer.jsonl"
+    runs = lines(128, 256, (16, 2048), {1: 5.0, 160: 9.0}) + lines(3000, 64, (16, 2048), {1: 6.0})
+    path.write_text("\n".join(json.dumps({"mode": "default", **line}) for line in runs))
+    assert peer_shapes(path) == [
+        Shape(16, 2048, 1, 43000.0), Shape(1, 128, 256, 5.0), Shape(160, 128, 256, 9.0), Shape(1, 3000, 64, 6.0),
+    ]  # fmt: skip
+    assert peer_shapes(path, "fp8") == []
+    with pytest.raises(ValueError, match="has no prefill and no decode of the peer's FP8 mode"):
+        record_shapes(tmp_path, path, has_fp8=True)
+
+
+def test_a_shape_is_measured_as_the_peer_was_and_above_one_is_faster() -> None:
+    class Bench:
+        def prefill_tokens_per_s(self, count: int, length: int) -> float:
+            assert (count, length) == (8, 3000)
+            return 50000.0
+
+        def decode_ms(self, batch: int, prompt: int, out: int) -> float:
+            assert (batch, prompt, out) == (160, 128, 256)
+            return 4.0
+
+    found: list[Any] = []
+    append: Any = lambda *each: found.append(each)  # noqa: E731
+    bench: Any = Bench()
+    assert record_shape(bench, Shape(8, 3000, 1, 40000.0), append) == 1.25
+    assert record_shape(bench, Shape(160, 128, 256, 5.0), append) == 1.25
+    assert [each[:2] for each in found] == [
+        ("prefill_tok_s", 50000.0), ("prefill_ratio_vs_vllm", 1.25), ("decode_ms", 4.0), ("decode_ratio_vs_vllm", 1.25),
+    ]  # fmt: skip
+    assert found[3][3] == {"batch": 160, "context": 256, "vllm_ms": 5.0}
 
 
 def test_records_of_another_device_or_context_are_left_out(tmp_path: Path) -> None:
