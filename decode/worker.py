@@ -67,9 +67,9 @@ class DecodeDriver(WorkerDriver):
         else:
             self._admission.begin(request, kv, now)
 
-    def cancel(self, request_id: str, attempt: int, now: float) -> None:
+    def cancel(self, request_id: str, attempt: int, now: float, *, is_served: bool) -> None:
         if not self._admission.cancel((request_id, attempt), now):
-            self.engine.cancel(request_id, attempt)
+            self.engine.cancel(request_id, attempt, is_served=is_served)
 
     def release(self, request_id: str, attempt: int, now: float) -> None:
         """A decode worker lends nothing."""

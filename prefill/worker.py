@@ -85,9 +85,9 @@ class PrefillDriver(WorkerDriver):
             raise InvalidRequest("a prefill worker takes no KV handle", param="kv")
         self.engine.add_request(request)
 
-    def cancel(self, request_id: str, attempt: int, now: float) -> None:
+    def cancel(self, request_id: str, attempt: int, now: float, *, is_served: bool) -> None:
         """Also of a request whose result is on its way: nobody will read its blocks."""
-        self.engine.cancel(request_id, attempt)
+        self.engine.cancel(request_id, attempt, is_served=is_served)
         self._step((request_id, attempt), core.Done(), now)
 
     def release(self, request_id: str, attempt: int, now: float) -> None:

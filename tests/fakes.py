@@ -117,6 +117,7 @@ class FakeWorker:
         self.leased: set[Key] = set()  # prefilled, not yet read or released
         self.released: list[Key] = []
         self.cancelled: list[Key] = []
+        self.served: list[Key] = []  # of which nothing more was wanted
         self.counts: Counter[str] = Counter()
         self.is_closed = False
         self.num_drains = 0
@@ -215,6 +216,9 @@ class FakeWorker:
                 yield chunk
                 if chunk.finish_reason is not None:
                     return
+
+    def enough(self, request_id: str, attempt: int) -> None:
+        self.served.append((request_id, attempt))
 
     def release(self, request_id: str, attempt: int) -> None:
         self.released.append((request_id, attempt))

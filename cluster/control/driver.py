@@ -71,7 +71,7 @@ class WorkerDriver(ABC):
         """Raises an error of our tree if the request cannot be taken; nothing is held then."""
 
     @abstractmethod
-    def cancel(self, request_id: str, attempt: int, now: float) -> None: ...
+    def cancel(self, request_id: str, attempt: int, now: float, *, is_served: bool) -> None: ...
 
     @abstractmethod
     def release(self, request_id: str, attempt: int, now: float) -> None: ...
@@ -120,8 +120,8 @@ class WorkerDriver(ABC):
                     self.accept(request, kv, now)
                 except TandemError as error:
                     self.fail(request, error)
-            case Cancel(request_id, attempt):
-                self.cancel(request_id, attempt, now)
+            case Cancel(request_id, attempt, is_served):
+                self.cancel(request_id, attempt, now, is_served=is_served)
             case Release(request_id, attempt):
                 self.release(request_id, attempt, now)
             case Inspect(number, token_ids, cache_salt):

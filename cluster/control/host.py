@@ -81,8 +81,8 @@ class WorkerHost:
         self._sinks[key] = sink
         self._thread.send(Submit(request, kv))
 
-    def cancel(self, request_id: str, attempt: int) -> None:
-        self._thread.send(Cancel(request_id, attempt))
+    def cancel(self, request_id: str, attempt: int, *, is_served: bool = False) -> None:
+        self._thread.send(Cancel(request_id, attempt, is_served))
 
     def release(self, request_id: str, attempt: int) -> None:
         self._thread.send(Release(request_id, attempt))

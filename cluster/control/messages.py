@@ -26,6 +26,7 @@ class Submit:
 class Cancel:
     request_id: str
     attempt: int
+    is_served: bool = False  # all that was wanted has come
 
 
 @dataclass(frozen=True, slots=True)

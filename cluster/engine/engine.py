@@ -139,10 +139,13 @@ class Engine:
         self.timings.on_loaded(sequence, self._clock())
         self.scheduler.add_running(sequence)
 
-    def cancel(self, request_id: str, attempt: int) -> None:
-        """End a request; the next `step` reports it as CANCELLED. An unknown one is ignored."""
+    def cancel(self, request_id: str, attempt: int, *, is_served: bool = False) -> None:
+        """End a request; the next `step` reports it as CANCELLED. An unknown one is ignored. `is_served`: whoever
+        wanted it has all of it, so its time counts like that of one that ends by itself."""
         sequence = self._sequences.get((request_id, attempt))
         if sequence is not None:
+            if is_served and sequence.first_token_at is not None:
+                self.timings.on_end(sequence, self._clock(), hands_over=False)
             self._committer.end(sequence, FinishReason.CANCELLED)
 
     def release(self, lease: Lease) -> None:

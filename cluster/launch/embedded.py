@@ -36,6 +36,7 @@ class EmbeddedConnection:
         self.num_promised = 0
         self._worker = worker
         self._is_closed = False
+        self._served: set[tuple[str, int]] = set()  # running requests of which nothing more is wanted
 
     @property
     def info(self) -> WorkerInfo:
@@ -64,6 +65,7 @@ class EmbeddedConnection:
             raise WorkerLost("the connection was closed")
         inbox: asyncio.Queue[_Event] = asyncio.Queue()  # bounded by the request's max_tokens
         has_ended = False
+        key = (request.request_id, request.attempt)
         try:
             self._worker.submit(request, kv, inbox.put_nowait)
         except TandemError as refusal:
@@ -77,7 +79,11 @@ class EmbeddedConnection:
                 yield chunk
         finally:
             if not has_ended:
-                self._worker.cancel(request.request_id, request.attempt)
+                self._worker.cancel(*key, is_served=key in self._served)
+            self._served.discard(key)
+
+    def enough(self, request_id: str, attempt: int) -> None:
+        self._served.add((request_id, attempt))
 
     def release(self, request_id: str, attempt: int) -> None:
         self._worker.release(request_id, attempt)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 
 import msgspec
@@ -150,7 +150,7 @@ class Flow:
             if pair.prefill is None:
                 journey.computing_at = pair.engine_ids[1]
                 with pair.decode.counted() as connection:
-                    await _relay(connection.decode(_request_now(journey), None), journey, deliver)
+                    await _relay(connection, _request_now(journey), journey, deliver)
                 return
             with pair.prefill.counted() as prefill:
                 await self._split_attempt(journey, pair, prefill, deliver)
@@ -174,6 +174,7 @@ class Flow:
                         # the KV has arrived: from here on the decode worker settles with the prefill worker
                         must_release = must_release and not chunk.token_ids
                         if await _pass_on(chunk, journey, deliver):
+                            decode.enough(request.request_id, request.attempt)
                             return
             raise WorkerLost(f"decode worker {decode.address} ended without a finish reason")
         finally:
@@ -204,10 +205,12 @@ def _first_chunk(result: PrefillResult) -> TokenChunk:
     return msgspec.structs.replace(result.first, prompt_logprobs=result.prompt_logprobs)
 
 
-async def _relay(chunks: AsyncGenerator[TokenChunk, None], journey: _Journey, deliver: Deliver) -> None:
+async def _relay(connection: WorkerConnection, request: Request, journey: _Journey, deliver: Deliver) -> None:
+    chunks = connection.decode(request, None)
     async with aclosing(chunks):
         async for chunk in chunks:
             if await _pass_on(chunk, journey, deliver):
+                connection.enough(request.request_id, request.attempt)
                 return
     raise WorkerLost("a decode worker ended without a finish reason")
 

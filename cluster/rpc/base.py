@@ -74,6 +74,11 @@ class WorkerConnection(Protocol):
         Without (`kv` None): the worker computes the prompt itself."""
         ...
 
+    def enough(self, request_id: str, attempt: int) -> None:
+        """What has come of a request is all that is wanted (a stop string). When its iterator is left the worker counts
+        it as served, not as given up."""
+        ...
+
     def release(self, request_id: str, attempt: int) -> None:
         """Tell a prefill worker that nobody will read this request's blocks. Idempotent, best effort
         (the lease ends it otherwise)."""
@@ -97,8 +102,9 @@ class WorkerService(Protocol):
         (PrefillResult, or a TokenChunk with finish_reason). `sink` is called on the event loop."""
         ...
 
-    def cancel(self, request_id: str, attempt: int) -> None:
-        """Idempotent; an unknown id is ignored. The terminal event is a CANCELLED chunk."""
+    def cancel(self, request_id: str, attempt: int, *, is_served: bool = False) -> None:
+        """Idempotent; an unknown id is ignored. The terminal event is a CANCELLED chunk. `is_served`: the router had
+        all that it wanted, so the request counts among those that were served."""
         ...
 
     def release(self, request_id: str, attempt: int) -> None: ...

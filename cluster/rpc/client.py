@@ -57,6 +57,7 @@ class Connection:
         self._last_error = "not connected yet"
         self._silent_ticks = 0
         self._inboxes: dict[_Key, _Inbox] = {}
+        self._served: set[_Key] = set()  # of those: nothing more is wanted
         self._outbox = Outbox()
         self._task = asyncio.get_running_loop().create_task(self._run(), name=f"worker {address}")
 
@@ -110,6 +111,10 @@ class Connection:
                 if event.finish_reason is not None:
                     return
 
+    def enough(self, request_id: str, attempt: int) -> None:
+        if (request_id, attempt) in self._inboxes:
+            self._served.add((request_id, attempt))
+
     def release(self, request_id: str, attempt: int) -> None:
         if self._connected:
             self._outbox.release((request_id, attempt))
@@ -134,8 +139,10 @@ class Connection:
             yield inbox
         finally:
             # the reader removes the inbox of a request that has ended, so what is left still runs
+            is_served = key in self._served
+            self._served.discard(key)
             if self._inboxes.pop(key, None) is not None:
-                self._outbox.cancel(key)
+                self._outbox.cancel(key, is_served=is_served)
 
     async def _run(self) -> None:
         pause_s = 0.0

@@ -17,21 +17,21 @@ class Outbox:
     def __init__(self) -> None:
         self.wake = asyncio.Event()
         self._submits: dict[_Key, pb.Submit] = {}
-        self._cancels: list[_Key] = []
-        self._releases: list[_Key] = []
+        self._cancels: list[pb.RequestRef] = []
+        self._releases: list[pb.RequestRef] = []
 
     def submit(self, request: Request, kv: bytes | None) -> None:
         message = pb.Submit(request=convert.request_to_pb(request), kv=kv)
         self._submits[request.request_id, request.attempt] = message
         self.wake.set()
 
-    def cancel(self, key: _Key) -> None:
+    def cancel(self, key: _Key, *, is_served: bool) -> None:
         if self._submits.pop(key, None) is None:  # else it never left this process
-            self._cancels.append(key)
+            self._cancels.append(pb.RequestRef(request_id=key[0], attempt=key[1], served=is_served))
             self.wake.set()
 
     def release(self, key: _Key) -> None:
-        self._releases.append(key)
+        self._releases.append(pb.RequestRef(request_id=key[0], attempt=key[1]))
         self.wake.set()
 
     @property
@@ -47,7 +47,7 @@ class Outbox:
         """Wait for news or a heartbeat. A frame holds at most MAX_FRAME_ENTRIES tokens (or one request)."""
         await self.wake.wait()
         self.wake.clear()
-        frame = pb.RouterFrame(cancels=map(_ref, self._cancels), releases=map(_ref, self._releases))
+        frame = pb.RouterFrame(cancels=self._cancels, releases=self._releases)
         self._cancels.clear()
         self._releases.clear()
         entries = 0
@@ -59,7 +59,3 @@ class Outbox:
         if self._submits:
             self.wake.set()
         return frame
-
-
-def _ref(key: _Key) -> pb.RequestRef:
-    return pb.RequestRef(request_id=key[0], attempt=key[1])

@@ -93,7 +93,7 @@ class Session:
             for submit in frame.submits:
                 self._submit(submit)
             for ref in frame.cancels:
-                self._service.cancel(ref.request_id, ref.attempt)
+                self._service.cancel(ref.request_id, ref.attempt, is_served=ref.served)
             for ref in frame.releases:
                 self._service.release(ref.request_id, ref.attempt)
             if frame.settled:

@@ -218,6 +218,7 @@ async def test_client_gone_frees_everything(stage: str, is_stream: bool) -> None
             await asyncio.gather(sending, return_exceptions=True)
         await router.settle()
         assert watched.cancelled
+        assert watched.served == []
         if stage != "decode":
             assert prefill[0].released == [(watched.requests[0].request_id, 0)]
         assert (await _load(router)) == 0

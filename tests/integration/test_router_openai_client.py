@@ -154,6 +154,8 @@ async def test_stop_string_cancels_the_worker(router: RunningRouter) -> None:
     assert answer.usage is not None
     assert answer.usage.completion_tokens == full.index(stop) + 3
     await router.settle()
+    for worker in router.workers:
+        assert worker.cancelled == worker.served  # it is to count them among the served
     assert sum(len(worker.cancelled) for worker in router.workers) == 2
 
 

@@ -55,7 +55,7 @@ class ServedFake:
             async for chunk in self.worker.decode(request, kv):
                 sink(chunk)
 
-    def cancel(self, request_id: str, attempt: int) -> None:
+    def cancel(self, request_id: str, attempt: int, *, is_served: bool = False) -> None:
         task = self._tasks.pop((request_id, attempt), None)
         if task is not None:
             task.cancel()

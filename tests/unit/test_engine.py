@@ -294,6 +294,28 @@ def test_cancel_at_any_step_frees_everything_and_ends_once(steps_ahead: int) -> 
         assert engine.blocks.num_free == engine.num_blocks
 
 
+def timed_requests(engine: Engine) -> dict[str, int]:
+    """How many requests each of the histograms of whole requests has seen."""
+    readings = {each.name: sum(each.counts) for each in engine.timings.readings()}
+    return {name: readings[f"vllm:request_{name}_time_seconds"] for name in ("inference", "decode")}
+
+
+def test_a_request_of_which_nothing_more_is_wanted_counts_as_served_and_one_given_up_does_not() -> None:
+    """The router has found a stop string; a client has left; one was not even begun."""
+    engine = make_engine(DecodePolicy(), max_num_sequences=2)
+    for name in ("served", "left", "waits"):
+        engine.add_request(make_request(name, prompt_of(5), max_tokens=50, ignore_eos=True))
+    for _ in range(4):
+        engine.step()
+    assert timed_requests(engine) == {"inference": 0, "decode": 0}
+    engine.cancel("served", 0, is_served=True)
+    engine.cancel("waits", 0, is_served=True)
+    engine.cancel("left", 0)
+    while engine.has_work():
+        engine.step()
+    assert timed_requests(engine) == {"inference": 1, "decode": 1}
+
+
 def test_deadlines_end_running_and_waiting_requests_tensorrt_llm_12313() -> None:
     clock = itertools.count()
     engine = make_engine(DecodePolicy(), max_num_sequences=1, clock=clock)

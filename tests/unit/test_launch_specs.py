@@ -102,6 +102,7 @@ class FakeWorker:
     def __init__(self) -> None:
         self.sinks: dict[str, EventSink] = {}
         self.cancelled: list[tuple[str, int]] = []
+        self.served: list[tuple[str, int]] = []  # of those
         self.is_draining = False
         self.refusal: Overloaded | None = None
 
@@ -116,8 +117,10 @@ class FakeWorker:
             raise self.refusal
         self.sinks[request.request_id] = sink
 
-    def cancel(self, request_id: str, attempt: int) -> None:
+    def cancel(self, request_id: str, attempt: int, *, is_served: bool = False) -> None:
         self.cancelled.append((request_id, attempt))
+        if is_served:
+            self.served.append((request_id, attempt))
 
     def release(self, request_id: str, attempt: int) -> None:
         raise AssertionError("nothing is leased in one process")
@@ -163,6 +166,22 @@ async def test_leaving_the_stream_cancels_on_the_worker() -> None:
     await first
     await stream.aclose()
     assert worker.cancelled == [("r", 0)]
+
+
+async def test_a_request_of_which_nothing_more_is_wanted_is_cancelled_as_served() -> None:
+    worker = FakeWorker()
+    connection = EmbeddedConnection(worker)
+    for is_enough in (True, False):
+        stream = connection.decode(REQUEST, None)
+        first = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0)
+        worker.sinks["r"](chunk(0))
+        await first
+        if is_enough:
+            connection.enough("r", 0)
+        await stream.aclose()
+    assert worker.cancelled == [("r", 0), ("r", 0)]
+    assert worker.served == [("r", 0)]
 
 
 async def test_a_cancelled_reader_cancels_on_the_worker() -> None:

@@ -43,6 +43,7 @@ class FakeWorker:
         self.sinks: dict[tuple[str, int], EventSink] = {}
         self.handles: dict[str, bytes | None] = {}
         self.cancelled: list[tuple[str, int]] = []
+        self.served: list[tuple[str, int]] = []  # of those
         self.released: list[tuple[str, int]] = []
         self.unsettled: set[RouterSession] = set()
 
@@ -58,8 +59,10 @@ class FakeWorker:
         self.sinks[request.request_id, request.attempt] = sink
         self.handles[request.request_id] = kv
 
-    def cancel(self, request_id: str, attempt: int) -> None:
+    def cancel(self, request_id: str, attempt: int, *, is_served: bool = False) -> None:
         self.cancelled.append((request_id, attempt))
+        if is_served:
+            self.served.append((request_id, attempt))
 
     def release(self, request_id: str, attempt: int) -> None:
         self.released.append((request_id, attempt))
@@ -152,6 +155,23 @@ async def test_a_terminal_chunk_of_a_prefill_becomes_its_result() -> None:
     error = events[0].first.error
     assert error is not None
     assert error.code == "invalid_request"
+
+
+async def test_a_request_of_which_nothing_more_is_wanted_is_cancelled_as_served() -> None:
+    worker = FakeWorker()
+    async with connected(worker) as (connection, _, _):
+        streams = [connection.decode(make_request(name), None) for name in ("a", "b")]
+        tasks = [asyncio.ensure_future(anext(stream)) for stream in streams]
+        await until(lambda: len(worker.sinks) == 2)
+        for name, task in zip(("a", "b"), tasks, strict=True):
+            worker.sinks[name, 0](make_chunk(0, 5, request_id=name))
+            await task
+        connection.enough("a", 0)
+        connection.enough("unknown", 0)
+        for stream in streams:
+            await stream.aclose()
+        await until(lambda: sorted(worker.cancelled) == [("a", 0), ("b", 0)])
+        assert worker.served == [("a", 0)]
 
 
 async def test_leaving_the_iterator_cancels_on_the_worker() -> None:

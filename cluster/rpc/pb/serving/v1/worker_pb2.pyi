@@ -17,12 +17,14 @@ class Submit(_message.Message):
     def __init__(self, request: _Optional[_Union[_common_pb2.Request, _Mapping]] = ..., kv: _Optional[bytes] = ...) -> None: ...
 
 class RequestRef(_message.Message):
-    __slots__ = ("request_id", "attempt")
+    __slots__ = ("request_id", "attempt", "served")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    SERVED_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ...) -> None: ...
+    served: bool
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., served: _Optional[bool] = ...) -> None: ...
 
 class RouterFrame(_message.Message):
     __slots__ = ("protocol_version", "submits", "cancels", "releases", "settled")
