@@ -23,6 +23,7 @@ from cluster.router.responses import ErrorBody, ErrorEnvelope
 
 log = logging.getLogger(__name__)
 
+NO_HANDLER = "none"  # for metrics: no such route, not with this method, not HTTP
 CLIENT_GONE = 499  # for metrics: nobody was there any more to be told a status
 
 Handler = Callable[[Scope, Receive, Reply], Awaitable[None]]
@@ -64,7 +65,12 @@ def make_app(endpoints: Endpoints) -> Starlette:
         count = partial(endpoints.metrics.count_response, path)
         return Route(path, _Endpoint(handler, count, takes_body=True), methods=["POST"])
 
-    return Starlette(
+    def refused(request: HttpRequest, error: Exception) -> Response:
+        response = _http_error(request, error)
+        endpoints.metrics.count_response(NO_HANDLER, response.status_code)
+        return response
+
+    app = Starlette(
         routes=[
             post("/v1/chat/completions", endpoints.chat),
             post("/v1/completions", endpoints.complete),
@@ -77,11 +83,13 @@ def make_app(endpoints: Endpoints) -> Starlette:
             post("/tokenize", endpoints.tokenize),
             post("/detokenize", endpoints.detokenize),
         ],
-        exception_handlers={HTTPException: _http_error, Exception: _internal_error},
+        exception_handlers={HTTPException: refused, Exception: _internal_error},
     )
+    app.router.redirect_slashes = False  # to where a client's Host header says, and without a body
+    return app
 
 
-async def _http_error(request: HttpRequest, error: Exception) -> Response:
+def _http_error(request: HttpRequest, error: Exception) -> Response:
     """No such route, or not with this method."""
     assert isinstance(error, HTTPException)
     path = request.url.path[:256]
@@ -110,7 +118,7 @@ def _error_response(request: HttpRequest, status: int, message: str, code: str, 
 
 
 def abort_connection(scope: Scope) -> None:
-    """Drop the connection without waiting for its buffers; needs `server.BoundedHttpProtocol`."""
+    """Drop the connection without waiting for its buffers; needs `connection.BoundedHttpProtocol`."""
     abort = scope.get("tandem.abort")
     if abort is not None:
         abort()

@@ -1,7 +1,6 @@
 """The router as a server inside a running event loop: bind, serve, drain.
 
-uvicorn speaks HTTP; what it leaves unbounded is bounded here: the number of connections, the time and
-the size of a request's head.
+uvicorn speaks HTTP; `connection.py` bounds what it leaves unbounded.
 """
 
 from __future__ import annotations
@@ -11,93 +10,26 @@ import contextlib
 import errno
 import logging
 import socket
-from asyncio.events import TimerHandle
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from functools import partial
 
-import msgspec
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from cluster.addresses import join_address
 from cluster.errors import StartupError
 from cluster.router.config import RouterConfig
+from cluster.router.connection import protocol_class
 from cluster.router.endpoints import Endpoints
-from cluster.router.http import make_app
+from cluster.router.http import NO_HANDLER, make_app
 from cluster.router.pool import WorkerPool
-from cluster.router.responses import ErrorBody, ErrorEnvelope
 from cluster.router.text import Codec
 from cluster.rpc.base import WorkerConnection
 
 log = logging.getLogger(__name__)
 
-MAX_HEAD_BYTES = 64 << 10
 BACKLOG = 2048
 DRAIN_SHARE = 0.8  # of the drain timeout for requests to finish; the rest is for telling those that did not
 CLEANUP_S = 5.0  # for cancelled requests to tell the workers
-
-
-class BoundedHttpProtocol(HttpToolsProtocol):
-    """One connection. A subclass made by `_protocol_for` carries the limits."""
-
-    header_timeout_s: float
-    max_connections: int
-
-    _head_timer: TimerHandle | None = None
-    _is_in_head = True
-    _num_head_bytes = 0
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        if len(self.connections) > self.max_connections:
-            log.warning("over %d connections, one more was closed", self.max_connections)
-            transport.abort()
-            return
-        self._begin_head()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._end_head()
-        super().connection_lost(exc)
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self.scope["tandem.abort"] = self.transport.abort  # type: ignore[typeddict-unknown-key]
-        self._begin_head()
-
-    def on_headers_complete(self) -> None:
-        self._end_head()
-        super().on_headers_complete()
-
-    def data_received(self, data: bytes) -> None:
-        was_in_head = self._is_in_head
-        super().data_received(data)
-        if was_in_head and self._is_in_head:
-            self._num_head_bytes += len(data)
-        if self._num_head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-            self._refuse(431, f"the head of the request has more than {MAX_HEAD_BYTES} bytes")
-
-    def send_400_response(self, msg: str) -> None:
-        self._refuse(400, msg)
-
-    def _refuse(self, status: int, message: str) -> None:
-        body = msgspec.json.encode(ErrorEnvelope(ErrorBody(message, "invalid_request_error", None, "malformed_http")))
-        head = (
-            f"HTTP/1.1 {status} Refused\r\ncontent-type: application/json\r\n"
-            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-        )
-        self.transport.write(head.encode() + body)
-        self.transport.close()
-
-    def _begin_head(self) -> None:
-        self._end_head()
-        self._is_in_head = True
-        self._head_timer = self.loop.call_later(self.header_timeout_s, self.transport.abort)
-
-    def _end_head(self) -> None:
-        self._is_in_head = False
-        self._num_head_bytes = 0
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
 
 
 class _Server(uvicorn.Server):
@@ -214,10 +146,13 @@ async def _end_requests(server: uvicorn.Server, endpoints: Endpoints) -> None:
 
 
 def _uvicorn_config(config: RouterConfig, endpoints: Endpoints) -> uvicorn.Config:
-    limits = {"header_timeout_s": config.header_timeout_s, "max_connections": config.max_connections}
     return uvicorn.Config(
         make_app(endpoints),
-        http=type("_Protocol", (BoundedHttpProtocol,), limits),
+        http=protocol_class(
+            header_timeout_s=config.header_timeout_s,
+            max_connections=config.max_connections,
+            count_refused=partial(endpoints.metrics.count_response, NO_HANDLER),
+        ),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -226,5 +161,5 @@ def _uvicorn_config(config: RouterConfig, endpoints: Endpoints) -> uvicorn.Confi
         proxy_headers=False,
         backlog=BACKLOG,
         timeout_keep_alive=round(config.keep_alive_s),
-        timeout_graceful_shutdown=int(DRAIN_SHARE * config.drain_timeout_s),
+        timeout_graceful_shutdown=DRAIN_SHARE * config.drain_timeout_s,  # type: ignore[arg-type]  # given to wait_for
     )

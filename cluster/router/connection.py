@@ -1,0 +1,179 @@
+"""One HTTP connection: what uvicorn leaves unbounded or undecided is bounded and decided here.
+
+- The head of a request: its time and its size.
+- One request at a time. What a client sends before it has its answer is not read as a request: the answer is given
+  in full, then the connection is closed, and the client may ask again (RFC 9112, 9.3.1). Reading goes on
+  meanwhile, since a client that leaves is noticed by reading.
+- `Upgrade` is ignored, as a server may (RFC 9110, 7.8): the request is answered as HTTP/1.1, body included.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from asyncio import Transport
+from asyncio.events import TimerHandle
+from collections.abc import Callable
+from typing import cast
+
+import msgspec
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from cluster.router.responses import ErrorBody, ErrorEnvelope
+
+log = logging.getLogger(__name__)
+
+MAX_HEAD_BYTES = 64 << 10
+_HEAD_END = b"\r\n\r\n"
+_UPGRADE = re.compile(rb"\r\nupgrade:[^\r\n]*(?=\r\n)", re.IGNORECASE)
+
+
+class BoundedHttpProtocol(HttpToolsProtocol):
+    """A subclass made by `protocol_class` carries the limits."""
+
+    header_timeout_s: float
+    max_connections: int
+    count_refused: Callable[[int], None]  # a status that no endpoint has told
+
+    _head_timer: TimerHandle | None = None
+    _num_head_bytes = 0
+    _last_bytes = b""  # of the head so far: its end may be cut in two
+    _is_in_head = True
+    _is_deaf = False  # what comes now is not read: the connection ends with the answer under way
+
+    # ---- asyncio's calls
+
+    def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self.max_connections:
+            log.warning("over %d connections, one more was closed", self.max_connections)
+            transport.abort()
+            return
+        self._begin_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_head()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_deaf:
+            return
+        if self._awaits_answer:
+            if data.strip(b"\r\n"):  # empty lines after a body are old clients' way
+                self._close_after_answer()
+            return
+        if self._expects_head:
+            if self._head_timer is None:
+                self._begin_head()
+            end = (self._last_bytes + data).find(_HEAD_END)
+            num_bytes = len(data) if end < 0 else end + len(_HEAD_END) - len(self._last_bytes)
+            self._num_head_bytes += num_bytes
+            if self._num_head_bytes > MAX_HEAD_BYTES:
+                self._refuse(431, f"the head of the request has more than {MAX_HEAD_BYTES} bytes")
+                return
+            self._last_bytes = (self._last_bytes + data)[1 - len(_HEAD_END) :]
+            data = _UPGRADE.sub(b"", data[:num_bytes]) + data[num_bytes:]
+        super().data_received(data)
+
+    # ---- the parser's calls
+
+    def on_message_begin(self) -> None:
+        if self._running is not None:
+            self._close_after_answer()
+            return
+        super().on_message_begin()
+        self.scope["tandem.abort"] = self.transport.abort  # type: ignore[typeddict-unknown-key]
+        self._begin_head()
+
+    def on_url(self, url: bytes) -> None:
+        if not self._is_deaf:
+            super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._is_deaf:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        if not self._is_deaf:
+            self._end_head()
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        if not self._is_deaf:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if not self._is_deaf:
+            super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        if self._awaits_answer:
+            self._close_after_answer()
+        else:
+            self._refuse(400, msg)
+
+    # ----
+
+    @property
+    def _running(self) -> RequestResponseCycle | None:
+        """A request whose head has come and whose answer is not complete."""
+        cycle = cast("RequestResponseCycle | None", self.cycle)
+        return None if cycle is None or cycle.response_complete else cycle
+
+    @property
+    def _awaits_answer(self) -> bool:
+        """The client has sent a whole request, and waits."""
+        return self._running is not None and not self._running.more_body
+
+    @property
+    def _expects_head(self) -> bool:
+        """What comes now belongs to a head, or begins one."""
+        cycle = cast("RequestResponseCycle | None", self.cycle)
+        return self._is_in_head or cycle is None or (cycle.response_complete and not cycle.more_body)
+
+    def _close_after_answer(self) -> None:
+        self._is_deaf = True
+        self.cycle.keep_alive = False
+
+    def _refuse(self, status: int, message: str) -> None:
+        """Also in the middle of a body: nothing can follow what was not understood."""
+        self._is_deaf = True
+        if self._running is not None and self._running.response_started:
+            self.transport.close()
+            return
+        type(self).count_refused(status)
+        body = msgspec.json.encode(ErrorEnvelope(ErrorBody(message, "invalid_request_error", None, "malformed_http")))
+        head = (
+            f"HTTP/1.1 {status} Refused\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self.transport.close()
+
+    def _begin_head(self) -> None:
+        self._stop_timer()
+        self._is_in_head = True
+        self._head_timer = self.loop.call_later(self.header_timeout_s, self.transport.abort)
+
+    def _end_head(self) -> None:
+        self._stop_timer()
+        self._is_in_head = False
+        self._num_head_bytes = 0
+        self._last_bytes = b""
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+
+def protocol_class(
+    *, header_timeout_s: float, max_connections: int, count_refused: Callable[[int], None]
+) -> type[BoundedHttpProtocol]:
+    """What uvicorn makes a connection of."""
+    limits = {
+        "header_timeout_s": header_timeout_s,
+        "max_connections": max_connections,
+        "count_refused": staticmethod(count_refused),
+    }
+    return type("_Protocol", (BoundedHttpProtocol,), limits)

@@ -1,0 +1,174 @@
+"""The edge of HTTP: what clients send that is not one request after the other, in raw bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from cluster.router.connection import MAX_HEAD_BYTES
+from cluster.types import Role
+from tests.fakes import FakeWorker
+from tests.integration.router_harness import RunningRouter, http_client, running_router
+
+TEXT = "/v1/completions"
+LONG_S = 10.0
+
+
+def request_of(num_tokens: int, *headers: str, stream: bool = False) -> bytes:
+    body = json.dumps({"prompt": [1, 2, 3], "seed": 11, "max_tokens": num_tokens, "stream": stream}).encode()
+    head = [f"POST {TEXT} HTTP/1.1", "Host: x", f"Content-Length: {len(body)}", *headers, "", ""]
+    return "\r\n".join(head).encode() + body
+
+
+class Client:
+    """A connection of which every byte is seen."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+
+    @staticmethod
+    async def of(router: RunningRouter) -> Client:
+        host, port = router.url.removeprefix("http://").split(":")
+        return Client(*await asyncio.open_connection(host, int(port)))
+
+    def send(self, data: bytes) -> None:
+        self.writer.write(data)
+
+    async def read_answer(self) -> tuple[int, bytes]:
+        """Status and body of one that has a length."""
+        async with asyncio.timeout(LONG_S):
+            head = await self.reader.readuntil(b"\r\n\r\n")
+            [length] = [line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length: ")]
+            return int(head.split()[1]), await self.reader.readexactly(int(length.split()[1]))
+
+    async def read_to_end(self) -> bytes:
+        async with asyncio.timeout(LONG_S):
+            return await self.reader.read()
+
+
+def decode_worker(**options: Any) -> FakeWorker:
+    return FakeWorker(Role.DECODE, "d0", **options)
+
+
+@pytest.mark.parametrize("in_pieces", [False, True])
+@pytest.mark.parametrize("protocol", ["h2c", "websocket"])
+async def test_an_upgrade_is_ignored_and_the_request_answered(protocol: str, in_pieces: bool) -> None:
+    async with running_router([decode_worker()]) as router:
+        client = await Client.of(router)
+        whole = request_of(3, "Connection: Upgrade, HTTP2-Settings", "HTTP2-Settings: AAMAAABk", f"Upgrade: {protocol}")
+        head_size = whole.index(b"\r\n\r\n") + 4
+        for piece in (whole[:head_size], whole[head_size:]) if in_pieces else (whole,):
+            client.send(piece)
+            await asyncio.sleep(0.02)
+        status, body = await client.read_answer()
+        assert status == 200
+        assert json.loads(body)["usage"]["completion_tokens"] == 3
+        client.send(request_of(4))  # and the connection is as good as before
+        assert (await client.read_answer())[0] == 200
+        client.writer.close()
+
+
+@pytest.mark.parametrize("more", [b"G", b"GARBAGE\r\n\r\n", request_of(2), b"\x16\x03\x01\x02\x00"])
+@pytest.mark.parametrize("at_once", [False, True])
+async def test_what_comes_before_an_answer_is_complete_neither_cuts_nor_garbles_it(more: bytes, at_once: bool) -> None:
+    """The stream takes longer than a head may."""
+    worker = decode_worker(step_s=0.01)
+    async with running_router([worker], header_timeout_s=0.1) as router:
+        client = await Client.of(router)
+        first = request_of(40, stream=True)
+        client.send(first + more if at_once else first)
+        if not at_once:
+            await client.reader.readuntil(b"data: ")
+            client.send(more)
+            client.send(more)
+        rest = await client.read_to_end()
+    assert rest.count(b"data: ") >= 39
+    assert rest.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    assert b"HTTP/1.1 4" not in rest
+    assert len(worker.requests) == 1  # the client may ask for the second again: the connection was closed
+    assert worker.cancelled == []
+
+
+async def test_empty_lines_between_requests_are_nothing() -> None:
+    async with running_router([decode_worker(step_s=0.01)]) as router:
+        client = await Client.of(router)
+        client.send(request_of(5))
+        await asyncio.sleep(0.02)
+        client.send(b"\r\n")
+        assert (await client.read_answer())[0] == 200
+        client.send(b"\r\n" + request_of(5))
+        assert (await client.read_answer())[0] == 200
+        client.writer.close()
+
+
+async def test_empty_lines_alone_do_not_keep_a_connection() -> None:
+    async with running_router([decode_worker()], header_timeout_s=0.1) as router:
+        client = await Client.of(router)
+        client.send(request_of(1))
+        assert (await client.read_answer())[0] == 200
+        client.send(b"\r\n")
+        assert await client.read_to_end() == b""
+
+
+async def test_a_client_that_sends_two_requests_and_leaves_is_noticed() -> None:
+    worker = decode_worker(step_s=0.01, max_model_len=1 << 20)
+    async with running_router([worker]) as router:
+        client = await Client.of(router)
+        client.send(request_of(5000) + request_of(5000))
+        async with asyncio.timeout(LONG_S):
+            while not worker.running:  # noqa: ASYNC110  the fakes have no events
+                await asyncio.sleep(0.005)
+        client.writer.close()
+        await router.settle()
+        assert len(worker.cancelled) == len(worker.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "status"), [(MAX_HEAD_BYTES - 1000, 200), (MAX_HEAD_BYTES + 1, 431), (4 * MAX_HEAD_BYTES, 431)]
+)
+@pytest.mark.parametrize("is_second", [False, True])
+async def test_a_head_is_bounded_however_it_arrives(size: int, status: int, is_second: bool) -> None:
+    async with running_router([decode_worker()]) as router:
+        client = await Client.of(router)
+        if is_second:
+            client.send(request_of(1))
+            assert (await client.read_answer())[0] == 200
+        client.send(request_of(1, "X-Long: " + "a" * size))
+        assert (await client.read_answer())[0] == status
+        client.writer.close()
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 4])
+async def test_a_body_is_no_head_wherever_the_packets_end(cut: int) -> None:
+    async with running_router([decode_worker()]) as router:
+        client = await Client.of(router)
+        body = b" " * (2 * MAX_HEAD_BYTES) + b'{"prompt": [1, 2], "max_tokens": 1}'
+        head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        client.send(head[:-cut])
+        await asyncio.sleep(0.05)
+        client.send(head[-cut:] + body)
+        assert (await client.read_answer())[0] == 200
+        client.writer.close()
+
+
+async def test_answers_of_no_endpoint_are_error_objects_and_counted() -> None:
+    async with running_router([decode_worker()]) as router, http_client(router) as client:
+        for method, path, status in (("POST", f"{TEXT}/", 404), ("GET", "/nothing", 404), ("GET", TEXT, 405)):
+            answer = await client.request(method, path, headers={"Host": "evil.example"})
+            assert answer.status_code == status
+            assert answer.json()["error"]["code"]
+            assert "location" not in answer.headers
+        raw = await Client.of(router)
+        raw.send(b"NONSENSE\r\n\r\n")
+        assert (await raw.read_answer())[0] == 400
+        page = (await client.get("/metrics")).text
+    for status, count in ((404, 2), (405, 1), (400, 1)):
+        [line] = [
+            line
+            for line in page.splitlines()
+            if line.startswith("tandem_http_responses_total") and 'handler="none"' in line and f'"{status}"' in line
+        ]
+        assert line.endswith(f" {count}.0")
