@@ -112,7 +112,7 @@ class LaunchSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     backend: Literal["local", "ray"] = "local"  # local: processes of this machine; ray: placed by Ray (`--ray`)
     start_timeout_s: float = 900.0  # a process that is not ready by then counts as failed (downloads included)
-    drain_timeout_s: float = 30.0  # how long running requests may go on after Ctrl-C or SIGTERM
+    drain_timeout_s: float = 30.0  # bound of a regular end; requests may go on for four fifths of it
     max_restarts: int = 5  # of one process, before the launch is given up; the count starts anew after 5 minutes
     cpu_threads: Literal["shared", "split"] = "shared"  # shared: each pool may use all cores; split: disjoint shares
     external: ExternalChoice = "auto"  # which outer launcher started this process as one rank of several; none: not one
@@ -211,7 +211,8 @@ def _router_problems(router: RouterSettings) -> Iterator[str]:
 
 
 def _pool_problems(name: str, pool: PoolSettings) -> Iterator[str]:
-    without = "; for a deployment without a prefill pool set `monolithic: true`" if name == "prefill" else ""
+    is_none = pool.replicas == 0 and name == "prefill"
+    without = "; for a deployment without a prefill pool set `monolithic: true`" if is_none else ""
     yield from between(f"{name}.replicas", pool.replicas, 1, 64, f"a pool needs at least one worker{without}")
     yield from host_problems(f"{name}.host", pool.host)
     yield from between(f"{name}.port", pool.port, 0, 65_535, "0 chooses free ones")

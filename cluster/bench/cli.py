@@ -31,9 +31,9 @@ def bench() -> None:
 
     Examples:
 
-        cluster bench http://127.0.0.1:8000 --concurrency 8 --requests 100
-        cluster bench http://127.0.0.1:8000 --rate 4 --duration 60 --slo ttft=500ms,itl=50ms --html report.html
-        cluster bench compare before.jsonl after.jsonl
+    - `cluster bench http://127.0.0.1:8000 --concurrency 8 --requests 100`
+    - `cluster bench http://127.0.0.1:8000 --rate 4 --duration 60 --slo ttft=500ms,itl=50ms --html report.html`
+    - `cluster bench compare before.jsonl after.jsonl`
     """
 
 

@@ -41,7 +41,8 @@ async def find_model(client: HttpClient, options: BenchOptions) -> str:
     try:
         models = msgspec.json.decode(await client.fetch("GET", "/v1/models", timeout_s=10.0), type=_ModelList)
     except (RequestFailed, msgspec.DecodeError) as error:
-        raise ConfigError(f"{options.url}/v1/models: {error}; is it an OpenAI-compatible server? --model") from error
+        fix = "is it an OpenAI-compatible server? With `--model` it is not asked what it serves"
+        raise ConfigError(f"{options.url}/v1/models: {error}; {fix}") from error
     if not models.data:
         raise ConfigError(f"{options.url} serves no model")
     return models.data[0].id

@@ -18,8 +18,10 @@ def choose_num_blocks(
     layout: KVLayout, config: EngineConfig, max_model_len: int, draft_layout: KVLayout | None = None
 ) -> int:
     """Number of blocks of a pool in host memory: `config.kv_cache_bytes` if given; otherwise four contexts of
-    `max_model_len` tokens within 25 % of the available memory. Raises as `blocks_of` does."""
+    `max_model_len` tokens within 25 % of the available memory. Raises as `blocks_of` does, and where more is asked
+    for than there is."""
     if config.kv_cache_bytes is not None:
+        _check_available(config.kv_cache_bytes)
         return blocks_of(layout, config.kv_cache_bytes, "kv_cache_bytes", max_model_len, draft_layout)
     blocks_per_context = -(-max_model_len // layout.block_size)
     available = available_memory_bytes()
@@ -54,6 +56,19 @@ def blocks_of(
             f"{num_blocks * layout.block_size} tokens); {fix}{' or lower engine.max_model_len' if num_blocks else ''}"
         )
     return num_blocks
+
+
+def _check_available(num_bytes: int) -> None:
+    """Before the kernel refuses it, or ends the process later, when it is written to."""
+    try:
+        available = available_memory_bytes()
+    except StartupError:
+        return  # nobody knows
+    if num_bytes > available:
+        raise StartupError(
+            f"engine.kv_cache_bytes is {num_bytes} ({num_bytes / 2**30:.2f} GiB), of memory {available / 2**30:.2f} "
+            "GiB are available: lower it"
+        )
 
 
 def _block_bytes(layout: KVLayout, draft_layout: KVLayout | None) -> int:

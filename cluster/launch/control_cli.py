@@ -89,7 +89,8 @@ def _show(deployment: Deployment) -> None:
         has_answered = bool(worker.engine_id)  # one in the router's own process has no port to be asked at
         blocks = f"{worker.num_free_blocks}/{worker.num_blocks}"
         load = (str(worker.num_running), str(worker.num_waiting), blocks) if has_answered else ("-", "-", "-")
-        table.add_row(worker.name, worker.state, worker.address, str(worker.pid), *load)
+        address = "in the router" if worker.address.endswith(":0") else worker.address
+        table.add_row(worker.name, worker.state, address, str(worker.pid), *load)
     console = Console()
     console.print(f"{deployment.model_name} at {deployment.url}/v1", highlight=False)
     console.print(table)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 
 from cluster.errors import StartupError
@@ -22,7 +24,10 @@ def choose_free_port(host: str) -> int:
                 server.accept()[0].close()
             return int(address[1])
     except OSError as error:
-        raise StartupError(f"no port can be opened on {host}: {error.strerror or error}") from error
+        raise StartupError(
+            f"no port can be opened on {host} ({_reason(error)}): is it an address of this machine? It is `--host`, or "
+            "router.host, prefill.host or decode.host"
+        ) from error
 
 
 def check_port_free(host: str, port: int, key: str) -> None:
@@ -31,7 +36,19 @@ def check_port_free(host: str, port: int, key: str) -> None:
         with socket.create_server((host, port), family=_family(host)):
             return
     except OSError as error:
-        raise StartupError(f"{key}: cannot listen on {host} port {port}: {error.strerror or error}") from error
+        if error.errno == errno.EADDRINUSE:
+            raise StartupError(
+                f"{key}: port {port} on {host} is already taken; stop the process that uses it or choose another port "
+                "(0 chooses a free one)"
+            ) from error
+        raise StartupError(f"{key}: cannot listen on {host} port {port}: {_reason(error)}") from error
+
+
+def _reason(error: OSError) -> str:
+    """Without what asyncio and socket add to it. Errors of name resolution have numbers of their own."""
+    if error.errno is None or isinstance(error, socket.gaierror):
+        return error.strerror or str(error)
+    return os.strerror(error.errno)
 
 
 def _family(host: str) -> socket.AddressFamily:

@@ -79,7 +79,8 @@ class PlainView:
         self._line(name, line)
 
     def on_death(self, name: str, how: str, last_words: Sequence[str], restart_in_s: float) -> None:
-        self._line(name, f"died ({how}), starting it again in {restart_in_s:g} s. Its last words:")
+        words = "Its last words:" if last_words else "It said nothing."
+        self._line(name, f"died ({how}), starting it again in {restart_in_s:g} s. {words}")
         for word in last_words:
             self._line(name, f"    {word}")
 
@@ -138,7 +139,8 @@ class LiveView:
 
     def on_death(self, name: str, how: str, last_words: Sequence[str], restart_in_s: float) -> None:
         self._rows[name] = _Row(state=f"died, again in {restart_in_s:g} s")
-        self._news(name, f"died ({how}), starting it again in {restart_in_s:g} s. Its last words:", "bold red")
+        words = "Its last words:" if last_words else "It said nothing."
+        self._news(name, f"died ({how}), starting it again in {restart_in_s:g} s. {words}", "bold red")
         for word in last_words:
             self._news(name, f"    {word}", "red")
 

@@ -38,6 +38,14 @@ def client_request_id(scope: Scope) -> str | None:
     return value.decode() if value is not None and _REQUEST_ID.fullmatch(value) else None
 
 
+def check_not_forged(scope: Scope) -> None:
+    """Any page may make a browser post a form or plain text to a server on this machine; for JSON the browser asks
+    the server first. Raises `InvalidRequest` for what comes from a page and is not declared as JSON."""
+    kind = (header(scope, b"content-type") or b"").split(b";")[0].strip().lower()
+    if header(scope, b"origin") is not None and kind != b"application/json":
+        raise InvalidRequest("a page of a browser must send its request with content-type: application/json")
+
+
 class Reply:
     """The one answer to one HTTP request. Knows how far it has got, so that an error can still be said."""
 

@@ -70,13 +70,16 @@ class Endpoints:
             limits = self.pool.limits()
 
             async def prepare() -> Job:
-                token_ids = await self.text.encode_chat(
-                    messages,
-                    add_generation_prompt=request.add_generation_prompt is not False,
-                    add_special_tokens=bool(request.add_special_tokens),
-                    variables=request.chat_template_kwargs,
-                    max_tokens=limits.max_model_len,
-                )
+                try:
+                    token_ids = await self.text.encode_chat(
+                        messages,
+                        add_generation_prompt=request.add_generation_prompt is not False,
+                        add_special_tokens=bool(request.add_special_tokens),
+                        variables=request.chat_template_kwargs,
+                        max_tokens=limits.max_model_len,
+                    )
+                except ContextTooLong as error:
+                    raise ContextTooLong(error.message, param="messages") from error
                 check_prompt_ids(token_ids, limits, param="messages")
                 return chat_job(request, Prompt(token_ids), limits)
 

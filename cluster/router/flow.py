@@ -102,7 +102,7 @@ class Flow:
         await asyncio.sleep(RETRY_PAUSE_S * max(0, journey.num_attempts - 1))
         pair = await self._pool.wait_for_place(affinity=journey.affinity, avoid=journey.avoid, timeout_s=wait_s)
         if pair is None:
-            raise Overloaded(self._pool.why_not_ready() or "no compatible pair of prefill and decode worker is ready")
+            raise Overloaded(self._pool.what_is_missing() or "no compatible pair of prefill and decode worker is ready")
         return pair
 
     def _recover(self, journey: _Journey, pair: WorkerPair, error: TandemError) -> None:

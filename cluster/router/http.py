@@ -17,7 +17,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from cluster.errors import Cancelled, Overloaded, TandemError
-from cluster.router.asgi import Reply, client_request_id, has_body
+from cluster.router.asgi import Reply, check_not_forged, client_request_id, has_body
 from cluster.router.endpoints import Endpoints
 from cluster.router.responses import ErrorBody, ErrorEnvelope
 
@@ -41,6 +41,8 @@ class _Endpoint:
         reply = Reply(send, client_request_id(scope) or secrets.token_hex(16))
         reply.closes_connection = not self._takes_body and has_body(scope)
         try:
+            if self._takes_body:
+                check_not_forged(scope)
             await self._handler(scope, receive, reply)
         except Cancelled as gone:
             log.info("request %s: %s", reply.request_id, gone.message)

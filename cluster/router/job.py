@@ -90,7 +90,9 @@ def chat_job(request: ChatRequest, prompt: Prompt, limits: WorkerInfo) -> Job:
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     max_tokens = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
     field = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
-    fitted = fit_max_tokens(len(prompt.token_ids), max_tokens, limits.max_model_len, MAX_TOKENS_LIMIT, field)
+    fitted = fit_max_tokens(
+        len(prompt.token_ids), max_tokens, limits.max_model_len, MAX_TOKENS_LIMIT, field, prompt="messages"
+    )
     sampling = _sampling(request, fitted, logprobs, request.prompt_logprobs)
     _check(sampling, limits, logprobs_field="top_logprobs")
     return Job(
@@ -133,14 +135,17 @@ def completion_job(request: CompletionRequest, prompts: tuple[Prompt, ...], limi
     )
 
 
-def fit_max_tokens(num_prompt_tokens: int, wanted: int | None, max_model_len: int, default: int, field: str) -> int:
-    """How many tokens may be generated. Raises `ContextTooLong` with both numbers."""
+def fit_max_tokens(
+    num_prompt_tokens: int, wanted: int | None, max_model_len: int, default: int, field: str, prompt: str = "prompt"
+) -> int:
+    """How many tokens may be generated. Raises `ContextTooLong` with both numbers. `field` and `prompt` are the names
+    of the request's own fields."""
     room = max_model_len - num_prompt_tokens
     if room < 1:
         raise ContextTooLong(
             f"the prompt has {num_prompt_tokens} tokens, the context of this model is {max_model_len} tokens "
             "and must have room for at least one more",
-            param="prompt",
+            param=prompt,
         )
     if wanted is None:
         return min(default, room)

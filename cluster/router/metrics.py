@@ -97,7 +97,9 @@ class RouterMetrics(Collector):
         yield self._labelled("vllm:request_success", "Ended sequences.", finished)
         yield self._labelled("tandem_recoveries", "Attempts that failed and were made again.", self._recoveries)
         yield self._labelled(
-            "tandem_http_responses", "Answers to HTTP requests; 499: the client had left.", self._responses
+            "tandem_http_responses",
+            "Answers to HTTP requests; 499: the client had left. `none`: no endpoint's.",
+            self._responses,
         )
         refused = {(field,): count for field, count in self._refused_fields.items()}
         yield self._labelled("tandem_handshake_refusals", "Pairs that do not fit, by field.", refused)

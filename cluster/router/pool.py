@@ -127,12 +127,19 @@ class WorkerPool:
         return _any_ready(self.decode) and (self.prefill is None or _any_ready(self.prefill))
 
     def why_not_ready(self) -> str:
-        missing = [
-            f"no {role} worker is ready ({'; '.join(_state(worker) for worker in workers) or 'none is configured'})"
-            for role, workers in (("prefill", self.prefill), ("decode", self.decode))
-            if workers is not None and not _any_ready(workers)
-        ]
-        return ", ".join(missing)
+        """For operators: every address, and what is wrong with it."""
+        return ", ".join(
+            f"no {role.value} worker is ready ({'; '.join(map(_state, workers)) or 'none is configured'})"
+            for role, workers in self._without_ready()
+        )
+
+    def what_is_missing(self) -> str:
+        """For clients, who learn nothing of our insides."""
+        return ", ".join(f"no {role.value} worker is ready (of {len(workers)})" for role, workers in self._without_ready())
+
+    def _without_ready(self) -> list[tuple[Role, list[Worker]]]:
+        pools = ((Role.PREFILL, self.prefill), (Role.DECODE, self.decode))
+        return [(role, workers) for role, workers in pools if workers is not None and not _any_ready(workers)]
 
     def limits(self) -> WorkerInfo:
         """Of the worker with the shortest context among those ready. Raises `Overloaded`."""
@@ -142,7 +149,7 @@ class WorkerPool:
             if worker.connection.is_ready and worker.connection.info is not None
         ]
         if not infos or not self.is_ready:
-            raise Overloaded(self.why_not_ready() or "no worker has introduced itself yet")
+            raise Overloaded(self.what_is_missing() or "no worker has introduced itself yet")
         return min(infos, key=lambda info: info.max_model_len)
 
     def place(self, *, affinity: bytes, avoid: Collection[str]) -> WorkerPair | None:

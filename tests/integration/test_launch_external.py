@@ -155,7 +155,7 @@ def test_a_taken_port_is_told_once(tmp_path: Path) -> None:
         with job_of(tmp_path, settings=[f"router.port={port}"]) as job:
             exit_codes = job.wait(END_S)
             assert all(exit_codes), exit_codes
-            told = [line for line in job.lines if f"router.port: cannot listen on 127.0.0.1 port {port}" in line]
+            told = [line for line in job.lines if f"router.port: port {port} on 127.0.0.1 is already taken" in line]
             assert len(told) == 1, job.log_tail()
 
 

@@ -125,6 +125,10 @@ async def test_prompt_longer_than_the_context_names_both_numbers(client: httpx.A
         assert "200" in error["message"]
         assert "128" in error["message"]
         assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
+    for count in (127, 400):  # the context in full, and far more than it
+        messages = [{"role": "user", "content": "y" * count}]
+        error = error_of(await client.post(CHAT, json={"messages": messages}), 400)
+        assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
     error = error_of(await client.post(TEXT, json={"prompt": [1] * 100, "max_tokens": 29}), 400)
     assert "129" in error["message"]
     assert error["param"] == "max_tokens"

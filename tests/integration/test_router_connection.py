@@ -172,3 +172,18 @@ async def test_answers_of_no_endpoint_are_error_objects_and_counted() -> None:
             if line.startswith("tandem_http_responses_total") and 'handler="none"' in line and f'"{status}"' in line
         ]
         assert line.endswith(f" {count}.0")
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
+async def test_a_page_cannot_have_a_browser_post_what_it_sends_without_asking(kind: str) -> None:
+    worker = decode_worker()
+    body = b'{"prompt": [1, 2], "max_tokens": 1}'
+    headers = {"content-type": kind} if kind else {}
+    async with running_router([worker]) as router, http_client(router) as client:
+        forged = await client.post(TEXT, content=body, headers={**headers, "origin": "https://evil.example"})
+        assert forged.status_code == 400
+        assert "application/json" in forged.json()["error"]["message"]
+        assert worker.requests == []
+        assert (await client.post(TEXT, content=body, headers=headers)).status_code == 200  # programs may
+        json_type = {"content-type": "application/json; charset=utf-8", "origin": "http://localhost:3000"}
+        assert (await client.post(TEXT, content=body, headers=json_type)).status_code == 200

@@ -179,6 +179,17 @@ async def test_overloaded_worker_sends_the_request_to_another() -> None:
     assert [answer.status_code for answer in answers] == [200] * 6
 
 
+async def test_a_client_is_told_what_is_missing_and_an_operator_where() -> None:
+    decode, prefill = [decode_worker()], [prefill_worker("10.0.0.7:7100")]
+    async with running_router(decode, prefill) as router, http_client(router) as client:
+        prefill[0].is_up = False
+        refused = await client.post(TEXT, json=request_body(2))
+        health = await client.get("/health")
+    assert (refused.status_code, health.status_code) == (503, 503)
+    assert refused.json()["error"]["message"] == "no prefill worker is ready (of 1)"
+    assert "10.0.0.7:7100" in health.text
+
+
 async def test_full_worker_without_another_is_503_at_once() -> None:
     decode = [decode_worker()]
     decode[0].error = Overloaded("full")

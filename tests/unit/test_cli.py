@@ -104,7 +104,7 @@ def test_a_taken_port_is_an_error_before_anything_is_loaded(
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         assert run(monkeypatch, "launch", "no/such-model", "--port", str(port)) == 1
-    assert f"router.port: cannot listen on 127.0.0.1 port {port}: Address already in use" in capsys.readouterr().err
+    assert f"router.port: port {port} on 127.0.0.1 is already taken" in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_there_is_named(

@@ -50,9 +50,9 @@ def test_grpc_can_listen_on_a_chosen_port() -> None:
 def test_a_taken_port_and_a_foreign_address_are_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        with pytest.raises(StartupError, match=rf"decode\.port: cannot listen on 127\.0\.0\.1 port {port}"):
+        with pytest.raises(StartupError, match=rf"decode\.port: port {port} on 127\.0\.0\.1 is already taken; stop"):
             check_port_free("127.0.0.1", port, "decode.port")
-    with pytest.raises(StartupError, match=r"no port can be opened on 203\.0\.113\.7"):
+    with pytest.raises(StartupError, match=r"opened on 203\.0\.113\.7 \(Cannot assign requested address\): is it"):
         choose_free_port("203.0.113.7")
 
 
@@ -203,6 +203,7 @@ def test_plain_lines_tell_everything_but_not_every_step() -> None:
     view.on_event("decode-0", Ready("127.0.0.1:7", "4 blocks"))
     view.on_log("decode-0", "a word")
     view.on_death("decode-0", "killed by SIGKILL", ["last", "words"], 2.0)
+    view.on_death("decode-0", "killed by SIGKILL", [], 4.0)
     view.on_serving()
     lines = out.getvalue().splitlines()
     assert [line for line in lines if "loading" in line] == [
@@ -215,6 +216,7 @@ def test_plain_lines_tell_everything_but_not_every_step() -> None:
         "a word",
         "again in 2 s",
         "    words",
+        "again in 4 s. It said nothing.",
         "Try: curl",
     ):
         assert any(text in line for line in lines), text
