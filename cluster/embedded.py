@@ -77,11 +77,15 @@ class LLM:
     def generate(self, prompts: Sequence[str | Sequence[int]], sampling: SamplingParams) -> list[Completion]:
         """Complete all prompts together, in their order; a text is tokenized, token ids are taken as they are.
 
-        Raises `ValueError` for `sampling.stop` (texts are matched by the router only), and the error of the
+        Raises `TypeError` for what is no list of prompts, `ValueError` for `sampling.stop` (texts are matched by the router only), and the error of the
         first prompt that could not be completed; nothing of this call runs any more then.
         """
         if self._is_closed:
             raise ValueError("this LLM was closed")
+        if not isinstance(sampling, SamplingParams):
+            raise TypeError(f"sampling: one SamplingParams for all prompts, got {type(sampling).__name__}")
+        if isinstance(prompts, str) or not all(isinstance(each, Sequence) for each in prompts):
+            raise TypeError("prompts: a list, each item a text or a list of token ids")
         if sampling.stop:
             raise ValueError("sampling.stop: stop strings are not matched here, use stop_token_ids")
         sampling.check(self._vocab_size)

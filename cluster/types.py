@@ -86,7 +86,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         for token_id in self.stop_token_ids:
             _in_range("stop_token_ids", token_id, 0, vocab_size - 1)
         for token_id, bias in self.logit_bias:
-            _in_range("logit_bias", token_id, 0, vocab_size - 1)
+            if not 0 <= token_id < vocab_size:
+                message = f"logit_bias: keys are token ids from 0 to {vocab_size - 1}, got {token_id}"
+                raise InvalidRequest(message, param="logit_bias")
             _in_range("logit_bias", bias, -100.0, 100.0)
 
 

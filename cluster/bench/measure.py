@@ -101,6 +101,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     num_requests: int
     num_failed: int
     errors: dict[str, int]
+    error_examples: dict[str, str] = {}  # by kind: what the first of them said
     requests_per_s: float
     input_tokens_per_s: float
     output_tokens_per_s: float
@@ -122,6 +123,7 @@ class Meter:
         self._slo = slo
         self.ttft, self.itl, self.tpot, self.e2e, self.lag = (Samples() for _ in range(5))
         self.errors: Counter[str] = Counter()
+        self.error_examples: dict[str, str] = {}
         self.num_requests = 0
         self.num_good = 0
         self.num_prompt_tokens = 0
@@ -141,7 +143,10 @@ class Meter:
         self.last_s = max(self.last_s, record.started_s + record.e2e_s)
         self.lag.add(record.lag_s)
         if record.error or record.ttft_s is None:
-            self.errors[record.error or "empty"] += 1
+            kind = record.error or "empty"
+            self.errors[kind] += 1
+            if record.message:
+                self.error_examples.setdefault(kind, record.message)
             return
         self.ttft.add(record.ttft_s)
         self.e2e.add(record.e2e_s)
@@ -172,6 +177,7 @@ class Meter:
             num_requests=self.num_requests,
             num_failed=self.num_failed,
             errors=dict(self.errors),
+            error_examples=dict(self.error_examples),
             requests_per_s=num_ok / duration_s,
             input_tokens_per_s=self.num_prompt_tokens / duration_s,
             output_tokens_per_s=self.num_output_tokens / duration_s,

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from cluster.bench.measure import PERCENTILES, Statistics, Summary
 
+_MAX_EXAMPLE = 160  # characters of what a failed request was told
 _LATENCIES = (
     ("time to first token", "ttft"),
     ("between chunks", "itl"),
@@ -50,7 +51,9 @@ def rate_lines(summary: Summary) -> list[tuple[str, str]]:
     if summary.lag is not None and summary.lag.maximum > 0:
         lag = f"p50 {milliseconds(summary.lag.median)} ms, max {milliseconds(summary.lag.maximum)} ms"
         lines.append(("sent late by", lag))
-    lines += [(f"failed: {kind}", f"{count:,}") for kind, count in sorted(summary.errors.items())]
+    for kind, count in sorted(summary.errors.items()):
+        example = summary.error_examples.get(kind, "")
+        lines.append((f"failed: {kind}", f"{count:,}{': ' if example else ''}{example[:_MAX_EXAMPLE]}"))
     return lines
 
 

@@ -32,15 +32,15 @@ class Admission:
             self._num_reading -= 1
 
     @contextmanager
-    def running(self, num_sequences: int) -> Iterator[None]:
+    def running(self, num_sequences: int, param: str = "n") -> Iterator[None]:
         """Held from acceptance to the terminal event. Raises `Overloaded`, or `InvalidRequest` for what
-        could never be admitted."""
+        could never be admitted; `param` is the field that made them so many."""
         self._refuse_when_draining()
         if num_sequences > self._max_per_request:
             raise InvalidRequest(
                 f"prompts times n make {num_sequences} sequences, at most {self._max_per_request} are allowed "
                 "in one request",
-                param="n",
+                param=param,
             )
         if self.num_sequences + num_sequences > self._max_sequences:
             raise Overloaded(

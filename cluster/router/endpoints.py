@@ -90,7 +90,8 @@ class Endpoints:
         check_supported(request)
         self._check_model(request.model)
         prompts = split_prompts(request.prompt)
-        with self.admission.running(len(prompts) * (request.n or 1)):
+        n = request.n or 1
+        with self.admission.running(len(prompts) * n, "n" if n > 1 else "prompt"):
             limits = self.pool.limits()
 
             async def prepare() -> Job:

@@ -135,7 +135,9 @@ class WorkerPool:
 
     def what_is_missing(self) -> str:
         """For clients, who learn nothing of our insides."""
-        return ", ".join(f"no {role.value} worker is ready (of {len(workers)})" for role, workers in self._without_ready())
+        return ", ".join(
+            f"no {role.value} worker is ready (of {len(workers)})" for role, workers in self._without_ready()
+        )
 
     def _without_ready(self) -> list[tuple[Role, list[Worker]]]:
         pools = ((Role.PREFILL, self.prefill), (Role.DECODE, self.decode))

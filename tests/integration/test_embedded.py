@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -90,6 +91,14 @@ def test_text_errors_and_close(demo: Path) -> None:
             llm.generate(["x"], SamplingParams(max_tokens=1, seed=0, temperature=-1.0))
         with pytest.raises(ValueError, match="stop"):
             llm.generate(["x"], SamplingParams(max_tokens=1, seed=0, stop=("a",)))
+        wrong: list[tuple[Any, Any, str]] = [
+            ("x", greedy, "prompts: a list"),  # which would be prompts of one letter
+            ([5, 6], greedy, "prompts: a list"),
+            (["x"], [greedy], "sampling: one SamplingParams"),
+        ]
+        for prompts, sampling, said in wrong:
+            with pytest.raises(TypeError, match=said):
+                llm.generate(prompts, sampling)
         with pytest.raises(TandemError):
             llm.generate([[1] * 100_000, [1, 2]], greedy)
         assert llm.generate(["The capital of France is"], greedy) == [completion], "an error leaves nothing behind"

@@ -20,6 +20,7 @@ from cluster.bench.report import html_report
 from cluster.bench.result_file import FORMAT_VERSION, ResultFile, RunLine, read_result
 from cluster.bench.stream import AnswerStream
 from cluster.bench.svg import plot
+from cluster.bench.tables import rate_lines
 from cluster.errors import ConfigError
 
 NO_GAPS: array[float] = array("d")
@@ -110,6 +111,16 @@ def test_goodput_counts_requests_that_meet_every_bound() -> None:
     assert summary.goodput_per_s == pytest.approx(2 / 5.0)
     assert (summary.num_requests, summary.num_failed, summary.errors) == (5, 1, {"http_503": 1})
     assert summary.output_tokens_per_s == pytest.approx(4 * 5 / 5.0)
+
+
+def test_the_first_of_each_kind_of_failure_is_told_in_its_own_words() -> None:
+    meter = Meter(Slo())
+    for index, (kind, said) in enumerate((("http_400", "9000 tokens"), ("http_400", "other"), ("timeout", ""))):
+        meter.add(record(index, ttft_s=None, error=kind, message=said * 200), NO_GAPS)
+    lines = dict(rate_lines(meter.summary()))
+    assert lines["failed: http_400"].startswith("2: 9000 tokens9000")
+    assert len(lines["failed: http_400"]) < 200
+    assert lines["failed: timeout"] == "1"
 
 
 def test_chunks_of_several_tokens_count_as_that_many_in_the_curve() -> None:
