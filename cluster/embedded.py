@@ -77,8 +77,9 @@ class LLM:
     def generate(self, prompts: Sequence[str | Sequence[int]], sampling: SamplingParams) -> list[Completion]:
         """Complete all prompts together, in their order; a text is tokenized, token ids are taken as they are.
 
-        Raises `TypeError` for what is no list of prompts, `ValueError` for `sampling.stop` (texts are matched by the router only), and the error of the
-        first prompt that could not be completed; nothing of this call runs any more then.
+        Raises `TypeError` for what is no list of prompts, `ValueError` for `sampling.stop` (texts are matched by the
+        router only), and the error of the first prompt that could not be completed; nothing of this call runs any
+        more then.
         """
         if self._is_closed:
             raise ValueError("this LLM was closed")

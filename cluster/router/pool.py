@@ -135,9 +135,8 @@ class WorkerPool:
 
     def what_is_missing(self) -> str:
         """For clients, who learn nothing of our insides."""
-        return ", ".join(
-            f"no {role.value} worker is ready (of {len(workers)})" for role, workers in self._without_ready()
-        )
+        missing = self._without_ready()
+        return ", ".join(f"no {role.value} worker is ready (of {len(workers)})" for role, workers in missing)
 
     def _without_ready(self) -> list[tuple[Role, list[Worker]]]:
         pools = ((Role.PREFILL, self.prefill), (Role.DECODE, self.decode))
