@@ -48,7 +48,7 @@ def stream(num_rows: int, *, silu_mul: bool) -> Iterator[LinearPlan]:
 
 
 def hopper(num_rows: int, *, silu_mul: bool) -> Iterator[LinearPlan]:
-    """From 256 rows on: one warp group of producers, two of consumers."""
+    """Above 128 rows: one warp group of producers, two of consumers."""
     for block_m, block_n, stages, group_m in ((128, 256, 4, 8), (128, 256, 4, 16), (128, 256, 3, 8), (256, 128, 4, 8)):
         for parts in (1, 2):
             plan = LinearPlan(
@@ -94,9 +94,12 @@ def many_rows(num_rows: int, *, silu_mul: bool) -> Iterator[LinearPlan]:
         if num_rows <= 256:
             yield chain
     if num_rows <= 256:
-        for block_n, block_k, stages in ((64, 128, 5), (128, 64, 5), (128, 128, 3)):
+        swapped = [(128, 64, 128, 5), (128, 128, 64, 5), (128, 128, 128, 3)]
+        if num_rows > 128:  # 160 or 192 rows are two and a half or three tiles of 64
+            swapped += [(64, 128, 64, 6), (64, 128, 128, 4)]
+        for block_m, block_n, block_k, stages in swapped:
             plan = LinearPlan(
-                kind="tma", block_m=128, block_n=block_n, block_k=block_k, num_stages=stages,
+                kind="tma", block_m=block_m, block_n=block_n, block_k=block_k, num_stages=stages,
                 swap=True, persistent=False,
             )  # fmt: skip
             if fits(plan, silu_mul=silu_mul):
@@ -112,7 +115,7 @@ def candidates(num_rows: int, *, silu_mul: bool) -> list[LinearPlan]:
         plans += stream(num_rows, silu_mul=silu_mul)
     if num_rows >= 64:
         plans += many_rows(num_rows, silu_mul=silu_mul)
-    if num_rows >= 256:
+    if num_rows > 128:
         plans += hopper(num_rows, silu_mul=silu_mul)
     found += dict.fromkeys(plans)
     return found
