@@ -145,4 +145,4 @@ def test_a_taken_port_is_told_at_once() -> None:
             check=False,
         )
     assert done.returncode == 1
-    assert f"port {port}: Address already in use" in done.stderr
+    assert f"port {port} on 127.0.0.1 is already taken" in done.stderr
