@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 from collections.abc import Coroutine
 from typing import Any
@@ -56,6 +57,7 @@ class Reply:
         self._clock = asyncio.get_running_loop().time
         self.writing_since: float | None = None  # None while no write waits for the client to read
         self.closes_connection = False  # set while there is a body that has not been read
+        self.has_begun_to_read = False  # that body
         self.is_streaming = False
         self.is_complete = False
         self.status = 0  # 0: nothing has been said yet
@@ -137,6 +139,21 @@ async def read_body(scope: Scope, receive: Receive, *, max_bytes: int, timeout_s
     if max(num_received, num_declared) > max_bytes:
         raise _too_large(max(num_received, num_declared), max_bytes)
     return bytes(body)
+
+
+async def discard_body(scope: Scope, receive: Receive, *, timeout_s: float) -> None:
+    """Of a request that is refused unread: a client that still sends would see a reset instead of our answer. One
+    that waits for our word (`Expect`) does not send."""
+    if not has_body(scope) or header(scope, b"expect") is not None:
+        return
+    num_bytes = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            while num_bytes <= MAX_DISCARDED_BYTES:
+                message = await receive()
+                num_bytes += len(message.get("body", b""))
+                if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                    return
 
 
 def _too_large(num_bytes: int, max_bytes: int) -> BodyTooLarge:

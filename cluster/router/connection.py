@@ -32,12 +32,17 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     """A subclass made by `protocol_class` carries the limits."""
 
     header_timeout_s: float
+    write_timeout_s: float
     max_connections: int
     count_refused: Callable[[int], None]  # a status that no endpoint has told
 
     _head_timer: TimerHandle | None = None
+    _write_timer: TimerHandle | None = None
+    _num_unsent = 0  # bytes that waited for the client when it was looked at last
     _num_head_bytes = 0
     _last_bytes = b""  # of the head so far: its end may be cut in two
+    _held = b""  # the line of the head that is not whole yet
+    _num_bytes_between = 0  # fed to the parser in a body, without any of the body: chunk sizes, trailers
     _is_in_head = True
     _is_deaf = False  # what comes now is not read: the connection ends with the answer under way
 
@@ -53,6 +58,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head()
+        self._stop_watching_writes()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -65,6 +71,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self._expects_head:
             if self._head_timer is None:
                 self._begin_head()
+            if not self._num_head_bytes:
+                data = data.lstrip(b"\r\n")
             end = (self._last_bytes + data).find(_HEAD_END)
             num_bytes = len(data) if end < 0 else end + len(_HEAD_END) - len(self._last_bytes)
             self._num_head_bytes += num_bytes
@@ -72,8 +80,21 @@ class BoundedHttpProtocol(HttpToolsProtocol):
                 self._refuse(431, f"the head of the request has more than {MAX_HEAD_BYTES} bytes")
                 return
             self._last_bytes = (self._last_bytes + data)[1 - len(_HEAD_END) :]
-            data = _UPGRADE.sub(b"", data[:num_bytes]) + data[num_bytes:]
-        super().data_received(data)
+            data = self._without_upgrade(data, num_bytes, is_whole=end >= 0)
+        else:
+            self._num_bytes_between += len(data)
+        if data:
+            super().data_received(data)
+        if self._num_bytes_between > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self._refuse(431, f"more than {MAX_HEAD_BYTES} bytes between the chunks of a body or behind it")
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_writes()
+
+    def resume_writing(self) -> None:
+        self._stop_watching_writes()
+        super().resume_writing()
 
     # ---- the parser's calls
 
@@ -82,6 +103,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._close_after_answer()
             return
         super().on_message_begin()
+        self._stop_watching_writes()
         self.scope["tandem.abort"] = self.transport.abort  # type: ignore[typeddict-unknown-key]
         self._begin_head()
 
@@ -90,16 +112,21 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._is_deaf:
+        if not self._is_deaf and self._is_in_head:  # else it is a trailer, which nobody asked for
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        if not self._is_deaf:
-            self._end_head()
-            super().on_headers_complete()
+        if self._is_deaf:
+            return
+        self._end_head()
+        if self.parser.should_upgrade():  # CONNECT: what follows would not be read as a body
+            self._refuse(400, "this method or this upgrade is not supported")
+            return
+        super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         if not self._is_deaf:
+            self._num_bytes_between = 0
             super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -111,6 +138,10 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._close_after_answer()
         else:
             self._refuse(400, msg)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch_writes()
 
     # ----
 
@@ -149,6 +180,38 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         )
         self.transport.write(head.encode() + body)
         self.transport.close()
+        self._watch_writes()
+
+    def _without_upgrade(self, data: bytes, num_head_bytes: int, *, is_whole: bool) -> bytes:
+        """What may be parsed now. Lines of a head that has not come to its end are held until they are whole."""
+        head = self._held + data[:num_head_bytes]
+        self._held = b""
+        if not is_whole:
+            cut = head.rstrip(b"\r\n").rfind(b"\r\n")
+            if cut >= 0 or b"\r" in head:
+                self._held, head = head[max(cut, 0) :], head[: max(cut, 0)]
+        return _UPGRADE.sub(b"", head) + data[num_head_bytes:]
+
+    def _watch_writes(self) -> None:
+        """While an answer waits for the client. A stream is watched by `race_disconnect`, too; nobody else watches what
+        is left of an answer that is complete."""
+        num_bytes = self.transport.get_write_buffer_size()
+        if num_bytes and self._write_timer is None:
+            self._num_unsent = num_bytes
+            self._write_timer = self.loop.call_later(self.write_timeout_s, self._look_at_writes)
+
+    def _look_at_writes(self) -> None:
+        self._write_timer = None
+        if self.transport.get_write_buffer_size() >= self._num_unsent:
+            log.info("a client has read nothing of its answer for %g s", self.write_timeout_s)
+            self.transport.abort()
+        else:
+            self._watch_writes()
+
+    def _stop_watching_writes(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
     def _begin_head(self) -> None:
         self._stop_timer()
@@ -158,8 +221,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def _end_head(self) -> None:
         self._stop_timer()
         self._is_in_head = False
-        self._num_head_bytes = 0
-        self._last_bytes = b""
+        self._num_head_bytes = self._num_bytes_between = 0
+        self._last_bytes = self._held = b""
 
     def _stop_timer(self) -> None:
         if self._head_timer is not None:
@@ -168,11 +231,12 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
 
 def protocol_class(
-    *, header_timeout_s: float, max_connections: int, count_refused: Callable[[int], None]
+    *, header_timeout_s: float, write_timeout_s: float, max_connections: int, count_refused: Callable[[int], None]
 ) -> type[BoundedHttpProtocol]:
     """What uvicorn makes a connection of."""
     limits = {
         "header_timeout_s": header_timeout_s,
+        "write_timeout_s": write_timeout_s,
         "max_connections": max_connections,
         "count_refused": staticmethod(count_refused),
     }

@@ -163,8 +163,8 @@ class Endpoints:
         await reply.json({"prompt": await self.text.decode(request.tokens)})
 
     async def _body(self, scope: Scope, receive: Receive, reply: Reply, kind: type[_Body]) -> _Body:
-        reply.closes_connection = True
         with self.admission.reading():
+            reply.has_begun_to_read = True
             body = await read_body(
                 scope, receive, max_bytes=self.config.max_body_bytes, timeout_s=self.config.body_timeout_s
             )

@@ -17,7 +17,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from cluster.errors import Cancelled, Overloaded, TandemError
-from cluster.router.asgi import Reply, check_not_forged, client_request_id, has_body
+from cluster.router.asgi import Reply, check_not_forged, client_request_id, discard_body, has_body
 from cluster.router.endpoints import Endpoints
 from cluster.router.responses import ErrorBody, ErrorEnvelope
 
@@ -32,22 +32,29 @@ Handler = Callable[[Scope, Receive, Reply], Awaitable[None]]
 class _Endpoint:
     """An ASGI application around one handler. `count` is told the status of every answer."""
 
-    def __init__(self, handler: Handler, count: Callable[[int], None], *, takes_body: bool) -> None:
+    def __init__(
+        self, handler: Handler, count: Callable[[int], None], *, takes_body: bool, body_timeout_s: float
+    ) -> None:
         self._handler = handler
+        self._body_timeout_s = body_timeout_s
         self._count = count
         self._takes_body = takes_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reply = Reply(send, client_request_id(scope) or secrets.token_hex(16))
-        reply.closes_connection = not self._takes_body and has_body(scope)
+        reply.closes_connection = has_body(scope)  # until it has been read
         try:
             if self._takes_body:
                 check_not_forged(scope)
+            elif has_body(scope):
+                await discard_body(scope, receive, timeout_s=self._body_timeout_s)
             await self._handler(scope, receive, reply)
         except Cancelled as gone:
             log.info("request %s: %s", reply.request_id, gone.message)
             abort_connection(scope)  # a socket that is still there is one that nobody reads
         except TandemError as error:
+            if self._takes_body and not reply.has_begun_to_read:
+                await discard_body(scope, receive, timeout_s=self._body_timeout_s)
             await reply.error(error)
         except asyncio.CancelledError:  # the server has waited for this request long enough
             await reply.error(Overloaded("this router is shutting down", retry_after_s=5.0))
@@ -59,15 +66,20 @@ class _Endpoint:
 
 
 def make_app(endpoints: Endpoints) -> Starlette:
+    body_timeout_s = endpoints.config.body_timeout_s
+
     def get(path: str, handler: Handler) -> Route:
         count = partial(endpoints.metrics.count_response, path)
-        return Route(path, _Endpoint(handler, count, takes_body=False), methods=["GET"])
+        endpoint = _Endpoint(handler, count, takes_body=False, body_timeout_s=body_timeout_s)
+        return Route(path, endpoint, methods=["GET"])
 
     def post(path: str, handler: Handler) -> Route:
         count = partial(endpoints.metrics.count_response, path)
-        return Route(path, _Endpoint(handler, count, takes_body=True), methods=["POST"])
+        endpoint = _Endpoint(handler, count, takes_body=True, body_timeout_s=body_timeout_s)
+        return Route(path, endpoint, methods=["POST"])
 
-    def refused(request: HttpRequest, error: Exception) -> Response:
+    async def refused(request: HttpRequest, error: Exception) -> Response:
+        await discard_body(request.scope, request.receive, timeout_s=body_timeout_s)
         response = _http_error(request, error)
         endpoints.metrics.count_response(NO_HANDLER, response.status_code)
         return response

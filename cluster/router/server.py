@@ -141,6 +141,11 @@ async def _end_requests(server: uvicorn.Server, endpoints: Endpoints) -> None:
         task.cancel()
     if tasks:
         await asyncio.wait(tasks, timeout=CLEANUP_S)
+    for connection in tuple(server.server_state.connections):  # whose clients do not read what they were told
+        connection.transport.abort()
+    left = [task for task in tasks if not task.done()]
+    if left:
+        await asyncio.wait(left, timeout=1.0)
     if endpoints.admission.num_sequences:
         log.warning("%d sequences did not end within %g s", endpoints.admission.num_sequences, CLEANUP_S)
 
@@ -150,6 +155,7 @@ def _uvicorn_config(config: RouterConfig, endpoints: Endpoints) -> uvicorn.Confi
         make_app(endpoints),
         http=protocol_class(
             header_timeout_s=config.header_timeout_s,
+            write_timeout_s=config.write_timeout_s,
             max_connections=config.max_connections,
             count_refused=partial(endpoints.metrics.count_response, NO_HANDLER),
         ),

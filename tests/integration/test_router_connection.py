@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import socket
 from typing import Any
 
 import pytest
@@ -69,6 +71,34 @@ async def test_an_upgrade_is_ignored_and_the_request_answered(protocol: str, in_
         client.send(request_of(4))  # and the connection is as good as before
         assert (await client.read_answer())[0] == 200
         client.writer.close()
+
+
+@pytest.mark.parametrize("cut_at", ["Upgrade: h2c", "pgrade: h2c", "h2c\r\n", "\r\nUpgrade", "\nUpgrade", "\n\r\n{"])
+async def test_an_upgrade_is_ignored_wherever_the_packets_end(cut_at: str) -> None:
+    async with running_router([decode_worker()]) as router:
+        client = await Client.of(router)
+        whole = request_of(3, "Connection: Upgrade", "Upgrade: h2c")
+        cut = whole.index(cut_at.encode())
+        client.send(b"\r\n" + whole[:cut])
+        await asyncio.sleep(0.05)
+        client.send(whole[cut:])
+        status, body = await client.read_answer()
+        assert (status, json.loads(body)["usage"]["completion_tokens"]) == (200, 3)
+        client.writer.close()
+
+
+async def test_a_body_behind_an_upgrade_is_never_a_request() -> None:
+    worker = decode_worker()
+    async with running_router([worker]) as router:
+        client = await Client.of(router)
+        inner = request_of(2)
+        head = f"\r\n\r\nPOST {TEXT} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n"
+        client.send(f"{head}Content-Length: {len(inner)}\r\n\r\n".encode())
+        await asyncio.sleep(0.05)
+        client.send(inner)
+        assert (await client.read_answer())[0] == 400  # as JSON it makes no sense
+        client.writer.close()
+        assert worker.requests == []
 
 
 @pytest.mark.parametrize("more", [b"G", b"GARBAGE\r\n\r\n", request_of(2), b"\x16\x03\x01\x02\x00"])
@@ -152,6 +182,73 @@ async def test_a_body_is_no_head_wherever_the_packets_end(cut: int) -> None:
         client.send(head[-cut:] + body)
         assert (await client.read_answer())[0] == 200
         client.writer.close()
+
+
+async def test_trailers_are_bounded_and_no_headers() -> None:
+    body = b'{"prompt": [1, 2], "max_tokens": 1}'
+    head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n{len(body):x}\r\n".encode()
+    worker = decode_worker()
+    async with running_router([worker]) as router:
+        client = await Client.of(router)
+        client.send(head + body + b"\r\n0\r\nX-Trailer: 1\r\n\r\n")
+        assert (await client.read_answer())[0] == 200
+        client.send(head + body + b"\r\n0\r\n")
+        for _ in range(70):
+            client.send(b"X-Trailer: " + b"a" * 1000 + b"\r\n")
+            await asyncio.sleep(0.001)
+        with contextlib.suppress(ConnectionError):  # if it still sent when the connection was closed
+            assert b" 431 " in await client.read_to_end()
+        client.writer.close()
+    assert len(worker.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("POST", "/v1/embeddings"), ("POST", "/v1/models"), ("GET", "/v1/models")]
+)
+async def test_who_sends_a_large_body_to_a_wrong_place_reads_the_answer(method: str, path: str) -> None:
+    async with running_router([decode_worker()]) as router, http_client(router) as client:
+        for _ in range(3):
+            answer = await client.request(method, path, content=b"x" * 6_000_000)
+            assert answer.status_code in (200, 404, 405)
+
+
+async def test_a_body_of_a_refused_request_that_does_not_come_ends_the_connection() -> None:
+    async with running_router([decode_worker()], body_timeout_s=0.2) as router:
+        client = await Client.of(router)
+        head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nOrigin: http://evil.example\r\nTransfer-Encoding: chunked\r\n\r\n"
+        client.send(head.encode() + b"1\r\na\r\n")
+        assert b" 400 " in (await client.read_to_end()).splitlines()[0]
+
+
+async def unread_answer(router: RunningRouter) -> socket.socket:
+    """Of some megabytes, to a client that has asked for it and takes no byte."""
+    host, port = router.url.removeprefix("http://").split(":")
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.connect((host, int(port)))
+    body = json.dumps({"prompt": "a" * 900_000, "return_token_strs": True}).encode()
+    client.sendall(f"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+    await asyncio.sleep(1.0)
+    return client
+
+
+async def test_an_answer_that_nobody_reads_is_given_up() -> None:
+    async with running_router([decode_worker()], write_timeout_s=0.3, max_body_bytes=1 << 20) as router:
+        client = await unread_answer(router)
+        num_bytes = 0
+        with client, contextlib.suppress(ConnectionResetError):
+            client.settimeout(5)
+            while piece := client.recv(1 << 16):
+                num_bytes += len(piece)
+    assert num_bytes < 5_000_000
+
+
+async def test_a_router_ends_although_an_answer_is_not_read() -> None:
+    began = asyncio.get_running_loop().time()
+    async with running_router([decode_worker()], drain_timeout_s=1.0, max_body_bytes=1 << 20) as router:
+        client = await unread_answer(router)
+    client.close()
+    assert asyncio.get_running_loop().time() - began < 12.0
 
 
 async def test_answers_of_no_endpoint_are_error_objects_and_counted() -> None:
