@@ -36,6 +36,7 @@ from cluster.engine.models.loader import load_model
 from cluster.engine.parallel.group import SingleRank
 from cluster.engine.scheduler import Policy
 from cluster.errors import ConfigError, StartupError, TandemError
+from cluster.listening import family_of, why_not_listening
 from cluster.logs import configure_logging
 from cluster.model_files.source import resolve_model
 from cluster.process_events import Progress, Ready, ShowProgress, emit, emit_failure
@@ -256,10 +257,9 @@ def _check_port_free(host: str, port: int) -> None:
     """Before minutes are spent on loading. The port is bound for good later."""
     if port == 0:
         return
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
+    with socket.socket(family_of(host), socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise StartupError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+            raise StartupError(why_not_listening(error, host, port, "port")) from error

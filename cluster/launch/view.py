@@ -79,8 +79,7 @@ class PlainView:
         self._line(name, line)
 
     def on_death(self, name: str, how: str, last_words: Sequence[str], restart_in_s: float) -> None:
-        words = "Its last words:" if last_words else "It said nothing."
-        self._line(name, f"died ({how}), starting it again in {restart_in_s:g} s. {words}")
+        self._line(name, _death(how, last_words, restart_in_s))
         for word in last_words:
             self._line(name, f"    {word}")
 
@@ -139,8 +138,7 @@ class LiveView:
 
     def on_death(self, name: str, how: str, last_words: Sequence[str], restart_in_s: float) -> None:
         self._rows[name] = _Row(state=f"died, again in {restart_in_s:g} s")
-        words = "Its last words:" if last_words else "It said nothing."
-        self._news(name, f"died ({how}), starting it again in {restart_in_s:g} s. {words}", "bold red")
+        self._news(name, _death(how, last_words, restart_in_s), "bold red")
         for word in last_words:
             self._news(name, f"    {word}", "red")
 
@@ -186,3 +184,8 @@ def _fraction(done: int, total: int) -> str:
     if not total:
         return f"{done:,}" if done else ""
     return f"{done:,}/{total:,}" if total <= LARGEST_COUNT else f"{done / total:.0%}"
+
+
+def _death(how: str, last_words: Sequence[str], restart_in_s: float) -> str:
+    words = "Its last words:" if last_words else "It said nothing."
+    return f"died ({how}), starting it again in {restart_in_s:g} s. {words}"

@@ -46,7 +46,7 @@ class _Endpoint:
         try:
             if self._takes_body:
                 check_not_forged(scope)
-            elif has_body(scope):
+            else:
                 await discard_body(scope, receive, timeout_s=self._body_timeout_s)
             await self._handler(scope, receive, reply)
         except Cancelled as gone:
@@ -68,15 +68,10 @@ class _Endpoint:
 def make_app(endpoints: Endpoints) -> Starlette:
     body_timeout_s = endpoints.config.body_timeout_s
 
-    def get(path: str, handler: Handler) -> Route:
+    def route(method: str, path: str, handler: Handler) -> Route:
         count = partial(endpoints.metrics.count_response, path)
-        endpoint = _Endpoint(handler, count, takes_body=False, body_timeout_s=body_timeout_s)
-        return Route(path, endpoint, methods=["GET"])
-
-    def post(path: str, handler: Handler) -> Route:
-        count = partial(endpoints.metrics.count_response, path)
-        endpoint = _Endpoint(handler, count, takes_body=True, body_timeout_s=body_timeout_s)
-        return Route(path, endpoint, methods=["POST"])
+        endpoint = _Endpoint(handler, count, takes_body=method == "POST", body_timeout_s=body_timeout_s)
+        return Route(path, endpoint, methods=[method])
 
     async def refused(request: HttpRequest, error: Exception) -> Response:
         await discard_body(request.scope, request.receive, timeout_s=body_timeout_s)
@@ -86,16 +81,16 @@ def make_app(endpoints: Endpoints) -> Starlette:
 
     app = Starlette(
         routes=[
-            post("/v1/chat/completions", endpoints.chat),
-            post("/v1/completions", endpoints.complete),
-            get("/v1/models", endpoints.models),
-            get("/v1/models/{model:path}", endpoints.model),
-            get("/health", endpoints.health),
-            get("/metrics", endpoints.metrics_page),
-            get("/version", endpoints.version),
-            get("/load", endpoints.load),
-            post("/tokenize", endpoints.tokenize),
-            post("/detokenize", endpoints.detokenize),
+            route("POST", "/v1/chat/completions", endpoints.chat),
+            route("POST", "/v1/completions", endpoints.complete),
+            route("GET", "/v1/models", endpoints.models),
+            route("GET", "/v1/models/{model:path}", endpoints.model),
+            route("GET", "/health", endpoints.health),
+            route("GET", "/metrics", endpoints.metrics_page),
+            route("GET", "/version", endpoints.version),
+            route("GET", "/load", endpoints.load),
+            route("POST", "/tokenize", endpoints.tokenize),
+            route("POST", "/detokenize", endpoints.detokenize),
         ],
         exception_handlers={HTTPException: refused, Exception: _internal_error},
     )

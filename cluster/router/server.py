@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import socket
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -17,6 +16,7 @@ import uvicorn
 
 from cluster.addresses import join_address
 from cluster.errors import StartupError
+from cluster.listening import family_of, why_not_listening
 from cluster.router.config import RouterConfig
 from cluster.router.connection import protocol_class
 from cluster.router.endpoints import Endpoints
@@ -63,20 +63,15 @@ class Stop:
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening address, taken before anything slow is started. Raises `StartupError` with the way out."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # by which asyncio knows to disable Nagle
+    # With the protocol's number, by which asyncio knows to disable Nagle.
+    listener = socket.socket(family_of(host), socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
-        if error.errno == errno.EADDRINUSE:
-            raise StartupError(
-                f"port {port} on {host} is already taken; stop the process that uses it or choose another port "
-                "(router.port, 0 chooses a free one)"
-            ) from error
-        raise StartupError(f"cannot listen on {join_address(host, port)}: {error.strerror}") from error
+        raise StartupError(why_not_listening(error, host, port, "router.port")) from error
     listener.setblocking(False)
     return listener
 

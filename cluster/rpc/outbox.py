@@ -27,11 +27,11 @@ class Outbox:
 
     def cancel(self, key: _Key, *, is_served: bool) -> None:
         if self._submits.pop(key, None) is None:  # else it never left this process
-            self._cancels.append(pb.RequestRef(request_id=key[0], attempt=key[1], served=is_served))
+            self._cancels.append(_ref(key, is_served=is_served))
             self.wake.set()
 
     def release(self, key: _Key) -> None:
-        self._releases.append(pb.RequestRef(request_id=key[0], attempt=key[1]))
+        self._releases.append(_ref(key))
         self.wake.set()
 
     @property
@@ -59,3 +59,7 @@ class Outbox:
         if self._submits:
             self.wake.set()
         return frame
+
+
+def _ref(key: _Key, *, is_served: bool = False) -> pb.RequestRef:
+    return pb.RequestRef(request_id=key[0], attempt=key[1], served=is_served)

@@ -255,6 +255,16 @@ def with_stalled_reads() -> tuple[Pair, Request, PrefillResult]:
     return pair, request, result
 
 
+def assert_recomputed_and_blocks_kept(pair: Pair, request: Request, result: PrefillResult) -> None:
+    """Kept until nothing can land."""
+    pair.run(turns=300)
+    assert [*result.first.token_ids, *pair.tokens("r")] == pair.alone(request)
+    assert pair.inspect(pair.decode).num_draining == 7
+    pair.hub.is_stalled = False
+    pair.run()
+    pair.assert_nothing_held()
+
+
 def test_cancel_while_reading_keeps_the_blocks_until_nothing_can_land_sglang_35049() -> None:
     pair, request, _ = with_stalled_reads()
     for _ in range(3):
@@ -274,12 +284,7 @@ def test_a_slow_read_is_given_up_and_recomputed_but_its_blocks_are_kept() -> Non
     pair, request, result = with_stalled_reads()
     pair.turn()
     pair.advance(25.0)
-    pair.run(turns=300)
-    assert [*result.first.token_ids, *pair.tokens("r")] == pair.alone(request)
-    assert pair.inspect(pair.decode).num_draining == 7
-    pair.hub.is_stalled = False
-    pair.run()
-    pair.assert_nothing_held()
+    assert_recomputed_and_blocks_kept(pair, request, result)
 
 
 def test_a_read_that_stands_still_is_given_up_long_before_the_hand_over_is() -> None:
@@ -291,12 +296,7 @@ def test_a_read_that_stands_still_is_given_up_long_before_the_hand_over_is() -> 
         pair.turn(prefill=False)
         assert pair.now < began + STALL_S + 2.0
     assert pair.now > began + STALL_S
-    pair.run(turns=300)
-    assert [*result.first.token_ids, *pair.tokens("r")] == pair.alone(request)
-    assert pair.inspect(pair.decode).num_draining == 7
-    pair.hub.is_stalled = False
-    pair.run()
-    pair.assert_nothing_held()
+    assert_recomputed_and_blocks_kept(pair, request, result)
 
 
 def test_a_step_that_takes_long_is_no_standstill() -> None:
