@@ -48,14 +48,21 @@ def stream(num_rows: int, *, silu_mul: bool) -> Iterator[LinearPlan]:
 
 
 def hopper(num_rows: int, *, silu_mul: bool) -> Iterator[LinearPlan]:
-    """Above 128 rows: one warp group of producers, two of consumers."""
-    for block_m, block_n, stages, group_m in ((128, 256, 4, 8), (128, 256, 4, 16), (128, 256, 3, 8), (256, 128, 4, 8)):
+    """Above 64 rows: one warp group of producers, two or three of consumers. Up to 256 rows also tiles as tall as all
+    rows are, so narrow that there are about as many as multiprocessors: each weight is read once."""
+    tall = next((rows for rows in (128, 192, 256) if num_rows <= rows), 0)
+    narrow = [(tall, 128, stages, 8) for stages in (4, 5, 6)] + [(tall, 64, stages, 8) for stages in (5, 6)]
+    narrow += [(tall, 32, stages, 8) for stages in (5, 7)]
+    wide = [(128, 256, 4, 8), (128, 256, 4, 16), (128, 256, 3, 8), (256, 128, 4, 8)]
+    for block_m, block_n, stages, group_m in (narrow if tall else []) + (wide if num_rows > 128 else []):
+        if block_n <= 32 and silu_mul or block_m > max(num_rows, tall):
+            continue
         for parts in (1, 2):
             plan = LinearPlan(
                 kind="hopper", block_m=block_m, block_n=block_n, block_k=64, num_stages=stages, group_m=group_m,
                 store_parts=parts,
             )  # fmt: skip
-            if fits(plan, silu_mul=silu_mul) and block_m <= num_rows:
+            if fits(plan, silu_mul=silu_mul):
                 yield plan
                 break
 
@@ -115,7 +122,7 @@ def candidates(num_rows: int, *, silu_mul: bool) -> list[LinearPlan]:
         plans += stream(num_rows, silu_mul=silu_mul)
     if num_rows >= 64:
         plans += many_rows(num_rows, silu_mul=silu_mul)
-    if num_rows > 128:
+    if num_rows > 64:
         plans += hopper(num_rows, silu_mul=silu_mul)
     found += dict.fromkeys(plans)
     return found

@@ -48,16 +48,22 @@ def make_table(measurements: Path, device: str, versions: dict[str, str], attent
 
 
 def with_plans(entries: Sequence[LinearEntry], plans: Mapping[tuple[Layer, int], LinearPlan]) -> list[LinearEntry]:
-    """A table's entries, those of these layers and rows with these plans; there are no new ones."""
-    by_shape = {
-        (layer.out_features // (2 if layer.silu_mul else 1), layer.in_features, num_rows, layer.silu_mul): plan
-        for (layer, num_rows), plan in plans.items()
-    }
-    shapes = [(entry.out_features, entry.in_features, entry.max_rows, entry.silu_mul) for entry in entries]
-    return [
-        msgspec.structs.replace(entry, plan=by_shape.get(shape, entry.plan))
-        for entry, shape in zip(entries, shapes, strict=True)
-    ]
+    """A table's entries, those of these layers and rows with these plans. A row count that the table has not becomes a
+    bound of its own. Weights keep their order, row counts of one ascend."""
+    merged = {_shape(entry): entry for entry in entries}
+    for (layer, num_rows), plan in plans.items():
+        entry = LinearEntry(
+            out_features=layer.out_features // (2 if layer.silu_mul else 1), in_features=layer.in_features,
+            max_rows=num_rows, silu_mul=layer.silu_mul, plan=plan,
+        )  # fmt: skip
+        merged[_shape(entry)] = entry
+    weights = list(dict.fromkeys(weight for weight, _ in merged))
+    return [merged[shape] for shape in sorted(merged, key=lambda shape: (weights.index(shape[0]), shape[1]))]
+
+
+def _shape(entry: LinearEntry) -> tuple[tuple[int, int, bool], int]:
+    """(weight, rows)."""
+    return (entry.out_features, entry.in_features, entry.silu_mul), entry.max_rows
 
 
 def known_plans(entries: Iterable[LinearEntry], num_rows: int, *, silu_mul: bool) -> list[LinearPlan]:

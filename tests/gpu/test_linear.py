@@ -129,7 +129,9 @@ def test_streaming_plans_in_every_epilogue_and_in_a_chain(pdl: int, num_rows: in
     assert {plan: found for plan in plans if (found := failures(ops, plan))} == {}
 
 
-@pytest.mark.parametrize("plan", list(hopper(4096, silu_mul=False)), ids=str)
+@pytest.mark.parametrize(
+    "plan", some([plan for rows in (96, 160, 250, 4096) for plan in hopper(rows, silu_mul=False)]), ids=str
+)
 def test_warp_group_plans_in_every_epilogue_and_in_a_chain(ops: CudaOps, plan: LinearPlan) -> None:
     assert failures(ops, plan) == []
 

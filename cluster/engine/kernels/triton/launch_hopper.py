@@ -65,9 +65,10 @@ def run_hopper(
     columns = plan.block_n // 2 if silu_mul else plan.block_n
     part = columns // (plan.store_parts * (out_MN.element_size() // 2))
     tiles = triton.cdiv(num_rows, plan.block_m) * triton.cdiv(out_features, columns)
+    consumers = 3 if plan.block_m == 192 else 2  # of 64 or 128 rows each: powers of two
+    rows = plan.block_m // consumers
     linear_hopper.hopper_kernel[(min(tiles, num_programs),)](
-        _boxes(x_MK, plan.block_m // 2, plan.block_k), _boxes(w_NK, plan.block_n // 2, plan.block_k),
-        _boxes(out_MN, plan.block_m // 2, part), out_MN if bias_N is None else bias_N,
-        num_rows, out_features, in_features, STAGES=plan.num_stages, GROUP_M=plan.group_m,
+        _boxes(x_MK, rows, plan.block_k), _boxes(w_NK, plan.block_n // 2, plan.block_k), _boxes(out_MN, rows, part),
+        out_MN if bias_N is None else bias_N, num_rows, out_features, in_features, CONSUMERS=consumers, STAGES=plan.num_stages, GROUP_M=plan.group_m,
         HAS_BIAS=bias_N is not None, SILU_MUL=silu_mul, num_warps=4, **_options(pdl),
     )  # fmt: skip

@@ -1,12 +1,12 @@
 """The GEMM chain of `linear.py` for many rows, written for Hopper's warp groups: same bits.
 
 One producer warp moves tiles of x and W through the bulk copy engine into a ring of STAGES buffers; two
-consumer warp groups own half of the rows of the output tile each. Programs are persistent: while a
-consumer stores its part of a tile, the producer fills the ring for the next one and the other consumer
-computes. Stage numbers are compile-time constants (a round of the ring is unrolled), which keeps buffer
+or three consumer warp groups own a share of the rows of the output tile each. Programs are persistent: while a
+consumer stores its part of a tile, the producer fills the ring for the next one and the other consumers
+compute. Stage numbers are compile-time constants (a round of the ring is unrolled), which keeps buffer
 addresses out of the loop; K is padded to whole rounds by the copy engine's zeros, which change nothing.
 
-Barriers: `ready[s]` completes when all bytes of stage s are there, `free[s]` when both consumers are past
+Barriers: `ready[s]` completes when all bytes of stage s are there, `free[s]` when all consumers are past
 its product. Each is used once per round, so one phase bit per role is all the state.
 
 Written in Gluon. Shape legend as in `linear.py`.
@@ -41,17 +41,17 @@ def _halves(y):
 @gluon.jit
 def _produce(
     x_desc, w_desc, x_ring, w_ring, ready, free, num_m_tiles, num_n_tiles, N, K,
-    STAGES: gl.constexpr, GROUP_M: gl.constexpr, SILU_MUL: gl.constexpr,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, SILU_MUL: gl.constexpr,
 ):  # fmt: skip
     """Fill the ring for all tiles of this program. A stage of W has two halves: of the columns, or gate and up."""
     ROWS: gl.constexpr = x_desc.block_type.shape[0]
     HALF: gl.constexpr = w_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = w_desc.block_type.shape[1]
-    STAGE_BYTES: gl.constexpr = (2 * ROWS + 2 * HALF) * BLOCK_K * 2
+    STAGE_BYTES: gl.constexpr = (CONSUMERS * ROWS + 2 * HALF) * BLOCK_K * 2
     phase = 1
     for tile in range(gl.program_id(0), num_m_tiles * num_n_tiles, gl.num_programs(0)):
         tile_m, tile_n = _tile_of(tile, num_m_tiles, num_n_tiles, GROUP_M)
-        row = tile_m * 2 * ROWS
+        row = tile_m * CONSUMERS * ROWS
         left = tile_n * (HALF if SILU_MUL else 2 * HALF)
         right = left + (N if SILU_MUL else HALF)
         for k in range(0, K, BLOCK_K * STAGES):
@@ -59,8 +59,9 @@ def _produce(
                 at = k + stage * BLOCK_K
                 mbarrier.wait(free.index(stage), phase)
                 mbarrier.expect(ready.index(stage), STAGE_BYTES)
-                for which in gl.static_range(2):
-                    async_load(x_desc, [row + which * ROWS, at], ready.index(stage), x_ring.index(stage * 2 + which))
+                for which in gl.static_range(CONSUMERS):
+                    rows = x_ring.index(stage * CONSUMERS + which)
+                    async_load(x_desc, [row + which * ROWS, at], ready.index(stage), rows)
                 async_load(w_desc, [left, at], ready.index(stage), w_ring.index(stage * 2))
                 async_load(w_desc, [right, at], ready.index(stage), w_ring.index(stage * 2 + 1))
             phase ^= 1
@@ -103,7 +104,7 @@ def _store(y, bias_ptr, N, buffer, out_desc, row, column, HAS_BIAS: gl.constexpr
 @gluon.jit
 def _consume(
     x_desc, w_desc, out_desc, bias_ptr, x_ring, w_ring, out_buffers, ready, free, num_m_tiles, num_n_tiles, N, K,
-    WHICH: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
+    WHICH: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
     HAS_BIAS: gl.constexpr, SILU_MUL: gl.constexpr,
 ):  # fmt: skip
     """Rows WHICH * ROWS .. of every tile. One product is in flight while the stage before it is freed."""
@@ -121,7 +122,7 @@ def _consume(
             for stage in gl.static_range(STAGES):
                 mbarrier.wait(ready.index(stage), phase)
                 token = warpgroup_mma(
-                    x_ring.index(stage * 2 + WHICH), w_wide.index(stage).permute([1, 0]), acc, is_async=True
+                    x_ring.index(stage * CONSUMERS + WHICH), w_wide.index(stage).permute([1, 0]), acc, is_async=True
                 )
                 acc = warpgroup_mma_wait(1, deps=[token])
                 barrier()
@@ -135,7 +136,7 @@ def _consume(
         mbarrier.arrive(free.index(STAGES - 1), count=1)
         tile_m, tile_n = _tile_of(tile, num_m_tiles, num_n_tiles, GROUP_M)
         column = tile_n * COLUMNS
-        row = (tile_m * 2 + WHICH) * ROWS
+        row = (tile_m * CONSUMERS + WHICH) * ROWS
         if SILU_MUL:
             gate, up = _halves(acc)
             _store(sigmoid_weighted(gate) * up, bias_ptr, N, buffer, out_desc, row, column, False)
@@ -146,7 +147,7 @@ def _consume(
 
 @gluon.jit(do_not_specialize=["M"])
 def hopper_kernel(
-    x_desc, w_desc, out_desc, bias_ptr, M, N, K,
+    x_desc, w_desc, out_desc, bias_ptr, M, N, K, CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr, GROUP_M: gl.constexpr, HAS_BIAS: gl.constexpr,
     SILU_MUL: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
@@ -160,41 +161,79 @@ def hopper_kernel(
     ROWS: gl.constexpr = x_desc.block_type.shape[0]
     HALF: gl.constexpr = w_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = w_desc.block_type.shape[1]
-    num_m_tiles = gl.cdiv(M, 2 * ROWS)
+    num_m_tiles = gl.cdiv(M, CONSUMERS * ROWS)
     num_n_tiles = gl.cdiv(N, HALF if SILU_MUL else 2 * HALF)
-    x_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES * 2, ROWS, BLOCK_K], x_desc.layout)
+    x_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES * CONSUMERS, ROWS, BLOCK_K], x_desc.layout)
     w_ring = gl.allocate_shared_memory(w_desc.dtype, [STAGES * 2, HALF, BLOCK_K], w_desc.layout)
-    out_buffers = gl.allocate_shared_memory(out_desc.dtype, [2, ROWS, out_desc.block_type.shape[1]], out_desc.layout)
+    PART: gl.constexpr = out_desc.block_type.shape[1]
+    out_buffers = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, ROWS, PART], out_desc.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
-        mbarrier.init(free.index(stage), count=2)
+        mbarrier.init(free.index(stage), count=CONSUMERS)
     fence_async_shared()
-    gl.warp_specialize(
-        [
-            (
-                _consume,
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
                 (
-                    x_desc, w_desc, out_desc, bias_ptr, x_ring, w_ring, out_buffers, ready, free, num_m_tiles,
-                    num_n_tiles, N, K, gl.constexpr(0), STAGES, GROUP_M, HAS_BIAS, SILU_MUL,
+                    _consume,
+                    (
+                        x_desc, w_desc, out_desc, bias_ptr, x_ring, w_ring, out_buffers, ready, free, num_m_tiles, num_n_tiles,
+                        N, K, gl.constexpr(0), CONSUMERS, STAGES, GROUP_M, HAS_BIAS, SILU_MUL,
+                    ),
                 ),
-            ),
-            (
-                _consume,
                 (
-                    x_desc, w_desc, out_desc, bias_ptr, x_ring, w_ring, out_buffers, ready, free, num_m_tiles,
-                    num_n_tiles, N, K, gl.constexpr(1), STAGES, GROUP_M, HAS_BIAS, SILU_MUL,
+                    _consume,
+                    (
+                        x_desc, w_desc, out_desc, bias_ptr, x_ring, w_ring, out_buffers, ready, free, num_m_tiles, num_n_tiles,
+                        N, K, gl.constexpr(1), CONSUMERS, STAGES, GROUP_M, HAS_BIAS, SILU_MUL,
+                    ),
                 ),
-            ),
-            (
-                _produce,
                 (
-                    x_desc, w_desc, x_ring, w_ring, ready, free, num_m_tiles, num_n_tiles, N, K,
-                    STAGES, GROUP_M, SILU_MUL,
+                    _produce,
+                    (
+                        x_desc, w_desc, x_ring, w_ring, ready, free, num_m_tiles, num_n_tiles, N, K, CONSUMERS,
+                        STAGES, GROUP_M, SILU_MUL,
+                    ),
                 ),
-            ),
-        ],
-        [4, 1],
-        [240, 24],
-    )  # fmt: skip
+            ],
+            [4, 1],
+            [240, 24],
+        )  # fmt: skip
+    else:
+        gl.static_assert(CONSUMERS == 3)
+        gl.warp_specialize(
+            [
+                (
+                    _consume,
+                    (
+                        x_desc, w_desc, out_desc, bias_ptr, x_ring, w_ring, out_buffers, ready, free, num_m_tiles, num_n_tiles,
+                        N, K, gl.constexpr(0), CONSUMERS, STAGES, GROUP_M, HAS_BIAS, SILU_MUL,
+                    ),
+                ),
+                (
+                    _consume,
+                    (
+                        x_desc, w_desc, out_desc, bias_ptr, x_ring, w_ring, out_buffers, ready, free, num_m_tiles, num_n_tiles,
+                        N, K, gl.constexpr(1), CONSUMERS, STAGES, GROUP_M, HAS_BIAS, SILU_MUL,
+                    ),
+                ),
+                (
+                    _consume,
+                    (
+                        x_desc, w_desc, out_desc, bias_ptr, x_ring, w_ring, out_buffers, ready, free, num_m_tiles, num_n_tiles,
+                        N, K, gl.constexpr(2), CONSUMERS, STAGES, GROUP_M, HAS_BIAS, SILU_MUL,
+                    ),
+                ),
+                (
+                    _produce,
+                    (
+                        x_desc, w_desc, x_ring, w_ring, ready, free, num_m_tiles, num_n_tiles, N, K, CONSUMERS,
+                        STAGES, GROUP_M, SILU_MUL,
+                    ),
+                ),
+            ],
+            [4, 4, 1],
+            [160, 160, 24],
+        )  # fmt: skip

@@ -24,7 +24,8 @@ class LinearPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     stream (`linear_stream.py`): rows of a tile are 8 or more with `swap`, else 64, or a multiple of 16 up to 32 for
     the warps' own instruction, which wants `block_n` >= 8 columns per warp. hopper (`linear_hopper.py`): tiles of
-    128 x 256 or 256 x 128, where `block_n` counts gate and up columns together; warps are fixed.
+    128, 192 or 256 rows and of up to 256 columns (128 rows) or 128, where `block_n` counts gate and up columns
+    together; `block_k` is 64, and warps are fixed.
     """
 
     kind: Literal["chain", "tma", "cublaslt", "stream", "hopper"] = "chain"
