@@ -55,7 +55,7 @@ def hopper(num_rows: int, *, silu_mul: bool) -> Iterator[LinearPlan]:
     narrow += [(tall, 32, stages, 8) for stages in (5, 7)]
     wide = [(128, 256, 4, 8), (128, 256, 4, 16), (128, 256, 3, 8), (256, 128, 4, 8)]
     for block_m, block_n, stages, group_m in (narrow if tall else []) + (wide if num_rows > 128 else []):
-        if block_n <= 32 and silu_mul or block_m > max(num_rows, tall):
+        if (block_n <= 32 and silu_mul) or block_m > max(num_rows, tall):
             continue
         for parts in (1, 2):
             plan = LinearPlan(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import msgspec
 import pytest
@@ -14,7 +15,7 @@ from benchmarks.gpu.gemm import revealing_inputs, use_default_cublas
 from benchmarks.gpu.linear_checks import chain_differs, failures
 from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.kernels.cuda_weights import CudaLinearWeight
-from cluster.engine.kernels.triton import launch, launch_hopper, linear, linear_stream, overlap
+from cluster.engine.kernels.triton import launch, launch_hopper, linear, linear_hopper, linear_stream, overlap
 from cluster.engine.kernels.triton.plans import REFERENCE_LINEAR, LinearPlan
 from tests.gpu.support import bits_equal, in_graph, mutated, num_differing, relative_error
 
@@ -142,13 +143,21 @@ def test_plans_for_the_copy_engine_fall_back_where_rows_are_not_aligned(ops: Cud
         assert bits_equal(run(ops, x, weight, plan), run(ops, x, weight, REFERENCE_LINEAR))
 
 
+@pytest.mark.parametrize(
+    ("module", "name", "wait", "plan"),
+    [
+        (linear_stream, "linear_stream", "    if PDL:\n        gdc_wait()\n", next(stream(16, silu_mul=False))),
+        (linear_hopper, "linear_hopper", "        gdc_wait()\n", next(hopper(160, silu_mul=False))),
+    ],
+    ids=["stream", "hopper"],
+)
 def test_planted_read_before_the_wait_is_found(
-    ops: CudaOps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ops: CudaOps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str, wait: str,
+    plan: LinearPlan,
 ) -> None:  # fmt: skip
     """Without the wait a kernel takes x from before its predecessor wrote it: the chain must show that."""
-    plan = next(stream(16, silu_mul=False))
-    broken = mutated(linear_stream, "    if PDL:\n        gdc_wait()\n", "    if PDL:\n        pass\n", tmp_path)
-    monkeypatch.setattr(launch_hopper, "linear_stream", broken)
+    without = wait.replace("gdc_wait()", "pass")
+    monkeypatch.setattr(launch_hopper, name, mutated(module, wait, without, tmp_path))
     assert chain_differs(ops, plan, replays=50)
 
 

@@ -39,32 +39,61 @@ def _halves(y):
 
 
 @gluon.jit
+def _request_rows(x_desc, x_ring, ready, row, at, stage: gl.constexpr, CONSUMERS: gl.constexpr):
+    ROWS: gl.constexpr = x_desc.block_type.shape[0]
+    for which in gl.static_range(CONSUMERS):
+        rows = x_ring.index(stage * CONSUMERS + which)
+        async_load(x_desc, [row + which * ROWS, at], ready.index(stage), rows)
+
+
+@gluon.jit
+def _request_weights(w_desc, w_ring, ready, left, right, at, stage: gl.constexpr, STAGE_BYTES: gl.constexpr):
+    """Before the rows of the stage: its barrier is told here what to expect."""
+    mbarrier.expect(ready.index(stage), STAGE_BYTES)
+    async_load(w_desc, [left, at], ready.index(stage), w_ring.index(stage * 2))
+    async_load(w_desc, [right, at], ready.index(stage), w_ring.index(stage * 2 + 1))
+
+
+@gluon.jit
 def _produce(
     x_desc, w_desc, x_ring, w_ring, ready, free, num_m_tiles, num_n_tiles, N, K,
-    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, SILU_MUL: gl.constexpr,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, SILU_MUL: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """Fill the ring for all tiles of this program. A stage of W has two halves: of the columns, or gate and up."""
+    """Fill the ring for all tiles of this program. A stage of W has two halves: of the columns, or gate and up.
+
+    PDL: the first round's weights, which no kernel writes, are on their way while kernels before this one still run.
+    Consumers need no wait of their own: they have nothing to store before rows have come.
+    """
     ROWS: gl.constexpr = x_desc.block_type.shape[0]
     HALF: gl.constexpr = w_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = w_desc.block_type.shape[1]
     STAGE_BYTES: gl.constexpr = (CONSUMERS * ROWS + 2 * HALF) * BLOCK_K * 2
+    LEFT: gl.constexpr = HALF if SILU_MUL else 2 * HALF
+    to_right = N if SILU_MUL else HALF
     phase = 1
+    start = 0
+    if PDL:
+        tile_m, tile_n = _tile_of(gl.program_id(0), num_m_tiles, num_n_tiles, GROUP_M)
+        left = tile_n * LEFT
+        for stage in gl.static_range(STAGES):
+            _request_weights(w_desc, w_ring, ready, left, left + to_right, stage * BLOCK_K, stage, STAGE_BYTES)
+        gdc_wait()
+        for stage in gl.static_range(STAGES):
+            _request_rows(x_desc, x_ring, ready, tile_m * CONSUMERS * ROWS, stage * BLOCK_K, stage, CONSUMERS)
+        phase = 0
+        start = BLOCK_K * STAGES
     for tile in range(gl.program_id(0), num_m_tiles * num_n_tiles, gl.num_programs(0)):
         tile_m, tile_n = _tile_of(tile, num_m_tiles, num_n_tiles, GROUP_M)
         row = tile_m * CONSUMERS * ROWS
-        left = tile_n * (HALF if SILU_MUL else 2 * HALF)
-        right = left + (N if SILU_MUL else HALF)
-        for k in range(0, K, BLOCK_K * STAGES):
+        left = tile_n * LEFT
+        for k in range(start, K, BLOCK_K * STAGES):
             for stage in gl.static_range(STAGES):
                 at = k + stage * BLOCK_K
                 mbarrier.wait(free.index(stage), phase)
-                mbarrier.expect(ready.index(stage), STAGE_BYTES)
-                for which in gl.static_range(CONSUMERS):
-                    rows = x_ring.index(stage * CONSUMERS + which)
-                    async_load(x_desc, [row + which * ROWS, at], ready.index(stage), rows)
-                async_load(w_desc, [left, at], ready.index(stage), w_ring.index(stage * 2))
-                async_load(w_desc, [right, at], ready.index(stage), w_ring.index(stage * 2 + 1))
+                _request_weights(w_desc, w_ring, ready, left, left + to_right, at, stage, STAGE_BYTES)
+                _request_rows(x_desc, x_ring, ready, row, at, stage, CONSUMERS)
             phase ^= 1
+        start = 0
 
 
 @gluon.jit
@@ -156,7 +185,6 @@ def hopper_kernel(
     SILU_MUL: W holds 2N rows, [gate; up], and N counts the result's columns; no bias then.
     """
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
     ROWS: gl.constexpr = x_desc.block_type.shape[0]
     HALF: gl.constexpr = w_desc.block_type.shape[0]
@@ -179,27 +207,27 @@ def hopper_kernel(
                 (
                     _consume,
                     (
-                        x_desc, w_desc, out_desc, bias_ptr, x_ring, w_ring, out_buffers, ready, free, num_m_tiles, num_n_tiles,
-                        N, K, gl.constexpr(0), CONSUMERS, STAGES, GROUP_M, HAS_BIAS, SILU_MUL,
+                        x_desc, w_desc, out_desc, bias_ptr, x_ring, w_ring, out_buffers, ready, free, num_m_tiles,
+                        num_n_tiles, N, K, gl.constexpr(0), CONSUMERS, STAGES, GROUP_M, HAS_BIAS, SILU_MUL,
                     ),
                 ),
                 (
                     _consume,
                     (
-                        x_desc, w_desc, out_desc, bias_ptr, x_ring, w_ring, out_buffers, ready, free, num_m_tiles, num_n_tiles,
-                        N, K, gl.constexpr(1), CONSUMERS, STAGES, GROUP_M, HAS_BIAS, SILU_MUL,
+                        x_desc, w_desc, out_desc, bias_ptr, x_ring, w_ring, out_buffers, ready, free, num_m_tiles,
+                        num_n_tiles, N, K, gl.constexpr(1), CONSUMERS, STAGES, GROUP_M, HAS_BIAS, SILU_MUL,
                     ),
                 ),
                 (
                     _produce,
                     (
                         x_desc, w_desc, x_ring, w_ring, ready, free, num_m_tiles, num_n_tiles, N, K, CONSUMERS,
-                        STAGES, GROUP_M, SILU_MUL,
+                        STAGES, GROUP_M, SILU_MUL, PDL,
                     ),
                 ),
             ],
             [4, 1],
-            [240, 24],
+            [232, 40],
         )  # fmt: skip
     else:
         gl.static_assert(CONSUMERS == 3)
@@ -208,32 +236,32 @@ def hopper_kernel(
                 (
                     _consume,
                     (
-                        x_desc, w_desc, out_desc, bias_ptr, x_ring, w_ring, out_buffers, ready, free, num_m_tiles, num_n_tiles,
-                        N, K, gl.constexpr(0), CONSUMERS, STAGES, GROUP_M, HAS_BIAS, SILU_MUL,
+                        x_desc, w_desc, out_desc, bias_ptr, x_ring, w_ring, out_buffers, ready, free, num_m_tiles,
+                        num_n_tiles, N, K, gl.constexpr(0), CONSUMERS, STAGES, GROUP_M, HAS_BIAS, SILU_MUL,
                     ),
                 ),
                 (
                     _consume,
                     (
-                        x_desc, w_desc, out_desc, bias_ptr, x_ring, w_ring, out_buffers, ready, free, num_m_tiles, num_n_tiles,
-                        N, K, gl.constexpr(1), CONSUMERS, STAGES, GROUP_M, HAS_BIAS, SILU_MUL,
+                        x_desc, w_desc, out_desc, bias_ptr, x_ring, w_ring, out_buffers, ready, free, num_m_tiles,
+                        num_n_tiles, N, K, gl.constexpr(1), CONSUMERS, STAGES, GROUP_M, HAS_BIAS, SILU_MUL,
                     ),
                 ),
                 (
                     _consume,
                     (
-                        x_desc, w_desc, out_desc, bias_ptr, x_ring, w_ring, out_buffers, ready, free, num_m_tiles, num_n_tiles,
-                        N, K, gl.constexpr(2), CONSUMERS, STAGES, GROUP_M, HAS_BIAS, SILU_MUL,
+                        x_desc, w_desc, out_desc, bias_ptr, x_ring, w_ring, out_buffers, ready, free, num_m_tiles,
+                        num_n_tiles, N, K, gl.constexpr(2), CONSUMERS, STAGES, GROUP_M, HAS_BIAS, SILU_MUL,
                     ),
                 ),
                 (
                     _produce,
                     (
                         x_desc, w_desc, x_ring, w_ring, ready, free, num_m_tiles, num_n_tiles, N, K, CONSUMERS,
-                        STAGES, GROUP_M, SILU_MUL,
+                        STAGES, GROUP_M, SILU_MUL, PDL,
                     ),
                 ),
             ],
             [4, 4, 1],
-            [160, 160, 24],
+            [152, 152, 40],
         )  # fmt: skip
