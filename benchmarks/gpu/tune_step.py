@@ -13,8 +13,9 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -24,7 +25,7 @@ from benchmarks.gpu.shapes import Layer
 from benchmarks.gpu.step import DecodeStep, decode_batch
 from benchmarks.gpu.timing import interleaved_ms
 from cluster.engine.kernels.cuda_ops import CudaOps
-from cluster.engine.kernels.triton.plans import LinearPlan
+from cluster.engine.kernels.triton.plans import LinearKind, LinearPlan
 from cluster.engine.kernels.triton.table import LinearEntry, PlanIndex, PlanTable, library_versions
 
 LAYERS = ("8b.gate_up_silu", "8b.down", "8b.qkv", "8b.o", "8b.lm_head")
@@ -44,9 +45,10 @@ def shorter_plan(found: Sequence[tuple[float, LinearPlan]]) -> LinearPlan | None
 
 
 class StepTuner:
-    """Owns the weights of a step and the plans found so far."""
+    """Owns the weights of a step and the plans found so far. `kinds`: of the plans tried besides the table's."""
 
-    def __init__(self) -> None:
+    def __init__(self, kinds: Collection[str] | None = None) -> None:
+        self._kinds = kinds
         self.ops = CudaOps(torch.device("cuda"), residual_dtype=torch.bfloat16, pdl=True)
         self.entries: Sequence[LinearEntry] = self.ops.plans.entries()
         self._step = DecodeStep(self.ops)
@@ -92,7 +94,8 @@ class StepTuner:
     def _sound_plans(self, layer: Layer, num_rows: int) -> list[LinearPlan]:
         """The table's first. Where it is not sound, another plan served: there is nothing to compare with."""
         bench = LayerBench(self.ops, layer, num_rows)
-        offered = sustained.plans_for(self.ops, layer, num_rows)
+        mine, *others = sustained.plans_for(self.ops, layer, num_rows)
+        offered = [mine, *(plan for plan in others if self._kinds is None or plan.kind in self._kinds)]
         plans = sustained.sound_plans(bench, offered, num_rows)
         if plans[:1] != offered[:1]:
             raise RuntimeError(f"{layer.name}, {num_rows} rows: the table's plan is not sound; tune_rows finds another")
@@ -109,6 +112,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--layers", nargs="+", default=LAYERS, choices=LAYERS)
     parser.add_argument("--rows", nargs="+", type=int, default=[32])
+    parser.add_argument("--kinds", nargs="+", choices=get_args(LinearKind), help="only such plans")
     parser.add_argument("--budget", type=float, default=100.0, help="seconds after compiling; no layer is begun later")
     parser.add_argument("--out", type=Path, required=True, help="a file for the table")
     options = parser.parse_args()
@@ -118,7 +122,7 @@ def main() -> None:
     sweeps.compile_all(max(1, (os.cpu_count() or 1) // 2), options.rows)
     print(f"compiled in {time.monotonic() - start_s:.0f} s", flush=True)
     deadline_s = time.monotonic() + options.budget
-    tuner = StepTuner()
+    tuner = StepTuner(options.kinds)
     for num_rows in options.rows:
         for name in options.layers:
             if time.monotonic() > deadline_s:

@@ -70,5 +70,6 @@ def run_hopper(
     linear_hopper.hopper_kernel[(min(tiles, num_programs),)](
         _boxes(x_MK, rows, plan.block_k), _boxes(w_NK, plan.block_n // 2, plan.block_k), _boxes(out_MN, rows, part),
         out_MN if bias_N is None else bias_N, num_rows, out_features, in_features,
-        CONSUMERS=consumers, STAGES=plan.num_stages, GROUP_M=plan.group_m, HAS_BIAS=bias_N is not None, SILU_MUL=silu_mul, num_warps=4, **_options(pdl),
+        CONSUMERS=consumers, STAGES=plan.num_stages, GROUP_M=plan.group_m,
+        HAS_BIAS=bias_N is not None, SILU_MUL=silu_mul, num_warps=4, **_options(pdl),
     )  # fmt: skip

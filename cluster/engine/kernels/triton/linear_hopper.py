@@ -70,10 +70,10 @@ def _produce(
     STAGE_BYTES: gl.constexpr = (CONSUMERS * ROWS + 2 * HALF) * BLOCK_K * 2
     LEFT: gl.constexpr = HALF if SILU_MUL else 2 * HALF
     to_right = N if SILU_MUL else HALF
+    first_tile = gl.program_id(0)
     phase = 1
-    start = 0
     if PDL:
-        tile_m, tile_n = _tile_of(gl.program_id(0), num_m_tiles, num_n_tiles, GROUP_M)
+        tile_m, tile_n = _tile_of(first_tile, num_m_tiles, num_n_tiles, GROUP_M)
         left = tile_n * LEFT
         for stage in gl.static_range(STAGES):
             _request_weights(w_desc, w_ring, ready, left, left + to_right, stage * BLOCK_K, stage, STAGE_BYTES)
@@ -81,8 +81,10 @@ def _produce(
         for stage in gl.static_range(STAGES):
             _request_rows(x_desc, x_ring, ready, tile_m * CONSUMERS * ROWS, stage * BLOCK_K, stage, CONSUMERS)
         phase = 0
-        start = BLOCK_K * STAGES
-    for tile in range(gl.program_id(0), num_m_tiles * num_n_tiles, gl.num_programs(0)):
+    for tile in range(first_tile, num_m_tiles * num_n_tiles, gl.num_programs(0)):
+        start = 0
+        if PDL:
+            start = gl.where(tile == first_tile, BLOCK_K * STAGES, 0)
         tile_m, tile_n = _tile_of(tile, num_m_tiles, num_n_tiles, GROUP_M)
         row = tile_m * CONSUMERS * ROWS
         left = tile_n * LEFT
@@ -93,7 +95,6 @@ def _produce(
                 _request_weights(w_desc, w_ring, ready, left, left + to_right, at, stage, STAGE_BYTES)
                 _request_rows(x_desc, x_ring, ready, row, at, stage, CONSUMERS)
             phase ^= 1
-        start = 0
 
 
 @gluon.jit

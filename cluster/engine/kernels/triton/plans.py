@@ -19,6 +19,9 @@ def block_kv(head_size: int) -> int:
     return 64
 
 
+LinearKind = Literal["chain", "tma", "cublaslt", "stream", "hopper"]
+
+
 class LinearPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, cache_hash=True):
     """One way to compute a GEMM. `swap` puts the weight on the wide side of the instruction (few rows).
 
@@ -28,7 +31,7 @@ class LinearPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     together; `block_k` is 64, and warps are fixed.
     """
 
-    kind: Literal["chain", "tma", "cublaslt", "stream", "hopper"] = "chain"
+    kind: LinearKind = "chain"
     block_m: int = 64
     block_n: int = 64
     block_k: int = 64
