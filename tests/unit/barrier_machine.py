@@ -3,7 +3,8 @@
 Memory barriers have phases, a copy engine finishes what it is asked for at any later time, buffers know what lies in
 them, and products name what they multiplied. Partitions are threads. Every wait is a point where another one or the
 copy engine may go on, chosen by a seed. What is found: waits that never end, buffers overwritten while they are read or
-before they are stored, products of no block.
+before they are stored, products of no block, and, of a kernel that is set up while the one before it runs, rows read or
+results stored before that one has ended.
 """
 
 from __future__ import annotations
@@ -67,6 +68,29 @@ class Buffer:
         self.writer = threading.get_ident()
 
 
+class Pair:
+    """Two neighbouring buffers read as one."""
+
+    def __init__(self, left: Buffer, right: Buffer) -> None:
+        self._left, self._right = left, right
+
+    def permute(self, order: list[int]) -> Pair:
+        return self
+
+    @property
+    def holds(self) -> object:
+        both = self._left.holds, self._right.holds
+        return both if all(isinstance(each, tuple) for each in both) else None
+
+    @property
+    def readers(self) -> int:
+        return self._left.readers
+
+    @readers.setter
+    def readers(self, count: int) -> None:
+        self._left.readers = self._right.readers = count
+
+
 class Many:
     """An array of barriers or buffers."""
 
@@ -87,7 +111,7 @@ class Tile:
         self.shape = (64, columns[1] - columns[0])
 
     def __add__(self, other: Tile) -> Tile:
-        return Tile(self.products + other.products)
+        return Tile(self.products + other.products, self.columns)
 
     def to(self, dtype: object) -> Tile:
         return self
@@ -103,18 +127,22 @@ class Product(NamedTuple):
 
     operands: list[tuple[Buffer, Buffer]]
     products: tuple[tuple[Box, Box], ...]
+    columns: tuple[int, int]
 
 
 class Machine:
     """One multiprocessor with one program. Partitions take turns at their waits, one at a time."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, has_predecessor: bool = False) -> None:
+        self._predecessor_runs = has_predecessor
         self.stores: list[tuple[Box, Tile]] = []
         self.buffers: list[Buffer] = []
         self._random = random.Random(seed)
         self._in_flight: list[Callable[[], None]] = []  # of the copy engine
         self._unread: dict[int, list[Buffer]] = {}  # by the thread that asked for the store
         self._turns: list[_Turn] = []
+        if has_predecessor:
+            self.finish_later(self._end_predecessor)
 
     def run(self, partitions: list[Callable[[], None]]) -> None:
         """Until all have ended. Weights make some of them slow for a whole run."""
@@ -147,16 +175,26 @@ class Machine:
         """Of what was asked for now: at any later time."""
         self._in_flight.append(action)
 
+    def _end_predecessor(self) -> None:
+        self._predecessor_runs = False
+
+    def wait_for_predecessor(self) -> None:
+        self.wait(lambda: not self._predecessor_runs)
+
     def load(self, desc: Any, at: list[int], barrier: Barrier, buffer: Buffer) -> None:
+        if self._predecessor_runs and desc.name == "x":
+            raise Hazard("rows are read while the kernel that writes them runs")
         buffer.write("bytes under way")
 
         def land() -> None:
             buffer.write((desc.name, *at))
-            barrier.landed(desc.block_type.shape[0] * desc.block_type.shape[1])
+            barrier.landed(desc.block_type.nbytes)
 
         self.finish_later(land)
 
     def store(self, desc: Any, at: list[int], buffer: Buffer) -> None:
+        if self._predecessor_runs:
+            raise Hazard("stored over what the kernel before may still read")
         if not buffer.is_fenced:
             raise Hazard("the copy engine does not see what no fence came after")
         buffer.readers += 1
@@ -179,19 +217,25 @@ class Machine:
         for buffer in self.buffers:
             buffer.is_fenced = buffer.is_fenced or buffer.writer == threading.get_ident()
 
-    def product(self, x: Buffer, w: Buffer, acc: Tile | Product, use_acc: bool, is_async: bool) -> Product:
+    def product(
+        self, x: Buffer, w: Buffer, acc: Tile | Product, use_acc: bool = True, *, is_async: bool = False
+    ) -> Any:  # fmt: skip
         """Reads its operands until it is waited for."""
-        before = acc if isinstance(acc, Product) else Product([], acc.products)
+        before = acc if isinstance(acc, Product) else Product([], acc.products, acc.columns)
         if not use_acc:
-            before = Product([], ())
+            before = Product([], (), before.columns)
         for buffer in (x, w):
             buffer.readers += 1
-        return Product([*before.operands, (x, w)], before.products)
+        product = Product([*before.operands, (x, w)], before.products, before.columns)
+        return product if is_async else self.product_wait(0, [product])
 
-    def product_wait(self, most: int, deps: list[Product]) -> Tile | Product:
+    def product_wait(self, most: int, deps: list[Product]) -> Any:
         """The last `most` pairs of operands may still be read."""
-        (product,) = deps
         self.wait()
+        found = [self._done(product, most) for product in deps]
+        return found[0] if len(found) == 1 else tuple(found)
+
+    def _done(self, product: Product, most: int) -> Tile | Product:
         num_done = max(0, len(product.operands) - most)
         products = product.products
         for x, w in product.operands[:num_done]:
@@ -200,7 +244,9 @@ class Machine:
             products += ((x.holds, w.holds),)
             x.readers -= 1
             w.readers -= 1
-        return Product(product.operands[num_done:], products) if most else Tile(products)
+        return (
+            Product(product.operands[num_done:], products, product.columns) if most else Tile(products, product.columns)
+        )
 
     def allocate(self, dtype: object, shape: list[int], layout: object) -> Many:
         if dtype is int:

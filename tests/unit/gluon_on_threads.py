@@ -71,10 +71,11 @@ def rewritten(
 
 def run_program(
     functions: Mapping[str, Any], others: Mapping[str, Any], kernel: str, arguments: Mapping[str, Any],
-    program: int, programs: int, seed: int,
+    program: int, programs: int, seed: int, *, is_specialized: bool = True,
 ) -> list[tuple[Box, Tile]]:  # fmt: skip
-    """What one program stores. `functions` run as they are written, `others` are called as they are given."""
-    machine = Machine(seed)
+    """What one program stores. `functions` run as they are written, `others` are called as they are given. A kernel
+    that is not specialised is one partition: its threads do everything together."""
+    machine = Machine(seed, has_predecessor=arguments.get("PDL", False))
 
     def specialize(parts: list[tuple[Callable[..., None], tuple[object, ...]]], *_: object) -> None:
         machine.run([partial(function, *args) for function, args in parts])
@@ -88,7 +89,8 @@ def run_program(
             static_assert=lambda condition: None,
             minimum=lambda a, b: min(a, b) if isinstance(a, int) and isinstance(b, int) else ANYTHING,
             where=lambda condition, a, b: a if condition else b,
-            zeros=lambda *_: Tile(),
+            cdiv=lambda a, b: -(-a // b),
+            zeros=lambda shape, *_: Tile(columns=(0, shape[1])),
             fma=lambda part, scale, acc: acc + part,
             allocate_shared_memory=machine.allocate,
             warp_specialize=specialize,
@@ -102,6 +104,8 @@ def run_program(
         "mbarrier": memory_barriers(machine),
         "tma": SimpleNamespace(store_wait=machine.store_wait),
         "async_load": machine.load,
+        "gdc_wait": machine.wait_for_predecessor,
+        "gdc_launch_dependents": lambda: None,
         "async_store": machine.store,
         "fence_async_shared": machine.fence,
         "barrier": lambda: None,
@@ -109,5 +113,9 @@ def run_program(
         "warpgroup_mma_wait": machine.product_wait,
         **others,
     }
-    with_globals(functions, names)[kernel](**arguments)
+    run = partial(with_globals(functions, names)[kernel], **arguments)
+    if is_specialized:
+        run()
+    else:
+        machine.run([run])
     return machine.stores

@@ -52,7 +52,8 @@ OTHERS: dict[str, Any] = {
 
 
 def matrix(name: str, rows: int, columns: int) -> SimpleNamespace:
-    return SimpleNamespace(name=name, block_type=SimpleNamespace(shape=[rows, columns]), dtype=None, layout=None)
+    box = SimpleNamespace(shape=[rows, columns], nbytes=rows * columns)
+    return SimpleNamespace(name=name, block_type=box, dtype=None, layout=None)
 
 
 def stored(shape: Shape, seed: int, functions: dict[str, Any] = FUNCTIONS) -> list[tuple[Box, Tile]]:

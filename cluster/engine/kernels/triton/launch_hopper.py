@@ -38,10 +38,14 @@ def run_stream(
     out_features = out_MN.shape[1]
     tiles = triton.cdiv(num_rows, plan.block_m) * triton.cdiv(out_features, plan.block_n)
     programs = min(tiles, num_programs * plan.programs_per_multiprocessor) if plan.persistent else tiles
+    block_n = 1 << (plan.block_n.bit_length() - 1)
+    tail_n = plan.block_n - block_n
+    w_boxes = _boxes(w_NK, block_n, plan.block_k)
     linear_stream.stream_kernel[(programs,)](
-        _boxes(x_MK, plan.block_m, plan.block_k), _boxes(w_NK, plan.block_n, plan.block_k),
+        _boxes(x_MK, plan.block_m, plan.block_k), w_boxes,
+        _boxes(w_NK, tail_n, plan.block_k) if tail_n else w_boxes,
         out_MN if bias_N is None else bias_N, out_MN, num_rows, out_features, in_features, out_MN.stride(0),
-        BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, BLOCK_K=plan.block_k, STAGES=plan.num_stages,
+        BLOCK_M=plan.block_m, BLOCK_N=block_n, TAIL_N=tail_n, BLOCK_K=plan.block_k, STAGES=plan.num_stages,
         SWAP=plan.swap, WARPGROUP=plan.swap or plan.block_m >= 64, ONE_ROW_TILE=num_rows <= plan.block_m,
         HAS_BIAS=bias_N is not None, SILU_MUL=silu_mul, LAUNCH_FIRST=plan.launch_first,
         num_warps=plan.num_warps, **_options(pdl),

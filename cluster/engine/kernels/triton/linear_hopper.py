@@ -27,7 +27,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from cluster.engine.kernels.triton import linear
 from cluster.engine.kernels.triton.gluon_math import sigmoid_weighted
-from cluster.engine.kernels.triton.gluon_names import async_load, async_store, barrier
+from cluster.engine.kernels.triton.gluon_names import async_load, async_store, barrier, reinterpret
 
 _tile_of = gluon.jit(linear._tile_of.fn)
 
@@ -143,7 +143,7 @@ def _consume(
     BLOCK_K: gl.constexpr = w_desc.block_type.shape[1]
     COLUMNS: gl.constexpr = HALF if SILU_MUL else 2 * HALF
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * HALF, 16])
-    w_wide = w_ring._reinterpret(w_desc.dtype, [STAGES, 2 * HALF, BLOCK_K], w_desc.layout)
+    w_wide = reinterpret(w_ring, w_desc.dtype, [STAGES, 2 * HALF, BLOCK_K], w_desc.layout)
     buffer = out_buffers.index(WHICH)
     phase = 0
     for tile in range(gl.program_id(0), num_m_tiles * num_n_tiles, gl.num_programs(0)):
@@ -185,6 +185,7 @@ def hopper_kernel(
 
     SILU_MUL: W holds 2N rows, [gate; up], and N counts the result's columns; no bias then.
     """
+    gl.static_assert(STAGES > 1)  # a stage is freed when the product after its own has been started
     if PDL:
         gdc_launch_dependents()
     ROWS: gl.constexpr = x_desc.block_type.shape[0]

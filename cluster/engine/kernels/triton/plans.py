@@ -26,9 +26,10 @@ class LinearPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """One way to compute a GEMM. `swap` puts the weight on the wide side of the instruction (few rows).
 
     stream (`linear_stream.py`): rows of a tile are 8 or more with `swap`, else 64, or a multiple of 16 up to 32 for
-    the warps' own instruction, which wants `block_n` >= 8 columns per warp. hopper (`linear_hopper.py`): tiles of
-    128, 192 or 256 rows and of up to 256 columns (128 rows) or 128, where `block_n` counts gate and up columns
-    together; `block_k` is 64, and warps are fixed.
+    the warps' own instruction, which wants `block_n` >= 8 columns per warp. Tiles of 64 rows without `swap` and
+    SwiGLU may have a `block_n` that is the sum of two powers of two, each 16 at least: 48, 80, 96.
+    hopper (`linear_hopper.py`): tiles of 128, 192 or 256 rows and of up to 256 columns (128 rows) or 128, where
+    `block_n` counts gate and up columns together; `block_k` is 64, and warps are fixed.
     """
 
     kind: LinearKind = "chain"

@@ -1,0 +1,56 @@
+"""The two GEMM kernels for Hopper, compiled for an H100 that is not there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
+
+from benchmarks.gpu.candidates import hopper, stream
+from cluster.engine.kernels.triton import launch
+from cluster.engine.kernels.triton.plans import LinearPlan
+from tests.unit.triton_compile import compiled_for_hopper, spilled_bytes
+
+SHARED_BYTES = 232_448  # of a block
+ROWS = (64, 192, 256, 8192)
+SPILLED_BYTES = {(64, 128): 8, (256, 128): 128}  # of SwiGLU's largest tiles, by Triton 3.9; none by 3.6
+
+
+def offered(num_rows: int, *, silu_mul: bool) -> list[LinearPlan]:
+    kinds = stream if num_rows <= 64 else hopper
+    return [plan for plan in kinds(num_rows, silu_mul=silu_mul) if plan.swap or plan.block_m >= 64]
+
+
+def deepest(num_rows: int, *, silu_mul: bool) -> list[LinearPlan]:
+    """Of each tile the plan with the most stages: it takes the most registers and shared memory."""
+    plans = sorted(offered(num_rows, silu_mul=silu_mul), key=lambda plan: plan.num_stages)
+    return list({(plan.block_m, plan.block_n, plan.swap): plan for plan in plans}.values())
+
+
+CASES = {
+    f"{plan.kind}, {plan.block_m} x {plan.block_n}, {plan.num_stages} stages{', SwiGLU' * silu_mul}": (plan, silu_mul)
+    for num_rows in ROWS
+    for silu_mul in (False, True)
+    for plan in deepest(num_rows, silu_mul=silu_mul)
+}
+
+
+@pytest.mark.parametrize(("plan", "silu_mul"), CASES.values(), ids=CASES)
+def test_products_fit_the_multiprocessor_and_run_on_wgmma(plan: LinearPlan, silu_mul: bool, tmp_path: Path) -> None:
+    x = torch.zeros((plan.block_m, 512), dtype=torch.bfloat16)
+    weight = torch.zeros((1024, 512), dtype=torch.bfloat16)
+    out = torch.empty((plan.block_m, 512 if silu_mul else 1024), dtype=torch.bfloat16)
+    with compiled_for_hopper(tmp_path) as kernels:
+        launch.run_linear(x, weight, None, out, plan, silu_mul=silu_mul, num_programs=132, pdl=True)
+    (kernel,) = kernels
+    ptx = kernel.asm["ptx"]
+    assert "wgmma.mma_async" in ptx
+    assert not re.search(r"mma\.sync\.aligned", ptx)
+    assert spilled_bytes(kernel) <= (SPILLED_BYTES.get((plan.block_m, plan.block_n), 0) if silu_mul else 0)
+    assert kernel.metadata.shared <= SHARED_BYTES
+    assert ptx.index("cp.async.bulk.tensor") < ptx.index("griddepcontrol.wait")  # weights are asked for before the wait
