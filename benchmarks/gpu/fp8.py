@@ -222,17 +222,22 @@ def _write(cells: list[Cell], out: Path) -> None:
         )
         for cell in cells
     )
-    write_table(entries, out)
+    write_table(entries, out / table_name())
 
 
-def write_table(entries: Sequence[Fp8Entry], out: Path) -> None:
+def table_name() -> str:
+    """Of this device's file, as among the committed ones."""
+    return f"{file_stem(torch.cuda.get_device_name())}_fp8.json"
+
+
+def write_table(entries: Sequence[Fp8Entry], path: Path) -> None:
     """The plan table of this device, to be put beside the committed ones."""
     name = torch.cuda.get_device_name()
     table = Fp8Table(device=name, versions=library_versions(), linear=tuple(entries))
     head = json.dumps(msgspec.to_builtins(msgspec.structs.replace(table, linear=())), indent=1)
     lines = ",\n  ".join(json.dumps(msgspec.to_builtins(entry)) for entry in entries)
     text = head.replace('"linear": []', f'"linear": [\n  {lines}\n ]')
-    (out / f"{file_stem(name)}_fp8.json").write_text(text + "\n")
+    path.write_text(text + "\n")
 
 
 def _print_verdicts(verdicts: list[fp8_vet.Verdict]) -> None:

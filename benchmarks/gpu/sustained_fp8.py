@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.gpu import fp8_candidates, fp8_vet, sustained
 from benchmarks.gpu.clocks import FP8_FLOP_PER_CLOCK
-from benchmarks.gpu.fp8 import short, write_table
+from benchmarks.gpu.fp8 import short, table_name, write_table
 from benchmarks.gpu.fp8_layers import LAYERS, HardOperands, random_weights
 from benchmarks.gpu.shapes import Layer
 from benchmarks.gpu.turns import Turns
@@ -118,7 +118,7 @@ def run(budget_s: float, out: Path | None) -> None:
     _print_table(cells)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        write_table(with_faster_plans(ops.fp8.plans.entries(), cells), out)
+        write_table(with_faster_plans(ops.fp8.plans.entries(), cells), out / table_name())
     print(f"{time.monotonic() - start_s:.0f} s")
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import msgspec
 
 from benchmarks.gpu.shapes import FUSED_LAYERS, LAYERS, Layer
+from cluster.engine.kernels.triton.fp8_table import Fp8Entry
 from cluster.engine.kernels.triton.plans import AttentionPlan, LinearPlan
 from cluster.engine.kernels.triton.table import LinearEntry, PlanTable, file_stem
 
 __all__ = ["best_ratios", "file_stem", "is_tuned", "known_plans", "make_table", "with_plans", "write_table"]
+Entry = TypeVar("Entry", LinearEntry, Fp8Entry)
 
 
 def best_ratios(measurements: Path) -> dict[tuple[str, int], tuple[float, LinearPlan]]:
@@ -47,12 +50,14 @@ def make_table(measurements: Path, device: str, versions: dict[str, str], attent
     return PlanTable(device=device, versions=versions, linear=tuple(entries), attention=attention)
 
 
-def with_plans(entries: Sequence[LinearEntry], plans: Mapping[tuple[Layer, int], LinearPlan]) -> list[LinearEntry]:
+def with_plans(
+    entries: Sequence[Entry], plans: Mapping[tuple[Layer, int], Any], make: Callable[..., Entry]
+) -> list[Entry]:  # fmt: skip
     """A table's entries, those of these layers and rows with these plans. A row count that the table has not becomes a
     bound of its own. Weights keep their order, row counts of one ascend."""
     merged = {_shape(entry): entry for entry in entries}
     for (layer, num_rows), plan in plans.items():
-        entry = LinearEntry(
+        entry = make(
             out_features=layer.out_features // (2 if layer.silu_mul else 1), in_features=layer.in_features,
             max_rows=num_rows, silu_mul=layer.silu_mul, plan=plan,
         )  # fmt: skip
@@ -61,7 +66,7 @@ def with_plans(entries: Sequence[LinearEntry], plans: Mapping[tuple[Layer, int],
     return [merged[shape] for shape in sorted(merged, key=lambda shape: (weights.index(shape[0]), shape[1]))]
 
 
-def _shape(entry: LinearEntry) -> tuple[tuple[int, int, bool], int]:
+def _shape(entry: LinearEntry | Fp8Entry) -> tuple[tuple[int, int, bool], int]:
     """(weight, rows)."""
     return (entry.out_features, entry.in_features, entry.silu_mul), entry.max_rows
 

@@ -23,7 +23,7 @@ from benchmarks.gpu.shapes import ROW_COUNTS, Layer
 from benchmarks.gpu.turns import Turns
 from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.kernels.triton.plans import LinearPlan
-from cluster.engine.kernels.triton.table import PlanTable, library_versions
+from cluster.engine.kernels.triton.table import LinearEntry, PlanTable, library_versions
 
 _MODEL_LAYERS = ("8b.qkv", "8b.o", "8b.gate_up_silu", "8b.down", "8b.lm_head")
 _TURN_S = 0.01
@@ -97,7 +97,7 @@ def main() -> None:
         torch.cuda.empty_cache()
     table = PlanTable(
         device=device, versions=library_versions(), attention=ops.plans.attention,
-        linear=tuple(tables.with_plans(entries, faster)),
+        linear=tuple(tables.with_plans(entries, faster, LinearEntry)),
     )  # fmt: skip
     tables.write_table(table, options.out)
     print(f"{len(faster)} faster plans, {options.out}; {time.monotonic() - start_s:.0f} s")

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu import fp8_vet
+from benchmarks.gpu import fp8_vet, tables
 from benchmarks.gpu.clocks import UNKNOWN
 from benchmarks.gpu.shapes import Layer
 from benchmarks.gpu.sustained_fp8 import Cell, offered, wanted_jobs, with_faster_plans
@@ -48,6 +48,13 @@ def test_only_faster_plans_of_measured_cells_are_taken() -> None:
 def test_rows_that_the_table_does_not_tell_apart_get_no_entry() -> None:
     cells = [Cell(Layer("plain", 512, 256), rows, [OLD, *RINGS], turns(3.0, 2.0, 1.0)) for rows in (128, 256, 512)]
     assert with_faster_plans([entry(256), entry(1024)], cells) == [entry(256, RINGS[1]), entry(1024)]
+
+
+def test_the_step_s_tuner_puts_plans_of_other_row_counts_between_the_table_s() -> None:
+    plain = Layer("plain", 512, 256)
+    entries = [entry(64), entry(256, LIBRARY, otherwise=OLD)]
+    found = tables.with_plans(entries, {(plain, 160): RINGS[0], (plain, 256): RINGS[1]}, Fp8Entry)
+    assert found == [entries[0], entry(160, RINGS[0]), entry(256, RINGS[1])]
 
 
 def test_a_plan_in_several_kernels_stays() -> None:

@@ -82,7 +82,7 @@ def shape_of(entry: LinearEntry) -> tuple[int, int, int, bool]:
 def test_the_rest_of_the_table_stays_as_it_is(tmp_path: Path) -> None:
     index = load_plan_index(DEVICE)
     plain, fused = LAYERS[0], FUSED_LAYERS[0]
-    entries = tables.with_plans(index.entries(), {(plain, 32): NEW, (fused, 64): NEW, (plain, 33): NEW})
+    entries = tables.with_plans(index.entries(), {(plain, 32): NEW, (fused, 64): NEW, (plain, 33): NEW}, LinearEntry)
     path = tmp_path / "table.json"
     tables.write_table(PlanTable(device=DEVICE, linear=tuple(entries), attention=index.attention), path)
     written = msgspec.json.decode(path.read_bytes(), type=PlanTable)
