@@ -25,9 +25,6 @@ BF16_LAYERS = ("8b.gate_up_silu", "8b.down", "8b.qkv", "8b.o", "8b.lm_head")
 class StepPlans(Protocol[Plan]):
     """The plans of a device's table, one of which may give way to another for as long as it is tried."""
 
-    layers: Sequence[str]
-    kinds: Sequence[str]
-
     def prepare(self, row_counts: Sequence[int], kinds: Collection[str]) -> None:
         """Compile what `offered` may name, in processes of its own."""
 
