@@ -22,7 +22,7 @@ from cluster.engine.kernels.ops import Ops
 from cluster.engine.kernels.probes import Probe
 from cluster.engine.kernels.probes_moe import random_choice
 from cluster.engine.kernels.registry import describe_difference
-from cluster.engine.kernels.triton import attention, fp8_linear, linear, moe
+from cluster.engine.kernels.triton import attention, fp8_linear, heads, latent, linear, moe
 from cluster.engine.kernels.triton.fp8_plans import REFERENCE_FP8, Fp8Plan
 from cluster.engine.kernels.triton.fp8_table import Fp8Entry, Fp8PlanIndex, Fp8Table
 from cluster.engine.kernels.triton.moe_plans import (
@@ -34,9 +34,17 @@ from cluster.engine.kernels.triton.moe_plans import (
     MoeShape,
     MoeTable,
 )
-from cluster.engine.kernels.triton.plans import REFERENCE_ATTENTION, REFERENCE_LINEAR, AttentionPlan, LinearPlan
+from cluster.engine.kernels.triton.plans import (
+    REFERENCE_ATTENTION,
+    REFERENCE_LATENT,
+    REFERENCE_LINEAR,
+    AttentionPlan,
+    LatentPlan,
+    LinearPlan,
+)
 from cluster.engine.kernels.triton.table import LinearEntry, PlanIndex, PlanTable
 from tests.gpu.support import Paged, mutated
+from tests.gpu.support_latent import PagedLatent
 
 COPY_ENGINE = LinearPlan(kind="tma", block_m=16, block_n=32, block_k=64)
 FEW = MoePlan(
@@ -44,6 +52,7 @@ FEW = MoePlan(
 )
 FP8_COPY_ENGINE = Fp8Plan(kind="tma", block_m=64, block_n=32)
 ATTENTION = AttentionPlan(prefill_block_rows=32, prefill_use_tma=True)
+LATENT = LatentPlan(prefill_block_rows=32, prefill_halves=False)
 MOE_SHAPE = MoeShape(num_experts=6, top_k=2, hidden=64, features=256)
 
 COMPILE_THREADS = 6
@@ -53,10 +62,12 @@ DTYPE = {"cpu": torch.float16, "cuda": torch.bfloat16}
 
 def name_plans(ops: CudaOps) -> CudaOps:
     """From now on `ops` wants the plans above for everything."""
+    ops.latent_plan = LATENT
     return _with_plans(ops, COPY_ENGINE, FEW, FP8_COPY_ENGINE, ATTENTION)
 
 
 def with_references(ops: CudaOps) -> CudaOps:
+    ops.latent_plan = REFERENCE_LATENT
     return _with_plans(ops, REFERENCE_LINEAR, REFERENCE_MOE, REFERENCE_FP8, REFERENCE_ATTENTION)
 
 
@@ -136,6 +147,31 @@ def run_prefill(ops: CudaOps) -> torch.Tensor:
     return run_attention(ops, [80, 33])
 
 
+def run_latent(ops: CudaOps, rows: list[int]) -> torch.Tensor:
+    device = ops.device.type
+    shape: dict[str, Any] = {"num_heads": 4, "latent_size": 64, "rope_size": 16, "dtype": DTYPE[device]}
+    cache = PagedLatent([600, 70], device=device, **shape)
+    metadata = cache.metadata([0, 1], rows, cache.contexts)
+    q, q_rope = (
+        torch.cat([each[i][context - rows[i] : context] for i, context in enumerate(cache.contexts)])
+        for each in (cache.q, cache.q_rope)
+    )
+    return ops.latent_attention(q, q_rope, cache.layer, metadata, cache.scale)
+
+
+def run_latent_decode(ops: CudaOps) -> torch.Tensor:
+    return run_latent(ops, [1, 1])
+
+
+def run_latent_prefill(ops: CudaOps) -> torch.Tensor:
+    return run_latent(ops, [80, 33])
+
+
+def run_heads(ops: CudaOps) -> torch.Tensor:
+    """More rows than plans for few have: the interpreter's products have other bits with operands swapped."""
+    return ops.head_linear(drawn(ops, 11, 70, 4, 320), ops.pack_heads(drawn(ops, 12, 4, 48, 320)))
+
+
 OPERATIONS: dict[str, Callable[[CudaOps], torch.Tensor]] = {
     "linear": run_linear,
     "swiglu": run_swiglu,
@@ -143,6 +179,9 @@ OPERATIONS: dict[str, Callable[[CudaOps], torch.Tensor]] = {
     "fp8": run_fp8,
     "decode": run_decode,
     "prefill": run_prefill,
+    "latent decode": run_latent_decode,
+    "latent prefill": run_latent_prefill,
+    "heads": run_heads,
 }
 
 
@@ -232,6 +271,27 @@ KERNELS = {
         "prefill_kernel",
         [("tl.range(full_start, full_stop, BLOCK_KV)", "tl.range(full_start, full_stop - BLOCK_KV, BLOCK_KV)")],
         lambda options: options["USE_TMA"],
+    ),
+    "latent decode": Kernel(
+        latent,
+        "latent_split_kernel",
+        [
+            ("first_key = split * SPLIT_KEYS", f"first_key = tl.maximum(split * SPLIT_KEYS - {MOVED}, 0)"),
+            ("tl.minimum(first_key + SPLIT_KEYS, context)", f"tl.minimum((split + 1) * SPLIT_KEYS - {MOVED}, context)"),
+        ],
+        lambda options: options["num_stages"] == LATENT.split_num_stages,
+    ),
+    "latent prefill": Kernel(
+        latent,
+        "latent_prefill_kernel",
+        [("tl.range(0, key_stop, BLOCK_KV)", "tl.range(0, key_stop - BLOCK_KV, BLOCK_KV)")],
+        lambda options: options["num_stages"] == LATENT.prefill_num_stages,
+    ),
+    "heads": Kernel(
+        heads,
+        "head_chain_kernel",
+        [("w_ptr + head * N * K", "w_ptr + head // 2 * 2 * N * K")],
+        lambda options: options["num_stages"] != REFERENCE_LINEAR.num_stages,
     ),
 }
 

@@ -6,7 +6,7 @@ import torch
 
 from cluster.engine.kernels.ops import AttentionMetadata
 from cluster.engine.kernels.triton import latent_launch
-from cluster.engine.kernels.triton.latent_launch import LatentPlan
+from cluster.engine.kernels.triton.plans import LatentPlan
 from tests.gpu.support import NUM_MULTIPROCESSORS
 
 

@@ -23,7 +23,7 @@ from cluster.engine.kernels.probes import Magnitudes, draw
 from cluster.engine.kernels.probes_latent import LatentInputs, LatentShape
 from cluster.engine.kernels.probes_moe import router_logits
 from cluster.engine.kernels.triton import attention, latent, latent_launch
-from cluster.engine.kernels.triton.latent_launch import LatentPlan
+from cluster.engine.kernels.triton.plans import LatentPlan
 from cluster.engine.models.config import NoScaling
 from tests.gpu.support import NUM_MULTIPROCESSORS, bits_equal, in_graph, mutated, num_differing, relative_error
 from tests.gpu.support_admission import differing_probes

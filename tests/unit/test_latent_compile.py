@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from cluster.engine.kernels.ops import AttentionMetadata
 from cluster.engine.kernels.triton import latent_launch
-from cluster.engine.kernels.triton.latent_launch import LatentPlan
+from cluster.engine.kernels.triton.plans import LatentPlan
 from tests.unit.triton_compile import compiled_for_hopper, spilled_bytes
 
 SHARED_BYTES = 232_448  # of an H100's multiprocessor, for one program

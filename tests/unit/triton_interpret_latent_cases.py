@@ -11,8 +11,7 @@ from cluster.engine.kernels.cpu.reference import ReferenceOps
 from cluster.engine.kernels.ops import AttentionMetadata, GroupedRouting
 from cluster.engine.kernels.probes_moe import router_logits
 from cluster.engine.kernels.triton import latent_launch, moe_launch
-from cluster.engine.kernels.triton.latent_launch import LatentPlan
-from cluster.engine.kernels.triton.plans import LinearPlan
+from cluster.engine.kernels.triton.plans import LatentPlan, LinearPlan
 from cluster.engine.kv_cache import KVLayout
 from kvconnector import digest
 from kvconnector.digest import KVDigester, Span

@@ -25,9 +25,8 @@ from cluster.engine.kernels.ops import (
 )
 from cluster.engine.kernels.plan_admission import PlanAdmission
 from cluster.engine.kernels.triton import attention_launch, latent_launch, launch, moe_launch
-from cluster.engine.kernels.triton.latent_launch import LatentPlan
 from cluster.engine.kernels.triton.moe_plans import MoePlan, MoeShape, load_moe_plan_index
-from cluster.engine.kernels.triton.plans import AttentionPlan, LinearPlan
+from cluster.engine.kernels.triton.plans import AttentionPlan, LatentPlan, LinearPlan
 from cluster.engine.kernels.triton.table import load_plan_index, plan_without_library, unmeasured_plan
 from cluster.gpu_share import library_serves
 
@@ -260,8 +259,14 @@ class CudaOps:
 
     def head_linear(self, x_THK: torch.Tensor, weight: HeadWeight) -> torch.Tensor:
         assert isinstance(weight, CudaHeadWeight)
+
+        def run(x_THK: torch.Tensor, plan: LinearPlan) -> torch.Tensor:
+            return latent_launch.run_head_linear(x_THK, weight.weight_HNK, plan, pdl=self._pdl(x_THK))
+
         plan = unmeasured_plan(len(x_THK))
-        return latent_launch.run_head_linear(x_THK, weight.weight_HNK, plan, pdl=self._pdl(x_THK))
+        if len(x_THK):
+            plan = cuda_plans.head_plan(self.admission, run, weight.weight_HNK, len(x_THK), plan)
+        return run(x_THK, plan)
 
     def latent_rope_and_cache(
         self,
@@ -286,10 +291,22 @@ class CudaOps:
         metadata: AttentionMetadata,
         scale: float,
     ) -> torch.Tensor:
-        return latent_launch.run_latent_attention(
-            q_THL, q_rope_THR, kv_N11SD, metadata, scale, self.latent_plan, self._num_multiprocessors,
-            pdl=self._pdl(q_THL), lists=self._lists,
-        )  # fmt: skip
+        def run(
+            q_THL: torch.Tensor,
+            q_rope_THR: torch.Tensor,
+            kv_N11SD: torch.Tensor,
+            metadata: AttentionMetadata,
+            plan: LatentPlan,
+        ) -> torch.Tensor:
+            return latent_launch.run_latent_attention(
+                q_THL, q_rope_THR, kv_N11SD, metadata, scale, plan, self._num_multiprocessors,
+                pdl=self._pdl(q_THL), lists=self._lists,
+            )  # fmt: skip
+
+        plan = self.latent_plan
+        if len(q_THL):
+            plan = cuda_plans.latent_plan(self.admission, run, q_THL, kv_N11SD, metadata, plan)
+        return run(q_THL, q_rope_THR, kv_N11SD, metadata, plan)
 
     def log_softmax_stats(self, logits_TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         maximum, logsumexp, _ = self.vocab_stats(logits_TV)

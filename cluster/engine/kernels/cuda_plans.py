@@ -8,10 +8,11 @@ import torch
 
 from cluster.engine.kernels.ops import AttentionMetadata, Rotation
 from cluster.engine.kernels.plan_admission import PlanAdmission
-from cluster.engine.kernels.triton import attention_launch
+from cluster.engine.kernels.triton import attention_launch, latent_launch
 from cluster.engine.kernels.triton.attention_trials import AttentionCase, AttentionTrial, RopeAttentionTrial
+from cluster.engine.kernels.triton.latent_trials import HeadTrial, LatentTrial
 from cluster.engine.kernels.triton.moe_plans import MoePlan, MoeShape
-from cluster.engine.kernels.triton.plans import AttentionPlan, LinearPlan
+from cluster.engine.kernels.triton.plans import AttentionPlan, LatentPlan, LinearPlan
 from cluster.engine.kernels.triton.trials import ExpertsTrial, LinearTrial
 
 
@@ -97,6 +98,47 @@ def rope_attention_plan(
             qkv_TC.dtype,
         ),
     )  # fmt: skip
+
+
+def latent_plan(
+    admission: PlanAdmission,
+    run: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionMetadata, LatentPlan], torch.Tensor],
+    q_THL: torch.Tensor,
+    kv_N11SD: torch.Tensor,
+    metadata: AttentionMetadata,
+    plan: LatentPlan,
+) -> LatentPlan:
+    """As `attention_plan`."""
+    (_, num_heads, latent_size), num_sequences = q_THL.shape, metadata.context_len.shape[0]
+    cache_shape = (1, kv_N11SD.shape[3], kv_N11SD.shape[4])
+
+    def admitted(plan: LatentPlan, split_rows: int) -> LatentPlan:
+        call = ("latent", num_heads, latent_size, cache_shape, q_THL.dtype, num_sequences, split_rows, plan)
+        return admission.serving(
+            call, plan,
+            lambda: LatentTrial(
+                run, plan,
+                AttentionCase(num_heads, cache_shape, q_THL.dtype, None, split_rows, num_sequences, q_THL.device),
+                latent_size,
+            ),
+        )  # fmt: skip
+
+    split_rows, tiled_above = latent_launch.paths(plan, metadata, num_heads)
+    if split_rows:
+        plan = admitted(plan, split_rows)
+        _, tiled_above = latent_launch.paths(plan, metadata, num_heads)
+    return plan if tiled_above is None else admitted(plan, 0)
+
+
+def head_plan(
+    admission: PlanAdmission,
+    run: Callable[[torch.Tensor, LinearPlan], torch.Tensor],
+    weight_HNK: torch.Tensor,
+    num_rows: int,
+    plan: LinearPlan,
+) -> LinearPlan:
+    call = ("heads", weight_HNK.shape, num_rows, plan)
+    return admission.serving(call, plan, lambda: HeadTrial(run, weight_HNK, num_rows))
 
 
 def experts_plan(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import msgspec
 import torch
 import triton
 
@@ -14,28 +13,10 @@ from cluster.engine.kernels.triton import attention, heads, latent, latent_rope
 from cluster.engine.kernels.triton.attention_launch import WorkLists
 from cluster.engine.kernels.triton.launch import aligned
 from cluster.engine.kernels.triton.overlap import overlap
-from cluster.engine.kernels.triton.plans import SPLIT_KEYS, LinearPlan
+from cluster.engine.kernels.triton.plans import SPLIT_KEYS, LatentPlan, LinearPlan
 
 BLOCK_KV = 64  # keys per online-softmax block; part of the canonical order
 _FEW_SEQUENCES = 8  # that take the split kernel with several rows each: partial results of rows take memory
-
-
-class LatentPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Tiles of the two paths; never decides bits. Rows of a tile are (row, head) pairs.
-
-    A multiprocessor's registers hold 64 x 512 accumulators once: the split kernel needs one set, the prefill
-    kernel two, which therefore is started twice, each time for half of the value.
-    """
-
-    split_block_rows: int = 64
-    split_halves: bool = False
-    split_num_warps: int = 8
-    split_num_stages: int = 2
-    split_programs_per_multiprocessor: int = 1
-    prefill_block_rows: int = 64
-    prefill_halves: bool = True
-    prefill_num_warps: int = 8
-    prefill_num_stages: int = 2
 
 
 def run_head_linear(x_THK: torch.Tensor, w_HNK: torch.Tensor, plan: LinearPlan, *, pdl: int = 0) -> torch.Tensor:
@@ -121,17 +102,30 @@ def run_latent_attention(
         return out
     scale_log2 = scale / math.log(2.0)
     call = _Call(aligned(q_THL), aligned(q_rope_THR), kv_N11SD, metadata, out, scale_log2, pdl, lists or WorkLists())
-    several = max(1, plan.split_block_rows // call.group(plan.split_block_rows))
-    split_rows_max = several if call.num_sequences <= _FEW_SEQUENCES else 1
-    if metadata.num_rows_max <= split_rows_max:
-        _run_split(call, plan, metadata.num_rows_max, num_multiprocessors)
-    elif call.num_sequences == 1:
-        _run_prefill(call, plan, 0)
-    else:
-        if metadata.num_rows_min <= 1:
-            _run_split(call, plan, 1, num_multiprocessors)
-        _run_prefill(call, plan, 1)
+    split_rows, tiled_above = paths(plan, metadata, call.num_heads)
+    if split_rows:
+        _run_split(call, plan, split_rows, num_multiprocessors)
+    if tiled_above is not None:
+        _run_prefill(call, plan, tiled_above)
     return out
+
+
+def paths(plan: LatentPlan, metadata: AttentionMetadata, num_heads: int) -> tuple[int, int | None]:
+    """As `attention_launch.paths`."""
+    if plan.few_rows_kind == "tiled":
+        return 0, 0
+    num_sequences = metadata.context_len.shape[0]
+    several = max(1, plan.split_block_rows // _group(num_heads, plan.split_block_rows))
+    if metadata.num_rows_max <= (several if num_sequences <= _FEW_SEQUENCES else 1):
+        return metadata.num_rows_max, None
+    if num_sequences == 1:
+        return 0, 0
+    return (1 if metadata.num_rows_min <= 1 else 0), 1
+
+
+def _group(num_heads: int, block_rows: int) -> int:
+    """Heads of a tile: the most that fit and leave none over."""
+    return max(count for count in range(1, min(num_heads, block_rows) + 1) if num_heads % count == 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +148,7 @@ class _Call:
         return self.metadata.context_len.shape[0]
 
     def group(self, block_rows: int) -> int:
-        """Heads of a tile: the most that fit and leave none over."""
-        return max(count for count in range(1, min(self.num_heads, block_rows) + 1) if self.num_heads % count == 0)
+        return _group(self.num_heads, block_rows)
 
     def constants(self, group: int, block_rows: int) -> dict[str, int]:
         latent_size, rope_size = self.q_THL.shape[2], self.q_rope_THR.shape[2]

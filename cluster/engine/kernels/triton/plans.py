@@ -69,3 +69,27 @@ class AttentionPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 REFERENCE_ATTENTION = AttentionPlan(few_rows_kind="tiled", prefill_block_rows=16, prefill_num_stages=1)
+
+
+class LatentPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, cache_hash=True):
+    """Tiles of the two paths of latent attention. Rows of a tile are (row, head) pairs.
+
+    A multiprocessor's registers hold 64 x 512 accumulators once: the split kernel needs one set, the prefill
+    kernel two, which therefore is started twice, each time for half of the value.
+    """
+
+    few_rows_kind: Literal["split", "tiled"] = "split"  # as of `AttentionPlan`
+    split_block_rows: int = 64
+    split_halves: bool = False
+    split_num_warps: int = 8
+    split_num_stages: int = 2
+    split_programs_per_multiprocessor: int = 1
+    prefill_block_rows: int = 64
+    prefill_halves: bool = True
+    prefill_num_warps: int = 8
+    prefill_num_stages: int = 2
+
+
+REFERENCE_LATENT = LatentPlan(
+    few_rows_kind="tiled", prefill_block_rows=16, prefill_halves=False, prefill_num_stages=1
+)  # fmt: skip
