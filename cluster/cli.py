@@ -187,8 +187,10 @@ def verify(
         str | None,
         typer.Option("--monolithic", metavar="MODEL", help="Start one process with this model and compare with it"),
     ] = None,
-    prompts: Annotated[int, typer.Option(help="How many prompts, of lengths that matter", min=1, max=10_000)] = 64,
-    max_tokens: Annotated[int, typer.Option(help="Tokens per answer", min=1, max=100_000)] = 16,
+    prompts: Annotated[
+        int | None, typer.Option(help="How many prompts, of lengths that matter (64)", min=1, max=10_000)
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens per answer (16)", min=1, max=100_000)] = None,
     concurrency: Annotated[str, typer.Option(help="Requests in flight, one round for each")] = "1,8,32",
     record: Annotated[Path | None, typer.Option(help="Keep the answers of URL_A in this file")] = None,
     against: Annotated[Path | None, typer.Option(help="Compare with the answers in this file")] = None,
@@ -210,7 +212,10 @@ def verify(
 
     if url_b is not None and monolithic is not None:
         raise ConfigError("give either URL_B or --monolithic, not both")
-    options = VerifyOptions(num_prompts=prompts, max_tokens=max_tokens, concurrency=_levels(concurrency))
+    for name, given in (("--prompts", prompts), ("--max-tokens", max_tokens)):
+        if given is not None and against is not None:
+            raise ConfigError(f"{name}: the prompts and the lengths of answers are those of {against}; leave it out")
+    options = VerifyOptions(num_prompts=prompts or 64, max_tokens=max_tokens or 16, concurrency=_levels(concurrency))
     with ExitStack() as stack:
         if monolithic is not None:
             from cluster.launch.companion import monolithic_companion

@@ -194,7 +194,10 @@ def main(config: ModelConfig = LLAMA_8B) -> None:
             for seed, rate in enumerate(options.rate)  # or later loads would find their prompts in the prefix cache
         }
         device_name = torch.cuda.get_device_name() if options.device.startswith("cuda") else processor_name()
-        recorders = {rate: Recorder(device_name, {"rate": rate, **lengths}, options.out) for rate in loads}
+        recorders = {
+            rate: Recorder(device_name, {"rate": rate, "duration_s": options.duration, **lengths}, options.out)
+            for rate in loads
+        }
         with contextlib.suppress(KeyboardInterrupt):  # what was measured by then is recorded
             for variant in variants(options.shares, options.chunks, options.device, a_gpu_each=options.a_gpu_each):
                 try:

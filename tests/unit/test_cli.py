@@ -146,3 +146,12 @@ def test_a_cache_that_cannot_be_made_is_named(
     assert run(monkeypatch, "launch", "demo", "--port", "0") == 1
     error = capsys.readouterr().err
     assert "set TANDEM_CACHE" in error
+
+
+@pytest.mark.parametrize("option", ["--prompts", "--max-tokens"])
+def test_a_recording_has_its_own_prompts(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "verify", "http://127.0.0.1:1", "--against", "today.json", option, "5") != 0
+    shown = capsys.readouterr()
+    assert f"{option}: the prompts and the lengths of answers are those of today.json" in shown.out + shown.err
