@@ -212,10 +212,13 @@ def verify(
 
     if url_b is not None and monolithic is not None:
         raise ConfigError("give either URL_B or --monolithic, not both")
-    for name, given in (("--prompts", prompts), ("--max-tokens", max_tokens)):
-        if given is not None and against is not None:
+    for name, value in (("--prompts", prompts), ("--max-tokens", max_tokens)):
+        if value is not None and against is not None:
             raise ConfigError(f"{name}: the prompts and the lengths of answers are those of {against}; leave it out")
-    options = VerifyOptions(num_prompts=prompts or 64, max_tokens=max_tokens or 16, concurrency=_levels(concurrency))
+    given = {"num_prompts": prompts, "max_tokens": max_tokens}
+    options = VerifyOptions(
+        concurrency=_levels(concurrency), **{name: value for name, value in given.items() if value is not None}
+    )
     with ExitStack() as stack:
         if monolithic is not None:
             from cluster.launch.companion import monolithic_companion

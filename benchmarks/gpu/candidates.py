@@ -22,7 +22,9 @@ def _shared_bytes(plan: LinearPlan, *, silu_mul: bool) -> int:
 
 
 def fits(plan: LinearPlan, *, silu_mul: bool) -> bool:
-    """Whether its buffers fit into one block's shared memory."""
+    """Whether its buffers fit into one block's shared memory, and the kernel has such tiles."""
+    if silu_mul and plan.kind == "stream" and plan.block_n.bit_count() > 1:
+        return False
     barriers = 1024 if plan.kind in ("stream", "hopper") else 0
     return _shared_bytes(plan, silu_mul=silu_mul) + barriers <= _SHARED_BYTES
 
@@ -50,13 +52,14 @@ def stream(num_rows: int, *, silu_mul: bool) -> Iterator[LinearPlan]:
 
 
 def hopper(num_rows: int, *, silu_mul: bool) -> Iterator[LinearPlan]:
-    """Above 64 rows: one warp group of producers, two or three of consumers. Up to 256 rows also tiles as tall as all
+    """Above 64 rows: a producer warp, two or three warp groups of consumers. Up to 256 rows also tiles as tall as all
     rows are, so narrow that there are about as many as multiprocessors: each weight is read once."""
     tall = next((rows for rows in (128, 192, 256) if num_rows <= rows), 0)
     narrow = [(tall, 128, stages, 8) for stages in (4, 5, 6)] + [(tall, 64, stages, 8) for stages in (5, 6)]
     narrow += [(tall, 32, stages, 8) for stages in (5, 7)]
     wide = [(128, 256, 4, 8), (128, 256, 4, 16), (128, 256, 3, 8), (256, 128, 4, 8)]
-    for block_m, block_n, stages, group_m in (narrow if tall else []) + (wide if num_rows > 128 else []):
+    tiles = dict.fromkeys((narrow if tall else []) + (wide if num_rows > 128 else []))
+    for block_m, block_n, stages, group_m in tiles:
         if (block_n <= 32 and silu_mul) or block_m > max(num_rows, tall):
             continue
         for parts in (1, 2):

@@ -237,6 +237,7 @@ def write_table(entries: Sequence[Fp8Entry], path: Path) -> None:
     head = json.dumps(msgspec.to_builtins(msgspec.structs.replace(table, linear=())), indent=1)
     lines = ",\n  ".join(json.dumps(msgspec.to_builtins(entry)) for entry in entries)
     text = head.replace('"linear": []', f'"linear": [\n  {lines}\n ]')
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text + "\n")
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import msgspec
 import torch
+import triton
 
 from benchmarks.gpu import candidates
 from benchmarks.gpu import step as step_benchmark
@@ -80,7 +81,7 @@ def check(share: int) -> None:
             for outcome in outcomes(ops, plans[index]):
                 emit({"case": index})
                 found += [outcome] if outcome else []
-        except RuntimeError as error:
+        except (triton.TritonError, RuntimeError) as error:
             found.append(f"{type(error).__name__}: {str(error)[-300:]}")
         emit({"checked": index, "failures": found, "plan": msgspec.to_builtins(plans[index])})
 

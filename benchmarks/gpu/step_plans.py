@@ -13,10 +13,10 @@ from benchmarks.gpu import fp8, fp8_candidates, fp8_vet, sustained, sweeps, tabl
 from benchmarks.gpu.fp8_layers import LAYERS as FP8_LAYERS
 from benchmarks.gpu.gemm import LayerBench
 from cluster.engine.kernels.cuda_ops import CudaOps
-from cluster.engine.kernels.triton.fp8_plans import Fp8Kind, Fp8Plan
+from cluster.engine.kernels.triton.fp8_plans import UNMEASURED_FP8, Fp8Plan
 from cluster.engine.kernels.triton.fp8_table import Fp8Entry, Fp8PlanIndex, Fp8Table
 from cluster.engine.kernels.triton.plans import LinearKind, LinearPlan
-from cluster.engine.kernels.triton.table import LinearEntry, PlanIndex, PlanTable, library_versions
+from cluster.engine.kernels.triton.table import UNMEASURED, LinearEntry, PlanIndex, PlanTable, library_versions
 
 Plan = TypeVar("Plan")
 BF16_LAYERS = ("8b.gate_up_silu", "8b.down", "8b.qkv", "8b.o", "8b.lm_head")
@@ -26,11 +26,10 @@ class StepPlans(Protocol[Plan]):
     """The plans of a device's table, one of which may give way to another for as long as it is tried."""
 
     def prepare(self, row_counts: Sequence[int], kinds: Collection[str]) -> None:
-        """Compile what `offered` may name, in processes of its own."""
+        """Compile what `offered` may name, or more, in processes of its own."""
 
     def offered(self, layer: str, num_rows: int, kinds: Collection[str]) -> list[Plan]:
-        """The table's plan first, then those of these kinds, all with the reference's bits. `RuntimeError` if the
-        table's has others: there is nothing to compare with then."""
+        """The plan that serves first, then those of these kinds that were found to have the reference's bits."""
 
     def serve(self, layer: str, num_rows: int, plan: Plan) -> None:
         """In the next steps that are launched or captured."""
@@ -49,16 +48,21 @@ class Bf16Plans:
 
     def __init__(self, ops: CudaOps) -> None:
         self._ops = ops
-        self._entries: Sequence[LinearEntry] = ops.plans.entries()
+        layers = [sustained.ALL_LAYERS[name] for name in self.layers]
+        self._entries = tables.with_weights(ops.plans.entries(), layers, UNMEASURED, LinearEntry)
 
     def prepare(self, row_counts: Sequence[int], kinds: Collection[str]) -> None:
         sweeps.compile_all(max(1, (os.cpu_count() or 1) // 2), row_counts)
 
     def offered(self, layer: str, num_rows: int, kinds: Collection[str]) -> list[LinearPlan]:
+        """`RuntimeError` if the table's plan has other bits: another one serves, there is nothing to compare with."""
         shape = sustained.ALL_LAYERS[layer]
         mine, *others = sustained.plans_for(self._ops, shape, num_rows)
         wanted = [mine, *(plan for plan in others if plan.kind in kinds)]
-        return _led_by(mine, sustained.sound_plans(LayerBench(self._ops, shape, num_rows), wanted, num_rows), layer)
+        sound = sustained.sound_plans(LayerBench(self._ops, shape, num_rows), wanted, num_rows)
+        if sound[:1] != [mine]:
+            raise RuntimeError(f"{layer}, {num_rows} rows: the table's plan is not sound; tune_rows finds another")
+        return sound
 
     def serve(self, layer: str, num_rows: int, plan: LinearPlan) -> None:
         self._ops.plans = PlanIndex(self._table(self._with(layer, num_rows, plan)))
@@ -82,16 +86,17 @@ class Bf16Plans:
 class Fp8Plans:
     """`StepPlans` of `CudaOps.fp8.plans`, of channel scales."""
 
-    layers, kinds = BF16_LAYERS[:-1], get_args(Fp8Kind)
+    layers = tuple(name for name in BF16_LAYERS if name != "8b.lm_head")
+    kinds = ("chain", "tma", "rings", "stream")  # of `fp8_candidates`
 
     def __init__(self, ops: CudaOps) -> None:
         self._fp8 = ops.fp8
-        self._entries: Sequence[Fp8Entry] = ops.fp8.plans.entries()
-        self._shapes = {layer.name: layer for layer in FP8_LAYERS}
+        self._shapes = {layer.name: layer for layer in FP8_LAYERS if layer.name in self.layers}
+        self._entries = tables.with_weights(ops.fp8.plans.entries(), self._shapes.values(), UNMEASURED_FP8, Fp8Entry)
         self._sound: set[fp8_vet.Job] = set()
 
     def prepare(self, row_counts: Sequence[int], kinds: Collection[str]) -> None:
-        """Tries them, too: one that hangs takes its process alone."""
+        """Tries them, too: one that hangs takes its process alone. Tells which are left out."""
         wanted = {
             (silu_mul, plan)
             for num_rows in row_counts
@@ -100,12 +105,18 @@ class Fp8Plans:
             if plan.kind in kinds
         }
         verdicts = fp8_vet.vet(max(2, min(14, (os.cpu_count() or 2) // 2)), 120.0, wanted.__contains__)
+        for each in verdicts:
+            if each.error or each.differing:
+                print(f"left out: {fp8.short(each.plan)}: {each.error or f'{each.differing} values differ'}")
         self._sound = {(each.silu_mul, each.plan) for each in verdicts if not each.error and not each.differing}
+        print(f"{len(self._sound)} of {len(wanted)} plans tried and sound", flush=True)
 
     def offered(self, layer: str, num_rows: int, kinds: Collection[str]) -> list[Fp8Plan]:
         shape = self._shapes[layer]
         outputs = shape.out_features // (2 if shape.silu_mul else 1)
-        mine = self._fp8.plans.linear(outputs, shape.in_features, num_rows, silu_mul=shape.silu_mul)
+        mine = self._fp8.plans.linear(
+            outputs, shape.in_features, num_rows, silu_mul=shape.silu_mul, takes_library=False
+        )  # fmt: skip
         others = fp8_candidates.candidates(num_rows, silu_mul=shape.silu_mul)
         sound = [plan for plan in others if plan.kind in kinds and (shape.silu_mul, plan) in self._sound]
         return list(dict.fromkeys([mine, *sound]))
@@ -123,9 +134,3 @@ class Fp8Plans:
 
     def _with(self, layer: str, num_rows: int, plan: Fp8Plan) -> list[Fp8Entry]:
         return tables.with_plans(self._entries, {(self._shapes[layer], num_rows): plan}, Fp8Entry)
-
-
-def _led_by(mine: LinearPlan, sound: list[LinearPlan], layer: str) -> list[LinearPlan]:
-    if sound[:1] != [mine]:
-        raise RuntimeError(f"{layer}: the table's plan is not sound; tune_rows finds another")
-    return sound

@@ -50,6 +50,16 @@ def make_table(measurements: Path, device: str, versions: dict[str, str], attent
     return PlanTable(device=device, versions=versions, linear=tuple(entries), attention=attention)
 
 
+def with_weights(
+    entries: Sequence[Entry], layers: Iterable[Layer], defaults: Iterable[tuple[int, Any]], make: Callable[..., Entry]
+) -> list[Entry]:  # fmt: skip
+    """A table's entries, and the defaults ((rows, plan), ascending) of the layers that it has not: one measured row
+    count alone would serve all the others, too."""
+    known = {_shape(entry)[0] for entry in entries}
+    plans = {(layer, num_rows): plan for layer in layers for num_rows, plan in defaults if _weight(layer) not in known}
+    return with_plans(entries, plans, make)
+
+
 def with_plans(
     entries: Sequence[Entry], plans: Mapping[tuple[Layer, int], Any], make: Callable[..., Entry]
 ) -> list[Entry]:  # fmt: skip
@@ -57,13 +67,17 @@ def with_plans(
     bound of its own. Weights keep their order, row counts of one ascend."""
     merged = {_shape(entry): entry for entry in entries}
     for (layer, num_rows), plan in plans.items():
+        out_features, in_features, silu_mul = _weight(layer)
         entry = make(
-            out_features=layer.out_features // (2 if layer.silu_mul else 1), in_features=layer.in_features,
-            max_rows=num_rows, silu_mul=layer.silu_mul, plan=plan,
+            out_features=out_features, in_features=in_features, max_rows=num_rows, silu_mul=silu_mul, plan=plan
         )  # fmt: skip
         merged[_shape(entry)] = entry
     weights = list(dict.fromkeys(weight for weight, _ in merged))
     return [merged[shape] for shape in sorted(merged, key=lambda shape: (weights.index(shape[0]), shape[1]))]
+
+
+def _weight(layer: Layer) -> tuple[int, int, bool]:
+    return layer.out_features // (2 if layer.silu_mul else 1), layer.in_features, layer.silu_mul
 
 
 def _shape(entry: LinearEntry | Fp8Entry) -> tuple[tuple[int, int, bool], int]:

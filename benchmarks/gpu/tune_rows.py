@@ -23,7 +23,7 @@ from benchmarks.gpu.shapes import ROW_COUNTS, Layer
 from benchmarks.gpu.turns import Turns
 from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.kernels.triton.plans import LinearPlan
-from cluster.engine.kernels.triton.table import LinearEntry, PlanTable, library_versions
+from cluster.engine.kernels.triton.table import UNMEASURED, LinearEntry, PlanIndex, PlanTable, library_versions
 
 _MODEL_LAYERS = ("8b.qkv", "8b.o", "8b.gate_up_silu", "8b.down", "8b.lm_head")
 _TURN_S = 0.01
@@ -89,7 +89,8 @@ def main() -> None:
     deadline_s = time.monotonic() + options.budget
     offer = sweeps.known_candidates(device) if options.known else sweeps.all_candidates
     ops = CudaOps(torch.device("cuda"))
-    entries = ops.plans.entries()  # before shapes are looked up that it does not have
+    entries = tables.with_weights(ops.plans.entries(), layers, UNMEASURED, LinearEntry)
+    ops.plans = PlanIndex(PlanTable(device=device, linear=tuple(entries), attention=ops.plans.attention))
     faster: dict[tuple[Layer, int], LinearPlan] = {}
     for layer in layers:
         found = tune_layer(ops, layer, options.rows, deadline_s, offer)

@@ -181,6 +181,10 @@ class Machine:
     def wait_for_predecessor(self) -> None:
         self.wait(lambda: not self._predecessor_runs)
 
+    def check_may_store(self) -> None:
+        if self._predecessor_runs:
+            raise Hazard("stored over what the kernel before may still read")
+
     def load(self, desc: Any, at: list[int], barrier: Barrier, buffer: Buffer) -> None:
         if self._predecessor_runs and desc.name == "x":
             raise Hazard("rows are read while the kernel that writes them runs")
@@ -193,8 +197,7 @@ class Machine:
         self.finish_later(land)
 
     def store(self, desc: Any, at: list[int], buffer: Buffer) -> None:
-        if self._predecessor_runs:
-            raise Hazard("stored over what the kernel before may still read")
+        self.check_may_store()
         if not buffer.is_fenced:
             raise Hazard("the copy engine does not see what no fence came after")
         buffer.readers += 1

@@ -1,4 +1,4 @@
-"""Runs the text of a warp-specialised Gluon kernel on `barrier_machine`: its functions get other globals."""
+"""Runs the text of a Gluon kernel on `barrier_machine`: its functions get other globals."""
 
 from __future__ import annotations
 
@@ -48,6 +48,10 @@ def memory_barriers(machine: Machine) -> SimpleNamespace:
     )
 
 
+def _static_assert(condition: bool) -> None:
+    assert condition
+
+
 def with_globals(functions: Mapping[str, Any], names: dict[str, Any]) -> dict[str, Any]:
     """`names` with the functions, which call each other and these names."""
     for name, function in functions.items():
@@ -69,12 +73,15 @@ def rewritten(
     return {**functions, name: SimpleNamespace(fn=runpy.run_path(str(file))[name])}
 
 
+Others = Mapping[str, Any] | Callable[[Machine], Mapping[str, Any]]
+
+
 def run_program(
-    functions: Mapping[str, Any], others: Mapping[str, Any], kernel: str, arguments: Mapping[str, Any],
+    functions: Mapping[str, Any], others: Others, kernel: str, arguments: Mapping[str, Any],
     program: int, programs: int, seed: int, *, is_specialized: bool = True,
 ) -> list[tuple[Box, Tile]]:  # fmt: skip
-    """What one program stores. `functions` run as they are written, `others` are called as they are given. A kernel
-    that is not specialised is one partition: its threads do everything together."""
+    """What one program stores. `functions` run as they are written, `others` as they are given. A kernel that is not
+    specialised is one partition: its threads do everything together."""
     machine = Machine(seed, has_predecessor=arguments.get("PDL", False))
 
     def specialize(parts: list[tuple[Callable[..., None], tuple[object, ...]]], *_: object) -> None:
@@ -86,7 +93,7 @@ def run_program(
             num_programs=lambda axis: programs,
             constexpr=lambda value: value,
             static_range=range,
-            static_assert=lambda condition: None,
+            static_assert=_static_assert,
             minimum=lambda a, b: min(a, b) if isinstance(a, int) and isinstance(b, int) else ANYTHING,
             where=lambda condition, a, b: a if condition else b,
             cdiv=lambda a, b: -(-a // b),
@@ -111,7 +118,7 @@ def run_program(
         "barrier": lambda: None,
         "warpgroup_mma": machine.product,
         "warpgroup_mma_wait": machine.product_wait,
-        **others,
+        **(others(machine) if callable(others) else others),
     }
     run = partial(with_globals(functions, names)[kernel], **arguments)
     if is_specialized:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import msgspec
 import pytest
 import torch
 
@@ -78,3 +81,23 @@ def test_a_device_without_a_table_runs_on_defaults() -> None:
 def test_asking_for_a_gpu_where_there_is_none_names_the_field() -> None:
     with pytest.raises(ConfigError, match="device: 'cuda:1' was asked for"):
         get_ops("cuda:1")
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"kind": "stream", "block_m": 64, "block_n": 72},  # a tail of 8
+        {"kind": "stream", "block_m": 64, "block_n": 112},  # three parts
+        {"kind": "stream", "block_m": 32, "block_n": 48},
+        {"kind": "stream", "block_m": 64, "block_n": 80, "swap": True},
+        {"kind": "hopper", "block_m": 160},
+        {"kind": "hopper", "block_m": 128, "block_k": 128},
+        {"kind": "hopper", "block_m": 128, "num_stages": 1},
+    ],
+    ids=str,
+)
+def test_a_tile_that_would_end_the_compiler_s_process_is_no_plan(shape: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="tile"):
+        LinearPlan(**shape)
+    with pytest.raises(msgspec.ValidationError, match="tile"):
+        msgspec.convert(shape, LinearPlan)

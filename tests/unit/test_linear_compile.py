@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from cluster.engine.kernels.triton.plans import LinearPlan
 from tests.unit.triton_compile import compiled_for_hopper, spilled_bytes
 
 SHARED_BYTES = 232_448  # of a block
-ROWS = (64, 192, 256, 8192)
+ROWS = (64, 128, 192, 256, 8192)
 SPILLED_BYTES = {(64, 128): 8, (256, 128): 128}  # of SwiGLU's largest tiles, by Triton 3.9; none by 3.6
 
 
@@ -27,8 +28,8 @@ def offered(num_rows: int, *, silu_mul: bool) -> list[LinearPlan]:
 
 
 def deepest(num_rows: int, *, silu_mul: bool) -> list[LinearPlan]:
-    """Of each tile the plan with the most stages: it takes the most registers and shared memory."""
-    plans = sorted(offered(num_rows, silu_mul=silu_mul), key=lambda plan: plan.num_stages)
+    """Of each tile the plan with the deepest ring: it takes the most registers and shared memory."""
+    plans = sorted(offered(num_rows, silu_mul=silu_mul), key=lambda plan: plan.num_stages * plan.block_k)
     return list({(plan.block_m, plan.block_n, plan.swap): plan for plan in plans}.values())
 
 
@@ -44,13 +45,20 @@ CASES = {
 def test_products_fit_the_multiprocessor_and_run_on_wgmma(plan: LinearPlan, silu_mul: bool, tmp_path: Path) -> None:
     x = torch.zeros((plan.block_m, 512), dtype=torch.bfloat16)
     weight = torch.zeros((1024, 512), dtype=torch.bfloat16)
-    out = torch.empty((plan.block_m, 512 if silu_mul else 1024), dtype=torch.bfloat16)
     with compiled_for_hopper(tmp_path) as kernels:
-        launch.run_linear(x, weight, None, out, plan, silu_mul=silu_mul, num_programs=132, pdl=True)
-    (kernel,) = kernels
+        for dtype in (torch.bfloat16,) if silu_mul else (torch.bfloat16, torch.float32):
+            out = torch.empty((plan.block_m, 512 if silu_mul else 1024), dtype=dtype)
+            launch.run_linear(x, weight, None, out, plan, silu_mul=silu_mul, num_programs=132, pdl=True)
+    for kernel in kernels:
+        check(kernel, SPILLED_BYTES.get((plan.block_m, plan.block_n), 0) if silu_mul else 0)
+
+
+def check(kernel: Any, spilled: int) -> None:
     ptx = kernel.asm["ptx"]
     assert "wgmma.mma_async" in ptx
     assert not re.search(r"mma\.sync\.aligned", ptx)
-    assert spilled_bytes(kernel) <= (SPILLED_BYTES.get((plan.block_m, plan.block_n), 0) if silu_mul else 0)
+    assert spilled_bytes(kernel) <= spilled
     assert kernel.metadata.shared <= SHARED_BYTES
-    assert ptx.index("cp.async.bulk.tensor") < ptx.index("griddepcontrol.wait")  # weights are asked for before the wait
+    first_load = re.search(r"cp\.async\.bulk\.tensor\S*\.shared::\w+\.global", ptx)
+    assert first_load is not None
+    assert first_load.start() < ptx.index("griddepcontrol.wait"), "weights are asked for before the wait"

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton")
 
 from cluster.engine.kernels.triton import linear_stream
-from tests.unit.barrier_machine import Hazard, Tile
+from tests.unit.barrier_machine import Hazard, Machine, Tile
 from tests.unit.gluon_on_threads import rewritten, run_program
 
 NAMES = ("_request_weight", "_request_rows", "_next", "_zeros", "_multiply", "_multiply_both", "stream_kernel")
@@ -30,6 +30,7 @@ class Shape(NamedTuple):
     tail_n: int
     stages: int
     silu_mul: bool
+    swap: bool
     launch_first: bool
     programs: int
 
@@ -47,23 +48,27 @@ def check(shape: Shape, seed: int, functions: dict[str, Any] = FUNCTIONS) -> Non
     """Each part of the result is stored once, and is the sum of its own products in order."""
     found: list[tuple[int, int, int, Products, Products]] = []
 
-    def store(
-        acc: Tile, up: Tile, bias: None, out: None, row: int, column: int, M: int, N: int, stride: int, SWAP: bool,
-        HAS_BIAS: bool, SILU_MUL: bool,
-    ) -> None:  # fmt: skip
-        found.append((row, column, acc.shape[1], acc.products, up.products if SILU_MUL else ()))
+    def others(machine: Machine) -> dict[str, Any]:
+        def store(
+            acc: Tile, up: Tile, bias: None, out: None, row: int, column: int, M: int, N: int, stride: int, SWAP: bool,
+            HAS_BIAS: bool, SILU_MUL: bool,
+        ) -> None:  # fmt: skip
+            machine.check_may_store()
+            found.append((row, column, acc.shape[1], acc.products, up.products if SILU_MUL else ()))
+
+        return {"_store": store}
 
     arguments = {
         "x_desc": matrix("x", shape.block_m), "w_desc": matrix("w", shape.block_n),
         "tail_desc": matrix("w", shape.tail_n or shape.block_n), "bias_ptr": None, "out_ptr": None,
         "M": shape.num_rows, "N": shape.outputs, "K": shape.inputs, "stride_out": shape.outputs,
         "BLOCK_M": shape.block_m, "BLOCK_N": shape.block_n, "TAIL_N": shape.tail_n, "BLOCK_K": BLOCK_K,
-        "STAGES": shape.stages, "SWAP": False, "WARPGROUP": True, "ONE_ROW_TILE": shape.num_rows <= shape.block_m,
+        "STAGES": shape.stages, "SWAP": shape.swap, "WARPGROUP": True, "ONE_ROW_TILE": shape.num_rows <= shape.block_m,
         "HAS_BIAS": False, "SILU_MUL": shape.silu_mul, "LAUNCH_FIRST": shape.launch_first, "PDL": True,
     }  # fmt: skip
     for program in range(shape.programs):
         run_program(
-            functions, {"_store": store}, "stream_kernel", arguments, program, shape.programs, seed + program,
+            functions, others, "stream_kernel", arguments, program, shape.programs, seed + program,
             is_specialized=False,
         )  # fmt: skip
     wanted = []
@@ -72,12 +77,14 @@ def check(shape: Shape, seed: int, functions: dict[str, Any] = FUNCTIONS) -> Non
             parts = [(left, shape.block_n)] + [(left + shape.block_n, shape.tail_n)] * (shape.tail_n > 0)
             for column, width in parts:
                 up = products(shape, row, column + shape.outputs) if shape.silu_mul else ()
-                wanted.append((row, column, width, products(shape, row, column), up))
+                wide = shape.block_m if shape.swap else width
+                wanted.append((row, column, wide, products(shape, row, column), up))
     assert sorted(found) == sorted(wanted)
 
 
 def products(shape: Shape, row: int, column: int) -> Products:
-    return tuple((("x", row, k), ("w", column, k)) for k in range(0, shape.inputs, BLOCK_K))
+    pairs = ((("x", row, k), ("w", column, k)) for k in range(0, shape.inputs, BLOCK_K))
+    return tuple(pair[::-1] if shape.swap else pair for pair in pairs)
 
 
 def any_shape(random_: random.Random) -> Shape:
@@ -85,7 +92,7 @@ def any_shape(random_: random.Random) -> Shape:
     block_n, tail_n = random_.choice(((64, 0), (32, 0)) if silu_mul else ((64, 0), (64, 16), (32, 16), (64, 32)))
     shape = Shape(
         random_.choice((1, 64, 130)), random_.choice((40, 80, 330, 512)), 64 * random_.randint(1, 12), 64, block_n,
-        tail_n, random_.randint(1, 5), silu_mul, random_.random() < 0.5, 1,
+        tail_n, random_.randint(1, 5), silu_mul, tail_n == 0 and random_.random() < 0.5, random_.random() < 0.5, 1,
     )  # fmt: skip
     return shape._replace(programs=random_.randint(1, shape.tiles))
 

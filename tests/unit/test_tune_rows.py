@@ -22,7 +22,14 @@ from benchmarks.gpu.tune_rows import faster_plan
 from benchmarks.gpu.tune_step import shorter_plan
 from benchmarks.gpu.turns import Turn, Turns
 from cluster.engine.kernels.triton.plans import LinearPlan
-from cluster.engine.kernels.triton.table import LinearEntry, PlanTable, load_plan_index
+from cluster.engine.kernels.triton.table import (
+    UNMEASURED,
+    LinearEntry,
+    PlanIndex,
+    PlanTable,
+    load_plan_index,
+    unmeasured_plan,
+)
 
 OLD, NEW = LinearPlan(block_n=128), LinearPlan(block_n=32)
 DEVICE = "NVIDIA H200"
@@ -97,6 +104,19 @@ def test_the_rest_of_the_table_stays_as_it_is(tmp_path: Path) -> None:
     bounds = [entry.max_rows for entry in written.linear if shape_of(entry)[:2] == (6144, 4096)]
     assert bounds[5:8] == [32, 33, 64]
     assert bounds == sorted(bounds)
+
+
+def test_a_device_without_a_table_gets_bounds_of_all_rows_first() -> None:
+    """Or one measured row count would serve all others."""
+    plain, fused = LAYERS[0], FUSED_LAYERS[0]
+    entries = tables.with_weights([], [plain, fused], UNMEASURED, LinearEntry)
+    with_one = tables.with_plans(entries, {(plain, 33): NEW}, LinearEntry)
+    index = PlanIndex(PlanTable(device="none", linear=tuple(with_one)))
+    assert index.linear(6144, 4096, 33, silu_mul=False) == NEW
+    for num_rows in (1, 16, 64, 8192):
+        assert index.linear(6144, 4096, num_rows, silu_mul=False) == unmeasured_plan(num_rows)
+        assert index.linear(14336, 4096, num_rows, silu_mul=True) == unmeasured_plan(num_rows)
+    assert tables.with_weights(entries, [plain], [(1, NEW)], LinearEntry) == entries
 
 
 def test_only_the_wanted_candidates_are_compiled() -> None:

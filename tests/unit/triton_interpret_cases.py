@@ -48,7 +48,9 @@ def test_linear(plan: LinearPlan, num_rows: int) -> None:
     assert relative_error(gated, gate / (1 + torch.exp(-gate)) * up) < 1e-5
 
 
-@pytest.mark.parametrize("plan", [LINEAR_PLANS[2], LinearPlan(kind="stream", swap=True), LinearPlan(kind="hopper")])
+@pytest.mark.parametrize(
+    "plan", [LINEAR_PLANS[2], LinearPlan(kind="stream", swap=True), LinearPlan(kind="hopper", block_m=128)]
+)
 def test_a_plan_for_the_copy_engine_falls_back_where_rows_are_not_aligned(plan: LinearPlan) -> None:
     x, w = torch.randn(3, 33).half(), torch.randn(5, 33).half()
     out = torch.full((3, 5), torch.nan)

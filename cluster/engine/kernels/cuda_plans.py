@@ -28,7 +28,7 @@ def linear_plan(
     silu_mul: bool,
 ) -> LinearPlan:
     """`run`: x and a result to be filled, by a plan."""
-    call = ("linear", weight_NK.shape, bias_N is None, num_rows, out_dtype, silu_mul, plan)
+    call = ("linear", weight_NK.shape, weight_NK.dtype, bias_N is None, num_rows, out_dtype, silu_mul, plan)
     return admission.serving(
         call, plan, lambda: LinearTrial(run, weight_NK, bias_N, num_rows, out_dtype, silu_mul)
     )  # fmt: skip
@@ -137,7 +137,7 @@ def head_plan(
     num_rows: int,
     plan: LinearPlan,
 ) -> LinearPlan:
-    call = ("heads", weight_HNK.shape, num_rows, plan)
+    call = ("heads", weight_HNK.shape, weight_HNK.dtype, num_rows, plan)
     return admission.serving(call, plan, lambda: HeadTrial(run, weight_HNK, num_rows))
 
 

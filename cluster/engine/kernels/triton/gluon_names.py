@@ -11,9 +11,9 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # of all threads of a warp group
 async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 copy_async = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+async_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 _Buffers = gl.shared_memory_descriptor
 reinterpret = _Buffers.reinterpret if hasattr(_Buffers, "reinterpret") else _Buffers._reinterpret
-async_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 
 @functools.cache

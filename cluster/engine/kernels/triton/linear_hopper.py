@@ -62,7 +62,8 @@ def _produce(
     """Fill the ring for all tiles of this program. A stage of W has two halves: of the columns, or gate and up.
 
     PDL: the first round's weights, which no kernel writes, are on their way while kernels before this one still run.
-    Consumers need no wait of their own: they have nothing to store before rows have come.
+    This warp waits for them, in every program (`overlap.py`: or successors would overtake). Consumers need no wait of
+    their own: they have nothing to store before rows have come.
     """
     ROWS: gl.constexpr = x_desc.block_type.shape[0]
     HALF: gl.constexpr = w_desc.block_type.shape[0]

@@ -139,7 +139,7 @@ def stream_kernel(
     """
     if PDL and LAUNCH_FIRST:
         gdc_launch_dependents()
-    gl.static_assert(TAIL_N == 0 or not (SWAP or SILU_MUL))
+    gl.static_assert(TAIL_N == 0 or (WARPGROUP and not SWAP and not SILU_MUL))
     HALVES: gl.constexpr = 2 if SILU_MUL else 1
     STAGE_BYTES: gl.constexpr = (HALVES * BLOCK_N + TAIL_N + BLOCK_M) * BLOCK_K * 2
     w_ring = gl.allocate_shared_memory(w_desc.dtype, [STAGES * HALVES, BLOCK_N, BLOCK_K], w_desc.layout)

@@ -5,8 +5,8 @@ memory: it waits until all kernels before it are complete and their writes are v
 own successor be set up. A program that returned without waiting would let the successor overtake.
 
 LAUNCH_FIRST turns the two around: the successor is set up while the kernel's own predecessors still run,
-and with it whatever it does before its wait (`linear_stream.py`). Waits still chain: a kernel is complete
-only after its own wait, so whoever waited for it waited for everything before it.
+and with it whatever it does before its wait (`linear_stream.py`, `linear_hopper.py`). Waits still chain: a kernel
+is complete only after its own wait, so whoever waited for it waited for everything before it.
 """
 
 from __future__ import annotations

@@ -48,6 +48,29 @@ class LinearPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     warp_specialize: bool = False
     store_parts: int = 1  # tma, hopper: 1 or 2; twice as many for fp32 results
 
+    def __post_init__(self) -> None:
+        if self.kind == "stream":
+            self._check_stream()
+        if self.kind == "hopper" and (
+            self.block_m not in (128, 192, 256)
+            or self.block_n not in (32, 64, 128, 256)
+            or self.block_k != 64
+            or self.num_stages < 2
+        ):
+            raise ValueError(
+                f"{self}: tiles of 128, 192 or 256 rows, up to 256 columns and K of 64, two stages at least"
+            )
+
+    def _check_stream(self) -> None:
+        if self.swap:
+            is_tile = self.block_m in (8, 16, 32, 64, 128, 256) and self.block_n in (64, 128)
+        elif self.block_m == 64:
+            is_tile = 16 <= self.block_n <= 256 and self.block_n.bit_count() <= 2 and self.block_n % 16 == 0
+        else:
+            is_tile = self.block_m in (16, 32) and self.block_n >= 8 * self.num_warps and self.block_n.bit_count() == 1
+        if not is_tile:
+            raise ValueError(f"{self}: the streaming kernel has no such tile")
+
 
 REFERENCE_LINEAR = LinearPlan(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=1)
 

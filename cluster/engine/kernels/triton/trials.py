@@ -55,7 +55,8 @@ class LinearTrial:
 
     def scope(self, plan: LinearPlan) -> Hashable:
         rows = self.num_rows if plan.kind == "cublaslt" else -rows_scope(self.num_rows)
-        return "linear", self.weight_NK.shape, self.bias_N is None, self.out_dtype, self.silu_mul, rows
+        weight = self.weight_NK.shape, self.weight_NK.dtype
+        return "linear", *weight, self.bias_N is None, self.out_dtype, self.silu_mul, rows
 
     def draw(self, seed: int, plan: LinearPlan) -> torch.Tensor:
         count = self.num_rows if plan.kind == "cublaslt" else min(self.num_rows, MAX_COMPARED_ROWS)
