@@ -165,8 +165,8 @@ def test_a_mistake_in_the_protocol_is_found(name: str, changes: list[tuple[str, 
 
 
 def test_a_lead_that_one_consumer_cannot_take_alone_would_never_end(tmp_path: Path) -> None:
-    """Hence the assertion: the first consumer frees its sixth buffer with the product of a seventh, for which six stages
-    have no room."""
+    """Hence the assertion: the first consumer frees its sixth buffer with the product of a seventh, for which six
+    stages have no room."""
     shape = Shape(128, 128, 8, 128, False, 4, 6, 5, 1, 1, chain=4)
     check(shape, 1)
     unchecked = "gl.static_assert(LEAD < W_STAGES and (W_STAGES > 1 or CHAIN == 1))", "pass"
