@@ -6,7 +6,6 @@ The checks follow the annotations of the config structs; this module knows none 
 from __future__ import annotations
 
 import difflib
-import re
 import types
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import msgspec
 import yaml
 
 from cluster.errors import ConfigError
+from cluster.sizes import parse_size
 
 MAX_FILE_BYTES = 1 << 20
 ENVIRONMENT_PREFIX = "TANDEM_"
@@ -23,9 +23,6 @@ LEVEL_SEPARATOR = "__"  # names without it, such as TANDEM_CACHE, are not config
 
 Tree = dict[str, Any]
 Text = tuple[str, str, str]  # where it comes from (for the message), dotted key, value as text
-
-_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,6})?)\s*([KMGT]i?)?B?", re.IGNORECASE)
-_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -141,9 +138,8 @@ def _apply_text(root: type[msgspec.Struct], tree: Tree, dotted: str, text: str) 
 
 
 def _leaf(path: str, annotation: Any, value: Any, is_text: bool) -> Any:
-    if path.endswith("_bytes") and isinstance(value, str) and (size := _SIZE.fullmatch(value.strip())):
-        number, unit = size.groups()
-        return int(float(number) * _UNITS[unit.lower()]) if unit else int(float(number))
+    if path.endswith("_bytes") and isinstance(value, str) and (size := parse_size(value)) is not None:
+        return size
     if is_text and value == "null" and type(None) in get_args(annotation):
         return None
     if is_text and get_origin(annotation) is dict:

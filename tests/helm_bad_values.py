@@ -17,6 +17,7 @@ BAD_VALUES: tuple[tuple[dict[str, Any], str], ...] = (
     ({"prefill__port": 70_000}, "/prefill/port"),
     ({"prefill__workload": "DaemonSet"}, "/prefill/workload"),
     ({"prefill__engine__block_size": 24}, "/prefill/engine/block_size"),
+    ({"decode__engine__kv_cache_bytes": "much"}, "/decode/engine/kv_cache_bytes"),
     ({"decode__engine__blocks": 3}, "additional properties 'blocks' not allowed"),
     ({"decode__engine__device": "tpu"}, "/decode/engine/device"),
     ({"decode__engine__speculation": {"method": "oracle"}}, "/decode/engine/speculation/method"),

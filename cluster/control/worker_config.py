@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -13,6 +13,7 @@ from cluster.addresses import is_loopback
 from cluster.config_checks import engine_problems
 from cluster.engine.config import EngineConfig
 from cluster.errors import ConfigError
+from cluster.sizes import parse_size
 from kvconnector.ticket import MAX_LEASE_S, MIN_KEY_BYTES
 
 KEY_FILE_VARIABLE = "TANDEM_CLUSTER_KEY_FILE"
@@ -49,7 +50,7 @@ def read_config(text_or_path: str) -> WorkerConfig:
     origin = "--config" if is_inline else text_or_path
     try:
         content = text_or_path.encode() if is_inline else Path(text_or_path).read_bytes()
-        config = msgspec.json.decode(content, type=WorkerConfig)
+        config = msgspec.convert(_with_sizes(msgspec.json.decode(content)), WorkerConfig)
     except OSError as error:
         raise ConfigError(f"cannot read {origin}: {error.strerror}") from error
     except msgspec.DecodeError as error:
@@ -59,6 +60,15 @@ def read_config(text_or_path: str) -> WorkerConfig:
     if not config.advertised_host:
         config = msgspec.structs.replace(config, advertised_host=os.environ.get(ADVERTISED_HOST_VARIABLE, ""))
     return config
+
+
+def _with_sizes(tree: Any) -> Any:
+    """The KV pool may be written as people write it, with a unit: values of a chart come here as they are."""
+    engine = tree.get("engine") if isinstance(tree, dict) else None
+    if isinstance(engine, dict) and isinstance(text := engine.get("kv_cache_bytes"), str):
+        size = parse_size(text)
+        return {**tree, "engine": {**engine, "kv_cache_bytes": text if size is None else size}}
+    return tree
 
 
 def _problems(config: WorkerConfig) -> Iterator[str]:

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from cluster.config import ClusterConfig, load_config
-from cluster.control.worker_config import WorkerConfig
+from cluster.control.worker_config import read_config
 from cluster.engine.config import EngineConfig, SpeculationConfig
 from cluster.errors import ConfigError
 from cluster.launch.local import DRAIN_MARGIN_S
@@ -142,8 +142,9 @@ def test_configs_are_those_of_the_processes(name: str) -> None:
     manifests = render(read_values(name))
     check_config(_router_config(manifests))
     for role in ("prefill", "decode"):
-        config = msgspec.json.decode(_config(manifests, role), type=WorkerConfig)
+        config = read_config(_config(manifests, role))
         assert config.allow_plaintext_network
+        assert name != "one-gpu" or config.engine.kv_cache_bytes == {"prefill": 8 << 30, "decode": 16 << 30}[role]
         assert config.cluster_key_file == "/var/run/secrets/tandem/cluster-key"
 
 
@@ -159,7 +160,7 @@ def test_the_quantization_reaches_the_workers(tmp_path: Path) -> None:
         on_ray = cluster_config(render(changed(read_values("kuberay"), model__quantization=value)), tmp_path)
         assert on_ray.model.quantization == expected
         manifests = render(changed(read_values("cpu-demo"), model__quantization=value))
-        configs = [msgspec.json.decode(_config(manifests, role), type=WorkerConfig) for role in ("prefill", "decode")]
+        configs = [read_config(_config(manifests, role)) for role in ("prefill", "decode")]
         assert [config.model_quantization for config in configs] == [expected, expected]
 
 
@@ -177,8 +178,8 @@ def test_a_worker_refuses_the_config_of_a_group_of_ranks(name: str) -> None:
     manifests = render(read_values(name))
     check_config(_router_config(manifests))
     for role in ("prefill", "decode"):
-        with pytest.raises(msgspec.ValidationError, match="unknown field `parallel`"):
-            msgspec.json.decode(_config(manifests, role), type=WorkerConfig)
+        with pytest.raises(ConfigError, match="unknown field `parallel`"):
+            read_config(_config(manifests, role))
 
 
 def test_groups_of_ranks_become_groups_of_pods() -> None:
@@ -389,8 +390,6 @@ def test_image_starts_what_the_chart_asks_for() -> None:
 
 
 def test_advertised_host_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cluster.control.worker_config import read_config
-
     path = tmp_path / "config.json"
     path.write_text('{"model": "demo", "host": "0.0.0.0", "allow_plaintext_network": true}')
     monkeypatch.setenv("TANDEM_ADVERTISED_HOST", "10.1.2.3")
@@ -404,12 +403,14 @@ def test_advertised_host_comes_from_the_environment(tmp_path: Path, monkeypatch:
 
 def test_a_worker_checks_its_engine_s_values(tmp_path: Path) -> None:
     """A chart renders what `cluster launch` would refuse."""
-    from cluster.control.worker_config import read_config
-
     path = tmp_path / "config.json"
     path.write_text('{"model": "demo", "engine": {"max_batched_tokens": 32, "max_num_sequences": 64}}')
     with pytest.raises(ConfigError, match=r"engine.max_batched_tokens: 32 is less than max_num_sequences \(64\)"):
         read_config(str(path))
+    for pool in ('"much"', '"1.5 PiB"', "true", "1.5"):
+        path.write_text(f'{{"model": "demo", "engine": {{"kv_cache_bytes": {pool}}}}}')
+        with pytest.raises(ConfigError, match="kv_cache_bytes"):
+            read_config(str(path))
 
 
 def _config(manifests: list[Manifest], role: str) -> str:
