@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from cluster.config import ClusterConfig
-from cluster.errors import TandemError
+from cluster.errors import TandemError, WorkerLost
 from cluster.gpu_share import has_mps
 from cluster.launch.control_socket import control_server
 from cluster.launch.cores import usable_cores
@@ -95,6 +95,8 @@ def launch_local(config: ClusterConfig, console: Console) -> None:
             members = Members(directory, topology.groups)
             pools = WorkerPools(launcher, config, serving, workers, make_worker, members)
             asyncio.run(run_with_control(launcher, pools, directory))
+    if launcher.killed:
+        raise WorkerLost(f"{', '.join(launcher.killed)} had to be killed: requests may have been cut")
 
 
 def show_warnings(console: Console, warnings: Iterable[str]) -> None:

@@ -77,6 +77,7 @@ class LocalLauncher:
         self._leaving: set[str] = set()
         self._group: asyncio.TaskGroup | None = None
         self.is_serving = False
+        self.killed: list[str] = []  # at the end of a launch that served: requests may have been cut
         self._failure: StartupError | None = None
         self._stopping = asyncio.Event()
         self._forced = asyncio.Event()
@@ -246,8 +247,9 @@ class LocalLauncher:
             await self._stop_stage(list(self._running.values()), ABORTED_START_GRACE_S)
             return
         for stop_order in sorted({spec.stop_order for spec in self._specs.values()}):
-            stage = [process for name, process in self._running.items() if self._specs[name].stop_order == stop_order]
-            await self._stop_stage(stage, self._settings.drain_timeout_s + DRAIN_MARGIN_S)
+            stage = {name: run for name, run in self._running.items() if self._specs[name].stop_order == stop_order}
+            await self._stop_stage(list(stage.values()), self._settings.drain_timeout_s + DRAIN_MARGIN_S)
+            self.killed += [name for name, process in stage.items() if not process.exited.is_set()]
 
     async def _stop_stage(self, stage: Sequence[RunningProcess], grace_s: float) -> None:
         for process in stage:

@@ -89,6 +89,7 @@ async def test_serves_and_drains_the_router_before_the_workers() -> None:
     await asyncio.wait_for(running, WAIT_S)
     drained = [name for name, what in view.news if what == "log drained"]
     assert drained == ["router", "decode-0"]
+    assert launcher.killed == []
     assert not any(is_alive(pid) for pid in pids(view))
 
 
@@ -158,6 +159,7 @@ async def test_a_process_that_ignores_sigterm_is_killed_after_the_drain_time(mon
     launcher.stop("enough")
     await asyncio.wait_for(running, WAIT_S)
     assert not any(is_alive(pid) for pid in pids(view))
+    assert launcher.killed == ["decode-0"]
 
 
 async def test_output_that_is_no_event_is_a_log_line_and_harmless() -> None:
