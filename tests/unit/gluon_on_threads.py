@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import random
 import runpy
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import FunctionType, SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 from tests.unit.barrier_machine import Barrier, Box, Machine, Tile
+
+Shape = TypeVar("Shape")
+Check = Callable[[Shape, int], None]  # of a shape, with a seed
 
 
 class Anything:
@@ -71,6 +75,26 @@ def rewritten(
     file = directory / "rewritten.py"
     file.write_text(f"from __future__ import annotations\n{text}")
     return {**functions, name: SimpleNamespace(fn=runpy.run_path(str(file))[name])}
+
+
+def matrix(name: str, rows: int, columns: int, itemsize: int) -> SimpleNamespace:
+    """A descriptor of boxes."""
+    box = SimpleNamespace(shape=[rows, columns], nbytes=rows * columns * itemsize)
+    return SimpleNamespace(name=name, block_type=box, dtype=None, layout=None)
+
+
+def check_stored(found: Sequence[tuple[Box, Tile]], wanted: Mapping[Box, object], columns: int) -> None:
+    """Each part of the result once, the sum of its own products in order. `columns` of a tile."""
+    assert len(found) == len(wanted)
+    assert {box: tile.products for box, tile in found} == wanted
+    assert all(tile.columns[0] == box[2] % columns for box, tile in found)
+
+
+def check_many(check: Check[Shape], any_shape: Callable[[random.Random], Shape], count: int, seed: int) -> None:
+    """Shapes and orders of events, drawn from the seed."""
+    random_ = random.Random(seed)
+    for _ in range(count):
+        check(any_shape(random_), random_.randrange(1 << 30))
 
 
 Others = Mapping[str, Any] | Callable[[Machine], Mapping[str, Any]]

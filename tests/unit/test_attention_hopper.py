@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from cluster.engine.kernels.triton import attention_hopper
 from tests.unit.barrier_machine import Barrier, Buffer, Hazard, Machine
-from tests.unit.gluon_on_threads import ANYTHING, memory_barriers, rewritten, with_globals
+from tests.unit.gluon_on_threads import ANYTHING, check_many, memory_barriers, rewritten, with_globals
 
 ROWS_PER_TILE, BLOCK_KV, BLOCK_SIZE = 32, 64, 128
 ROWS_PER_BLOCK, ROWS_OF_KV, ROWS_OF_HEAD, STRIDE_TABLE = 10_000, 5_000, 128, 64
@@ -248,15 +248,9 @@ def any_shape(random_: random.Random) -> Shape:
     )  # fmt: skip
 
 
-def check_many(count: int, seed: int, functions: dict[str, Any] = FUNCTIONS) -> None:
-    random_ = random.Random(seed)
-    for _ in range(count):
-        check(any_shape(random_), random_.randrange(1 << 30), functions)
-
-
 @pytest.mark.parametrize("block", range(6))
 def test_every_item_is_computed_once_from_its_own_blocks_in_any_order_of_events(block: int) -> None:
-    check_many(8, block)
+    check_many(check, any_shape, 8, block)
 
 
 MISTAKES = {
@@ -307,4 +301,4 @@ def test_a_mistake_is_found(mistake: str, tmp_path: Path) -> None:
     name, old, new = MISTAKES[mistake]
     functions = rewritten(FUNCTIONS, name, [(old, new)], tmp_path)
     with pytest.raises(AssertionError):  # hazards are
-        check_many(60, 7, functions)
+        check_many(partial(check, functions=functions), any_shape, 60, 7)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ pytest.importorskip("triton")
 
 from cluster.engine.kernels.triton import fp8_rings, linear_hopper
 from tests.unit.barrier_machine import Box, Hazard, Tile
-from tests.unit.gluon_on_threads import ANYTHING, rewritten, run_program
+from tests.unit.gluon_on_threads import ANYTHING, check_many, check_stored, matrix, rewritten, run_program
 
 
 class Shape(NamedTuple):
@@ -51,16 +52,11 @@ OTHERS: dict[str, Any] = {
 }
 
 
-def matrix(name: str, rows: int, columns: int) -> SimpleNamespace:
-    box = SimpleNamespace(shape=[rows, columns], nbytes=rows * columns)
-    return SimpleNamespace(name=name, block_type=box, dtype=None, layout=None)
-
-
 def stored(shape: Shape, seed: int, functions: dict[str, Any] = FUNCTIONS) -> list[tuple[Box, Tile]]:
     """By all programs."""
     arguments = {
-        "x_desc": matrix("x", 64, 128), "w_desc": matrix("w", 128, 128),
-        "out_desc": matrix("out", 64, 128 // shape.parts), "x_scale_ptr": ANYTHING, "w_scale_ptr": ANYTHING,
+        "x_desc": matrix("x", 64, 128, 1), "w_desc": matrix("w", 128, 128, 1),
+        "out_desc": matrix("out", 64, 128 // shape.parts, 1), "x_scale_ptr": ANYTHING, "w_scale_ptr": ANYTHING,
         "bias_ptr": None, "M": shape.num_rows, "N": shape.outputs, "num_groups": shape.num_groups,
         "stride_x_scale": 1, "BLOCK_N": shape.block_n, "GROUP_M": 2, "HAS_BIAS": False, "SILU_MUL": shape.silu_mul,
         "SCALE_ROWS": 0, "X_STAGES": shape.x_stages, "W_STAGES": shape.w_stages, "LEAD": shape.lead,
@@ -90,11 +86,7 @@ def expected(shape: Shape) -> dict[Box, tuple[tuple[Box, Box], ...]]:
 
 
 def check(shape: Shape, seed: int, functions: dict[str, Any] = FUNCTIONS) -> None:
-    found = stored(shape, seed, functions)
-    wanted = expected(shape)
-    assert len(found) == len(wanted)
-    assert {box: tile.products for box, tile in found} == wanted
-    assert all(tile.columns[0] == box[2] % 128 for box, tile in found)
+    check_stored(stored(shape, seed, functions), expected(shape), 128)
 
 
 def any_shape(random_: random.Random) -> Shape:
@@ -112,15 +104,9 @@ def any_shape(random_: random.Random) -> Shape:
     )  # fmt: skip
 
 
-def check_many(count: int, seed: int, functions: dict[str, Any] = FUNCTIONS) -> None:
-    random_ = random.Random(seed)
-    for _ in range(count):
-        check(any_shape(random_), random_.randrange(1 << 30), functions)
-
-
 @pytest.mark.parametrize("block", range(10))
 def test_every_order_of_events_ends_and_multiplies_what_belongs_together(block: int) -> None:
-    check_many(30, block)
+    check_many(check, any_shape, 30, block)
 
 
 MISTAKES: dict[str, tuple[str, list[tuple[str, str]]]] = {
@@ -161,7 +147,7 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]]]] = {
 def test_a_mistake_in_the_protocol_is_found(name: str, changes: list[tuple[str, str]], tmp_path: Path) -> None:
     functions = rewritten(FUNCTIONS, name, changes, tmp_path)
     with pytest.raises((Hazard, AssertionError)):
-        check_many(60, 7, functions)
+        check_many(partial(check, functions=functions), any_shape, 60, 7)
 
 
 def test_a_lead_that_one_consumer_cannot_take_alone_would_never_end(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ pytest.importorskip("triton")
 
 from cluster.engine.kernels.triton import linear_hopper
 from tests.unit.barrier_machine import Box, Hazard, Many, Pair, Tile
-from tests.unit.gluon_on_threads import rewritten, run_program
+from tests.unit.gluon_on_threads import check_many, check_stored, matrix, rewritten, run_program
 
 BLOCK_K = 64
 NAMES = (
@@ -61,16 +62,11 @@ OTHERS: dict[str, Any] = {
 }
 
 
-def matrix(name: str, rows: int, columns: int) -> SimpleNamespace:
-    box = SimpleNamespace(shape=[rows, columns], nbytes=rows * columns * 2)
-    return SimpleNamespace(name=name, block_type=box, dtype=None, layout=None)
-
-
 def stored(shape: Shape, seed: int, functions: dict[str, Any] = FUNCTIONS) -> list[tuple[Box, Tile]]:
     """By all programs."""
     arguments = {
-        "x_desc": matrix("x", shape.rows, BLOCK_K), "w_desc": matrix("w", shape.half, BLOCK_K),
-        "out_desc": matrix("out", shape.rows, shape.columns // shape.parts), "bias_ptr": None, "M": shape.num_rows,
+        "x_desc": matrix("x", shape.rows, BLOCK_K, 2), "w_desc": matrix("w", shape.half, BLOCK_K, 2),
+        "out_desc": matrix("out", shape.rows, shape.columns // shape.parts, 2), "bias_ptr": None, "M": shape.num_rows,
         "N": shape.outputs, "K": shape.inputs, "CONSUMERS": shape.consumers, "STAGES": shape.stages, "GROUP_M": 2,
         "HAS_BIAS": False, "SILU_MUL": shape.silu_mul, "PDL": shape.pdl,
     }  # fmt: skip
@@ -97,11 +93,7 @@ def expected(shape: Shape) -> dict[Box, tuple[Any, ...]]:
 
 
 def check(shape: Shape, seed: int, functions: dict[str, Any] = FUNCTIONS) -> None:
-    found = stored(shape, seed, functions)
-    wanted = expected(shape)
-    assert len(found) == len(wanted)
-    assert {box: tile.products for box, tile in found} == wanted
-    assert all(tile.columns[0] == box[2] % shape.columns for box, tile in found)
+    check_stored(stored(shape, seed, functions), expected(shape), shape.columns)
 
 
 def any_shape(random_: random.Random) -> Shape:
@@ -115,15 +107,9 @@ def any_shape(random_: random.Random) -> Shape:
     )  # fmt: skip
 
 
-def check_many(count: int, seed: int, functions: dict[str, Any] = FUNCTIONS) -> None:
-    random_ = random.Random(seed)
-    for _ in range(count):
-        check(any_shape(random_), random_.randrange(1 << 30), functions)
-
-
 @pytest.mark.parametrize("block", range(6))
 def test_every_order_of_events_ends_and_multiplies_what_belongs_together(block: int) -> None:
-    check_many(30, block)
+    check_many(check, any_shape, 30, block)
 
 
 MISTAKES: dict[str, tuple[str, list[tuple[str, str]]]] = {
@@ -148,4 +134,4 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]]]] = {
 def test_a_mistake_in_the_protocol_is_found(name: str, changes: list[tuple[str, str]], tmp_path: Path) -> None:
     functions = rewritten(FUNCTIONS, name, changes, tmp_path)
     with pytest.raises((Hazard, AssertionError)):
-        check_many(60, 7, functions)
+        check_many(partial(check, functions=functions), any_shape, 60, 7)

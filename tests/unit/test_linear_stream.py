@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 from cluster.engine.kernels.triton import linear_stream
 from tests.unit.barrier_machine import Hazard, Machine, Tile
-from tests.unit.gluon_on_threads import rewritten, run_program
+from tests.unit.gluon_on_threads import check_many, matrix, rewritten, run_program
 
 NAMES = ("_request_weight", "_request_rows", "_next", "_zeros", "_multiply", "_multiply_both", "stream_kernel")
 FUNCTIONS: dict[str, Any] = {name: getattr(linear_stream, name) for name in NAMES}
@@ -39,11 +39,6 @@ class Shape(NamedTuple):
         return -(-self.num_rows // self.block_m) * -(-self.outputs // (self.block_n + self.tail_n))
 
 
-def matrix(name: str, rows: int) -> SimpleNamespace:
-    box = SimpleNamespace(shape=[rows, BLOCK_K], nbytes=rows * BLOCK_K * 2)
-    return SimpleNamespace(name=name, block_type=box, dtype=None, layout=None)
-
-
 def check(shape: Shape, seed: int, functions: dict[str, Any] = FUNCTIONS) -> None:
     """Each part of the result is stored once, and is the sum of its own products in order."""
     found: list[tuple[int, int, int, Products, Products]] = []
@@ -59,8 +54,8 @@ def check(shape: Shape, seed: int, functions: dict[str, Any] = FUNCTIONS) -> Non
         return {"_store": store}
 
     arguments = {
-        "x_desc": matrix("x", shape.block_m), "w_desc": matrix("w", shape.block_n),
-        "tail_desc": matrix("w", shape.tail_n or shape.block_n), "bias_ptr": None, "out_ptr": None,
+        "x_desc": matrix("x", shape.block_m, BLOCK_K, 2), "w_desc": matrix("w", shape.block_n, BLOCK_K, 2),
+        "tail_desc": matrix("w", shape.tail_n or shape.block_n, BLOCK_K, 2), "bias_ptr": None, "out_ptr": None,
         "M": shape.num_rows, "N": shape.outputs, "K": shape.inputs, "stride_out": shape.outputs,
         "BLOCK_M": shape.block_m, "BLOCK_N": shape.block_n, "TAIL_N": shape.tail_n, "BLOCK_K": BLOCK_K,
         "STAGES": shape.stages, "SWAP": shape.swap, "WARPGROUP": True, "ONE_ROW_TILE": shape.num_rows <= shape.block_m,
@@ -97,14 +92,8 @@ def any_shape(random_: random.Random) -> Shape:
     return shape._replace(programs=random_.randint(1, shape.tiles))
 
 
-def check_many(count: int, seed: int, functions: dict[str, Any] = FUNCTIONS) -> None:
-    random_ = random.Random(seed)
-    for _ in range(count):
-        check(any_shape(random_), random_.randrange(1 << 30), functions)
-
-
 def test_each_part_of_the_result_is_the_sum_of_its_own_products() -> None:
-    check_many(80, 1)
+    check_many(check, any_shape, 80, 1)
 
 
 MISTAKES: dict[str, tuple[str, list[tuple[str, str]]]] = {
@@ -124,4 +113,4 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]]]] = {
 def test_a_mistake_is_found(name: str, changes: list[tuple[str, str]], tmp_path: Path) -> None:
     functions = rewritten(FUNCTIONS, name, changes, tmp_path)
     with pytest.raises((Hazard, AssertionError)):
-        check_many(40, 3, functions)
+        check_many(partial(check, functions=functions), any_shape, 40, 3)
