@@ -35,8 +35,7 @@ def stream(num_rows: int, *, silu_mul: bool) -> Iterator[LinearPlan]:
     wide = ((64, 128, 10), (64, 64, 10), (64, 128, 5), (64, 256, 6), (128, 64, 10), (128, 64, 5))
     shapes = [(block_m, n, k, stages, 4, True) for n, k, stages in wide]
     shapes += [(64, 32, 128, stages, 4, False) for stages in (4, 8)]
-    if not silu_mul:
-        shapes += [(64, n, 128, stages, 4, False) for n, stages in ((48, 5), (48, 7), (80, 4), (80, 5), (96, 5))]
+    shapes += [(64, n, 128, stages, 4, False) for n, stages in ((48, 5), (48, 7), (80, 4), (80, 5), (96, 5))]
     if block_m <= 32:
         narrow = ((32, 256, 4, 4), (32, 256, 8, 4), (16, 256, 8, 2), (64, 256, 5, 4))
         shapes += [(max(16, block_m), n, k, stages, warps, False) for n, k, stages, warps in narrow]

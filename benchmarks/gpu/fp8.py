@@ -61,7 +61,7 @@ class LayerBench:
         self.weights = random_weights(ops.fp8, layer, _COLD_BYTES)
         self.x = torch.randn((max(ROWS), layer.in_features), device="cuda", dtype=torch.bfloat16)
         self.rows = ops.fp8.quantized(self.x, self.weights[0])
-        self.outputs = layer.out_features // (2 if layer.silu_mul else 1)
+        self.outputs = layer.outputs
 
     def ours_ms(self, plan: Fp8Plan, num_rows: int, *, promote: bool = True) -> float:
         rows, silu = self.rows[:num_rows], self.layer.silu_mul
@@ -213,7 +213,7 @@ def _write(cells: list[Cell], out: Path) -> None:
             file.write(json.dumps(msgspec.to_builtins(cell._asdict())) + "\n")
     entries = tuple(
         Fp8Entry(
-            out_features=cell.layer.out_features // (2 if cell.layer.silu_mul else 1),
+            out_features=cell.layer.outputs,
             in_features=cell.layer.in_features,
             max_rows=cell.num_rows,
             silu_mul=cell.layer.silu_mul,
@@ -239,6 +239,14 @@ def write_table(entries: Sequence[Fp8Entry], path: Path) -> None:
     text = head.replace('"linear": []', f'"linear": [\n  {lines}\n ]')
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text + "\n")
+
+
+def sound_jobs(verdicts: Sequence[fp8_vet.Verdict]) -> set[fp8_vet.Job]:
+    """Tells which are left out, and why."""
+    for each in verdicts:
+        if each.error or each.differing:
+            print(f"left out: {short(each.plan)}: {each.error or f'{each.differing} values differ'}")
+    return {(each.silu_mul, each.plan) for each in verdicts if not each.error and not each.differing}
 
 
 def _print_verdicts(verdicts: list[fp8_vet.Verdict]) -> None:

@@ -79,7 +79,7 @@ class LayerBench:
         ]
         self.x = torch.randn((max_rows, k), device="cuda", dtype=torch.bfloat16)
         self.hard_x = revealing_inputs(max_rows, k, seed=1)
-        self.out_features = n // 2 if layer.silu_mul else n
+        self.out_features = layer.outputs
         self.expected = self._reference(self.x)
         self.hard_expected = self._reference(self.hard_x)
         self.hard_accumulators = self._reference(self.hard_x[:512], torch.float32)

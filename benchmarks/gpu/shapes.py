@@ -13,6 +13,11 @@ class Layer(NamedTuple):
     in_features: int
     silu_mul: bool = False
 
+    @property
+    def outputs(self) -> int:
+        """Columns of the result."""
+        return self.out_features // (2 if self.silu_mul else 1)
+
 
 LAYERS = (
     Layer("8b.qkv", 6144, 4096),

@@ -105,17 +105,13 @@ class Fp8Plans:
             if plan.kind in kinds
         }
         verdicts = fp8_vet.vet(max(2, min(14, (os.cpu_count() or 2) // 2)), 120.0, wanted.__contains__)
-        for each in verdicts:
-            if each.error or each.differing:
-                print(f"left out: {fp8.short(each.plan)}: {each.error or f'{each.differing} values differ'}")
-        self._sound = {(each.silu_mul, each.plan) for each in verdicts if not each.error and not each.differing}
+        self._sound = fp8.sound_jobs(verdicts)
         print(f"{len(self._sound)} of {len(wanted)} plans tried and sound", flush=True)
 
     def offered(self, layer: str, num_rows: int, kinds: Collection[str]) -> list[Fp8Plan]:
         shape = self._shapes[layer]
-        outputs = shape.out_features // (2 if shape.silu_mul else 1)
         mine = self._fp8.plans.linear(
-            outputs, shape.in_features, num_rows, silu_mul=shape.silu_mul, takes_library=False
+            shape.outputs, shape.in_features, num_rows, silu_mul=shape.silu_mul, takes_library=False
         )  # fmt: skip
         others = fp8_candidates.candidates(num_rows, silu_mul=shape.silu_mul)
         sound = [plan for plan in others if plan.kind in kinds and (shape.silu_mul, plan) in self._sound]

@@ -41,8 +41,7 @@ def plans_for(
     ops: CudaOps, layer: Layer, num_rows: int, most: int | None = None, offer: Offer = all_candidates
 ) -> list[LinearPlan]:
     """The table's plan first, then the library's and those of the kernels for many rows."""
-    outputs = layer.out_features // 2 if layer.silu_mul else layer.out_features
-    mine = ops.plans.linear(outputs, layer.in_features, num_rows, silu_mul=layer.silu_mul)
+    mine = ops.plans.linear(layer.outputs, layer.in_features, num_rows, silu_mul=layer.silu_mul)
     offered = offer(num_rows, layer.silu_mul)
     by_kind = sorted(offered, key=lambda plan: ("cublaslt", "hopper", "tma", "stream", "chain").index(plan.kind))
     return list(dict.fromkeys([mine, *by_kind]))[:most]

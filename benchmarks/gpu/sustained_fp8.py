@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.gpu import fp8_candidates, fp8_vet, sustained
 from benchmarks.gpu.clocks import FP8_FLOP_PER_CLOCK
-from benchmarks.gpu.fp8 import short, table_name, write_table
+from benchmarks.gpu.fp8 import short, sound_jobs, table_name, write_table
 from benchmarks.gpu.fp8_layers import LAYERS, HardOperands, random_weights
 from benchmarks.gpu.shapes import Layer
 from benchmarks.gpu.turns import Turns
@@ -61,7 +61,7 @@ class Fp8LayerBench:
     def __init__(self, ops: CudaOps, layer: Layer) -> None:
         self.layer = layer
         self._fp8, self._silu_mul = ops.fp8, layer.silu_mul
-        self.out_features = layer.out_features // (2 if layer.silu_mul else 1)
+        self.out_features = layer.outputs
         self.weights = random_weights(ops.fp8, layer, _COLD_BYTES)
         x = torch.randn((max(_ROWS), layer.in_features), device="cuda", dtype=torch.bfloat16)
         self.rows = ops.fp8.quantized(x, self.weights[0])
@@ -93,10 +93,7 @@ def run(budget_s: float, out: Path | None) -> None:
     """Print each cell, then one table."""
     start_s = time.monotonic()
     verdicts = fp8_vet.vet(max(2, min(14, os.cpu_count() or 2)), 0.6 * budget_s, wanted_jobs().__contains__)
-    for verdict in verdicts:
-        if verdict.error or verdict.differing:
-            print(f"left out: {short(verdict.plan)}: {verdict.error or f'{verdict.differing} values differ'}")
-    sound = {(v.silu_mul, v.plan) for v in verdicts if not v.error and not v.differing}
+    sound = sound_jobs(verdicts)
     print(f"{len(sound)} plans compiled and tried in {time.monotonic() - start_s:.0f} s", flush=True)
     ops = CudaOps(torch.device("cuda"))
     layers = [layer for layer in LAYERS if layer.name != "8b.gate_up"]  # SwiGLU is fused into it
@@ -127,9 +124,8 @@ def with_faster_plans(entries: list[Fp8Entry], cells: list[Cell]) -> list[Fp8Ent
     another one was measured in its place."""
     faster = {}
     for cell in cells:
-        outputs = cell.layer.out_features // (2 if cell.layer.silu_mul else 1)
         if cell.ms[cell.best] < cell.ms[0]:
-            key = outputs, cell.layer.in_features, cell.num_rows, cell.layer.silu_mul
+            key = cell.layer.outputs, cell.layer.in_features, cell.num_rows, cell.layer.silu_mul
             faster[key] = cell.plans[cell.best]
     found = []
     for entry in entries:

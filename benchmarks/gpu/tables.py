@@ -15,7 +15,17 @@ from cluster.engine.kernels.triton.fp8_table import Fp8Entry
 from cluster.engine.kernels.triton.plans import AttentionPlan, LinearPlan
 from cluster.engine.kernels.triton.table import LinearEntry, PlanTable, file_stem
 
-__all__ = ["best_ratios", "file_stem", "is_tuned", "known_plans", "make_table", "with_plans", "write_table"]
+__all__ = [
+    "best_ratios",
+    "file_stem",
+    "is_tuned",
+    "known_plans",
+    "make_table",
+    "with_plans",
+    "with_weights",
+    "write_table",
+]
+
 Entry = TypeVar("Entry", LinearEntry, Fp8Entry)
 
 
@@ -34,24 +44,13 @@ def best_ratios(measurements: Path) -> dict[tuple[str, int], tuple[float, Linear
 def make_table(measurements: Path, device: str, versions: dict[str, str], attention: AttentionPlan) -> PlanTable:
     """Entries in the order of layers and rows."""
     layers = {layer.name: layer for layer in (*LAYERS, *FUSED_LAYERS)}
-    entries = []
-    for (name, num_rows), (_, plan) in sorted(best_ratios(measurements).items()):
-        layer = layers[name]
-        outputs = layer.out_features // 2 if layer.silu_mul else layer.out_features
-        entries.append(
-            LinearEntry(
-                out_features=outputs,
-                in_features=layer.in_features,
-                max_rows=num_rows,
-                silu_mul=layer.silu_mul,
-                plan=plan,
-            )
-        )
+    plans = {(layers[name], rows): plan for (name, rows), (_, plan) in sorted(best_ratios(measurements).items())}
+    entries = with_plans([], plans, LinearEntry)
     return PlanTable(device=device, versions=versions, linear=tuple(entries), attention=attention)
 
 
 def with_weights(
-    entries: Sequence[Entry], layers: Iterable[Layer], defaults: Iterable[tuple[int, Any]], make: Callable[..., Entry]
+    entries: Sequence[Entry], layers: Iterable[Layer], defaults: Sequence[tuple[int, Any]], make: Callable[..., Entry]
 ) -> list[Entry]:  # fmt: skip
     """A table's entries, and the defaults ((rows, plan), ascending) of the layers that it has not: one measured row
     count alone would serve all the others, too."""
@@ -77,7 +76,7 @@ def with_plans(
 
 
 def _weight(layer: Layer) -> tuple[int, int, bool]:
-    return layer.out_features // (2 if layer.silu_mul else 1), layer.in_features, layer.silu_mul
+    return layer.outputs, layer.in_features, layer.silu_mul
 
 
 def _shape(entry: LinearEntry | Fp8Entry) -> tuple[tuple[int, int, bool], int]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from cluster.engine.kernels.ops import AttentionMetadata, Rotation
-from cluster.engine.kernels.plan_admission import PlanAdmission
+from cluster.engine.kernels.plan_admission import Plan, PlanAdmission
 from cluster.engine.kernels.triton import attention_launch, latent_launch
 from cluster.engine.kernels.triton.attention_trials import AttentionCase, AttentionTrial, RopeAttentionTrial
 from cluster.engine.kernels.triton.latent_trials import HeadTrial, LatentTrial
@@ -59,11 +59,7 @@ def attention_plan(
         )  # fmt: skip
 
     group = num_heads // num_kv_heads
-    split_rows, tiled_above = attention_launch.paths(plan, metadata, group)
-    if split_rows:
-        plan = admitted(plan, split_rows)
-        _, tiled_above = attention_launch.paths(plan, metadata, group)
-    return plan if tiled_above is None else admitted(plan, 0)
+    return _on_each_path(plan, lambda plan: attention_launch.paths(plan, metadata, group), admitted)
 
 
 def rope_attention_plan(
@@ -123,11 +119,7 @@ def latent_plan(
             ),
         )  # fmt: skip
 
-    split_rows, tiled_above = latent_launch.paths(plan, metadata, num_heads)
-    if split_rows:
-        plan = admitted(plan, split_rows)
-        _, tiled_above = latent_launch.paths(plan, metadata, num_heads)
-    return plan if tiled_above is None else admitted(plan, 0)
+    return _on_each_path(plan, lambda plan: latent_launch.paths(plan, metadata, num_heads), admitted)
 
 
 def head_plan(
@@ -152,3 +144,15 @@ def experts_plan(
     """`run`: rows and their experts, by a plan."""
     call = ("experts", shape, x_TK.dtype, len(x_TK), plan)
     return admission.serving(call, plan, lambda: ExpertsTrial(run, shape, first_expert, len(x_TK), x_TK))
+
+
+def _on_each_path(
+    plan: Plan, paths: Callable[[Plan], tuple[int, int | None]], admitted: Callable[[Plan, int], Plan]
+) -> Plan:  # fmt: skip
+    """Admitted for the rows of the split kernels, then for the tiled one, if sequences of this step go there: those
+    whose split kernel was refused do, too."""
+    split_rows, tiled_above = paths(plan)
+    if split_rows:
+        plan = admitted(plan, split_rows)
+        _, tiled_above = paths(plan)
+    return plan if tiled_above is None else admitted(plan, 0)

@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from cluster.engine.kernels.ops import AttentionMetadata, Rotation
 from cluster.engine.kernels.triton import attention, launch
 from cluster.engine.kernels.triton.overlap import overlap
-from cluster.engine.kernels.triton.plans import SPLIT_KEYS, AttentionPlan, block_kv
+from cluster.engine.kernels.triton.plans import SPLIT_KEYS, AttentionPlan, LatentPlan, block_kv
 
 _FEW_SEQUENCES = 8  # that take the split kernels with several rows each: partial results of rows take memory
 
@@ -113,9 +113,9 @@ def _checked(
     return _AttentionCall(q_THD, kv_N2GSD, metadata, out, scale / math.log(2.0), window, pdl, lists or WorkLists())
 
 
-def paths(plan: AttentionPlan, metadata: AttentionMetadata, group: int) -> tuple[int, int | None]:
+def paths(plan: AttentionPlan | LatentPlan, metadata: AttentionMetadata, group: int) -> tuple[int, int | None]:
     """Rows of a sequence up to which the split kernels serve it (0: none), and above which the tiled one does (None:
-    there are no such sequences). `group`: query heads of a KV head."""
+    there are no such sequences). `group`: query heads of a KV head, or heads of a tile in latent attention."""
     if plan.few_rows_kind == "tiled":
         return 0, 0
     num_sequences = metadata.context_len.shape[0]

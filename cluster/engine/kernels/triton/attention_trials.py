@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 import msgspec
 import torch
 
 from cluster.engine.kernels.ops import AttentionMetadata, Rotation
-from cluster.engine.kernels.triton.plans import REFERENCE_ATTENTION, SPLIT_KEYS, AttentionPlan
+from cluster.engine.kernels.triton.plans import REFERENCE_ATTENTION, SPLIT_KEYS, AttentionPlan, LatentPlan
 
 # Of the sequences: contexts that end before, at and after a split's edge, and rows that are not whole tiles.
 _CONTEXTS = (2 * SPLIT_KEYS + 77, 70, SPLIT_KEYS + 1, 2, 64, 900, SPLIT_KEYS, 640)
@@ -20,11 +21,10 @@ _LONGER_BY_WINDOW = (0, 5)  # sequences some of whose keys lie before the window
 _MAX_WINDOW = 4096  # one that is longer hides nothing here
 _UNBOUNDED = 1 << 20  # rows
 
-_PLAIN_PREFILL = {
-    name: getattr(REFERENCE_ATTENTION, name)
-    for name in REFERENCE_ATTENTION.__struct_fields__
-    if name.startswith("prefill_")
-}
+
+def prefill_fields(plan: AttentionPlan | LatentPlan) -> dict[str, Any]:
+    """Those of the tiled path."""
+    return {name: getattr(plan, name) for name in plan.__struct_fields__ if name.startswith("prefill_")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ class AttentionTrial:
     def others(self) -> Sequence[AttentionPlan]:
         """Only the part of this path changes: the other one has a verdict of its own."""
         if not self.case.split_rows:
-            return (msgspec.structs.replace(self.wanted, **_PLAIN_PREFILL),)
+            return (msgspec.structs.replace(self.wanted, **prefill_fields(REFERENCE_ATTENTION)),)
         one_stage = msgspec.structs.replace(self.wanted, split_num_warps=4, split_num_stages=1)
         return one_stage, msgspec.structs.replace(self.wanted, few_rows_kind="tiled")
 

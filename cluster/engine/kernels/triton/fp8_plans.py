@@ -12,7 +12,6 @@ from typing import Literal
 import msgspec
 
 _WGMMA_ROWS = 64  # the tall side of every wgmma instruction
-Fp8Kind = Literal["chain", "tma", "rings", "stream", "library", "separate"]
 
 
 class Fp8Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, cache_hash=True):
@@ -29,7 +28,7 @@ class Fp8Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     separate  SwiGLU only: the plain product by its own plan, then one kernel that quantises too
     """
 
-    kind: Fp8Kind = "chain"
+    kind: Literal["chain", "tma", "rings", "stream", "library", "separate"] = "chain"
     block_m: int = 64
     block_n: int = 64
     num_warps: int = 4

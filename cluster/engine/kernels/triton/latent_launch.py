@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -9,14 +10,13 @@ import torch
 import triton
 
 from cluster.engine.kernels.ops import AttentionMetadata
-from cluster.engine.kernels.triton import attention, heads, latent, latent_rope
+from cluster.engine.kernels.triton import attention, attention_launch, heads, latent, latent_rope
 from cluster.engine.kernels.triton.attention_launch import WorkLists
 from cluster.engine.kernels.triton.launch import aligned
 from cluster.engine.kernels.triton.overlap import overlap
 from cluster.engine.kernels.triton.plans import SPLIT_KEYS, LatentPlan, LinearPlan
 
 BLOCK_KV = 64  # keys per online-softmax block; part of the canonical order
-_FEW_SEQUENCES = 8  # that take the split kernel with several rows each: partial results of rows take memory
 
 
 def run_head_linear(x_THK: torch.Tensor, w_HNK: torch.Tensor, plan: LinearPlan, *, pdl: int = 0) -> torch.Tensor:
@@ -112,17 +112,10 @@ def run_latent_attention(
 
 def paths(plan: LatentPlan, metadata: AttentionMetadata, num_heads: int) -> tuple[int, int | None]:
     """As `attention_launch.paths`."""
-    if plan.few_rows_kind == "tiled":
-        return 0, 0
-    num_sequences = metadata.context_len.shape[0]
-    several = max(1, plan.split_block_rows // _group(num_heads, plan.split_block_rows))
-    if metadata.num_rows_max <= (several if num_sequences <= _FEW_SEQUENCES else 1):
-        return metadata.num_rows_max, None
-    if num_sequences == 1:
-        return 0, 0
-    return (1 if metadata.num_rows_min <= 1 else 0), 1
+    return attention_launch.paths(plan, metadata, _group(num_heads, plan.split_block_rows))
 
 
+@functools.cache  # asked for each layer of a step
 def _group(num_heads: int, block_rows: int) -> int:
     """Heads of a tile: the most that fit and leave none over."""
     return max(count for count in range(1, min(num_heads, block_rows) + 1) if num_heads % count == 0)

@@ -11,13 +11,9 @@ import torch
 from cluster.engine.kernels.ops import AttentionMetadata
 from cluster.engine.kernels.plan_admission import MAX_COMPARED_ROWS, rows_scope
 from cluster.engine.kernels.triton import latent_launch
-from cluster.engine.kernels.triton.attention_trials import AttentionCase, AttentionInputs
+from cluster.engine.kernels.triton.attention_trials import AttentionCase, AttentionInputs, prefill_fields
 from cluster.engine.kernels.triton.plans import REFERENCE_LATENT, REFERENCE_LINEAR, LatentPlan, LinearPlan
 from cluster.engine.kernels.triton.trials import draw_rows
-
-_PLAIN_PREFILL = {
-    name: getattr(REFERENCE_LATENT, name) for name in REFERENCE_LATENT.__struct_fields__ if name.startswith("prefill_")
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +34,7 @@ class LatentTrial:
     def others(self) -> Sequence[LatentPlan]:
         """Only the part of this path changes: the other one has a verdict of its own."""
         if not self.case.split_rows:
-            return (msgspec.structs.replace(self.wanted, **_PLAIN_PREFILL),)
+            return (msgspec.structs.replace(self.wanted, **prefill_fields(REFERENCE_LATENT)),)
         one_stage = msgspec.structs.replace(self.wanted, split_num_stages=1)
         return one_stage, msgspec.structs.replace(self.wanted, few_rows_kind="tiled")
 
