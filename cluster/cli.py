@@ -208,17 +208,11 @@ def verify(
         cluster verify http://127.0.0.1:8000 --record today.json
         cluster verify http://127.0.0.1:8000 --against today.json
     """
-    from cluster.verify import VerifyOptions, run
+    from cluster.verify import make_options, run
 
     if url_b is not None and monolithic is not None:
         raise ConfigError("give either URL_B or --monolithic, not both")
-    for name, value in (("--prompts", prompts), ("--max-tokens", max_tokens)):
-        if value is not None and against is not None:
-            raise ConfigError(f"{name}: the prompts and the lengths of answers are those of {against}; leave it out")
-    given = {"num_prompts": prompts, "max_tokens": max_tokens}
-    options = VerifyOptions(
-        concurrency=_levels(concurrency), **{name: value for name, value in given.items() if value is not None}
-    )
+    options = make_options(prompts, max_tokens, concurrency, against)
     with ExitStack() as stack:
         if monolithic is not None:
             from cluster.launch.companion import monolithic_companion
@@ -227,16 +221,6 @@ def verify(
                 url_b = stack.enter_context(monolithic_companion(monolithic, settings or []))
         exit_code = run(url_a, url_b, options=options, record=record, against=against)
     raise typer.Exit(exit_code)
-
-
-def _levels(text: str) -> tuple[int, ...]:
-    try:
-        levels = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        levels = ()
-    if not levels or not all(1 <= level <= 10_000 for level in levels):
-        raise ConfigError(f"--concurrency {text}: expected numbers between 1 and 10,000, such as 1,8,32")
-    return levels
 
 
 @app.command()

@@ -18,7 +18,7 @@ import asyncio
 import signal
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -142,7 +142,7 @@ class LocalLauncher:
         if process is None:  # between two lives
             self._supervisors[name].cancel()
         else:
-            await self._stop_stage([process], self._settings.drain_timeout_s + DRAIN_MARGIN_S)
+            await self._stop_stage({name: process}, self._settings.drain_timeout_s + DRAIN_MARGIN_S)
         await asyncio.wait({self._supervisors[name]}, timeout=KILL_GRACE_S)
         self._forget(name)
         return process is None or not was_ready or process.exit_code == 0  # who starts has no requests to end
@@ -244,25 +244,26 @@ class LocalLauncher:
     async def _stop_all(self) -> None:
         """In stop order, each stage bounded; what is left after its time is killed."""
         if not self.is_serving:
-            await self._stop_stage(list(self._running.values()), ABORTED_START_GRACE_S)
+            await self._stop_stage(dict(self._running), ABORTED_START_GRACE_S)
             return
         for stop_order in sorted({spec.stop_order for spec in self._specs.values()}):
             stage = {name: run for name, run in self._running.items() if self._specs[name].stop_order == stop_order}
-            await self._stop_stage(list(stage.values()), self._settings.drain_timeout_s + DRAIN_MARGIN_S)
-            self.killed += [name for name, process in stage.items() if not process.exited.is_set()]
+            self.killed += await self._stop_stage(stage, self._settings.drain_timeout_s + DRAIN_MARGIN_S)
 
-    async def _stop_stage(self, stage: Sequence[RunningProcess], grace_s: float) -> None:
-        for process in stage:
+    async def _stop_stage(self, stage: Mapping[str, RunningProcess], grace_s: float) -> list[str]:
+        """The names of those that had to be killed."""
+        for process in stage.values():
             process.send(signal.SIGTERM)
-        all_exited = asyncio.ensure_future(_all_exited(stage))
+        all_exited = asyncio.ensure_future(_all_exited(stage.values()))
         forced = asyncio.ensure_future(self._forced.wait())
         await asyncio.wait({all_exited, forced}, timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
         for waiter in (all_exited, forced):
             waiter.cancel()
         await asyncio.gather(all_exited, forced, return_exceptions=True)
-        for process in stage:
-            if not process.exited.is_set():
-                process.send(signal.SIGKILL)
+        left = [name for name, process in stage.items() if not process.exited.is_set()]
+        for name in left:
+            stage[name].send(signal.SIGKILL)
+        return left
 
     @contextmanager
     def _handling_signals(self) -> Iterator[None]:
@@ -277,7 +278,7 @@ class LocalLauncher:
                 loop.remove_signal_handler(number)
 
 
-async def _all_exited(processes: Sequence[RunningProcess]) -> None:
+async def _all_exited(processes: Iterable[RunningProcess]) -> None:
     for process in processes:
         await process.exited.wait()
 

@@ -30,6 +30,27 @@ from cluster.verify.side import Side, built_in_cases
 CONNECT_TIMEOUT_S = 5.0
 
 
+def make_options(
+    num_prompts: int | None, max_tokens: int | None, concurrency: str, against: Path | None
+) -> VerifyOptions:  # fmt: skip
+    """Of what was typed; None: left out. `ConfigError` for levels that are none, and for what a recording decides."""
+    try:
+        levels = tuple(int(part) for part in concurrency.split(","))
+    except ValueError:
+        levels = ()
+    if not levels or not all(1 <= level <= 10_000 for level in levels):
+        raise ConfigError(f"--concurrency {concurrency}: expected numbers between 1 and 10,000, such as 1,8,32")
+    for name, value in (("--prompts", num_prompts), ("--max-tokens", max_tokens)):
+        if value is not None and against is not None:
+            raise ConfigError(f"{name}: the prompts and the lengths of answers are those of {against}; leave it out")
+    default = VerifyOptions()
+    return VerifyOptions(
+        num_prompts=default.num_prompts if num_prompts is None else num_prompts,
+        max_tokens=default.max_tokens if max_tokens is None else max_tokens,
+        concurrency=levels,
+    )
+
+
 def run(
     url_a: str,
     url_b: str | None = None,
