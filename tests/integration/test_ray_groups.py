@@ -72,6 +72,14 @@ def ranks_of(group: str) -> list[int]:
     return [found[mark] for mark in sorted(found)]
 
 
+async def all_ranks_of(group: str, count: int) -> list[int]:
+    """Once they can be seen: a process that has just been started has no environment yet."""
+    async with asyncio.timeout(WAIT_S):
+        while len(found := ranks_of(group)) != count:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    return found
+
+
 def actors_of(pids: Sequence[int]) -> list[int]:
     return [int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in pids]
 
@@ -108,7 +116,7 @@ async def test_a_group_that_loses_a_rank_is_started_anew(cluster: RayCluster, mo
     monkeypatch.setattr(local, "FIRST_RESTART_PAUSE_S", 0.01)
 
     async def story(launcher: LocalLauncher, view: RecordingView) -> None:
-        first = ranks_of("ranks")
+        first = await all_ranks_of("ranks", 3)
         assert len(first) == 3
         assert launcher.pid_of("ranks") == first[0]
         actors = actors_of(first)
@@ -116,17 +124,18 @@ async def test_a_group_that_loses_a_rank_is_started_anew(cluster: RayCluster, mo
         os.kill(first[2], signal.SIGKILL)
         await view.until("ranks", "died rank 2, killed by SIGKILL, on node ")
         await view.until("ranks", "ready", count=2)
-        second = ranks_of("ranks")
+        second = await all_ranks_of("ranks", 3)
         assert not set(first) & set(second)
         assert sorted(actors_of(second)) == sorted(actors), "the actors are still the same"
         os.kill(actors_of(second)[1], signal.SIGKILL)
         await view.until("ranks", "died rank 1, its Ray actor died")
         await view.until("ranks", "ready", count=3)
-        third = ranks_of("ranks")
+        third = await all_ranks_of("ranks", 3)
         assert len(third) == 3
         assert not set(second) & set(third)
         assert_gone(second)
         assert launcher.state_of("ranks") == "ready"
+        assert [what.partition(" ")[0] for name, what in view.news if name == "ranks"].count("died") == 2
 
     await launched([FakeGroup(cluster, "ranks", 0, 0, 0)], story)
 
