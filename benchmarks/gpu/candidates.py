@@ -30,10 +30,13 @@ def fits(plan: LinearPlan, *, silu_mul: bool) -> bool:
 
 
 def stream(num_rows: int, *, silu_mul: bool) -> Iterator[LinearPlan]:
-    """Up to 64 rows, weights requested ahead of the wait: a program per tile, and programs that go on to more tiles."""
+    """Up to 128 rows, weights requested ahead of the wait: a program per tile, and programs that go on to more tiles.
+    Above 64 rows also two tiles of 64, where outputs are so few that tiles of all rows would leave programs idle;
+    with SwiGLU only these, for registers' sake."""
     block_m = max(8, 1 << (num_rows - 1).bit_length())
-    wide = ((64, 128, 10), (64, 64, 10), (64, 128, 5), (64, 256, 6), (128, 64, 10), (128, 64, 5))
-    shapes = [(block_m, n, k, stages, 4, True) for n, k, stages in wide]
+    wide = ((64, 128, 10), (64, 64, 10), (64, 128, 6), (64, 128, 5), (64, 256, 6), (128, 64, 10), (128, 64, 5))
+    heights = (block_m,) if block_m <= 64 else (64,) if silu_mul else (64, block_m)
+    shapes = [(rows, n, k, stages, 4, True) for rows in heights for n, k, stages in wide]
     shapes += [(64, 32, 128, stages, 4, False) for stages in (4, 8)]
     shapes += [(64, n, 128, stages, 4, False) for n, stages in ((48, 5), (48, 7), (80, 4), (80, 5), (96, 5))]
     if block_m <= 32:
@@ -123,6 +126,7 @@ def candidates(num_rows: int, *, silu_mul: bool) -> list[LinearPlan]:
     plans: list[LinearPlan] = []
     if num_rows <= 64:
         plans += few_rows(num_rows, silu_mul=silu_mul)
+    if num_rows <= 128:
         plans += stream(num_rows, silu_mul=silu_mul)
     if num_rows >= 64:
         plans += many_rows(num_rows, silu_mul=silu_mul)

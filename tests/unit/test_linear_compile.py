@@ -23,8 +23,10 @@ SPILLED_BYTES = {(64, 128): 8, (256, 128): 128}  # of SwiGLU's largest tiles, by
 
 
 def offered(num_rows: int, *, silu_mul: bool) -> list[LinearPlan]:
-    kinds = stream if num_rows <= 64 else hopper
-    return [plan for plan in kinds(num_rows, silu_mul=silu_mul) if plan.swap or plan.block_m >= 64]
+    plans = [*stream(num_rows, silu_mul=silu_mul)] if num_rows <= 128 else []
+    if num_rows > 64:
+        plans += hopper(num_rows, silu_mul=silu_mul)
+    return [plan for plan in plans if plan.swap or plan.block_m >= 64]
 
 
 def deepest(num_rows: int, *, silu_mul: bool) -> list[LinearPlan]:
