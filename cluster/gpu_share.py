@@ -4,6 +4,7 @@ environment, and what changes for a process that reads it."""
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,7 +16,25 @@ DEFAULT_PIPE = Path("/tmp/nvidia-mps/control")  # where CUDA looks if the variab
 def has_mps(environment: Mapping[str, str] = os.environ, default_pipe: Path = DEFAULT_PIPE) -> bool:
     """Whether kernels of processes started here, this one included, run beside those of others on their GPU, and do not
     take turns with them. A launcher that has started no daemon yet asks for one of the operator's."""
-    return PIPE_VARIABLE in environment or default_pipe.exists()
+    directory = environment.get(PIPE_VARIABLE)
+    control = default_pipe if directory is None else Path(directory) / default_pipe.name
+    return (directory is not None or control.exists()) and not _is_deserted(control)
+
+
+def _is_deserted(control: Path) -> bool:
+    """Whether this is the socket of a daemon that is gone. One that was killed leaves it behind; CUDA goes on without MPS
+    then, and says nothing. Only a refusal tells: whatever else hinders us need not hinder CUDA."""
+    if not control.is_socket():
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.setblocking(False)
+        try:
+            client.connect(str(control))
+        except ConnectionRefusedError:
+            return True
+        except OSError:  # a socket of another type, a full queue, no permission, too long a path
+            return False
+    return False
 
 
 def library_serves() -> bool:

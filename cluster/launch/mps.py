@@ -3,7 +3,7 @@
 Without it the GPU is given to one process at a time, in slices: measured on one H200, a decode step beside a
 prefill took 8.8 instead of 3.8 ms. The daemon is ours: it listens in the launch's private directory and ends
 with the launch. One that the operator runs already (CUDA_MPS_PIPE_DIRECTORY is set, or it listens where CUDA looks
-without it) is used as it is: two daemons on one GPU would take turns.
+without it) is used as it is: two daemons on one GPU would take turns. What a killed one has left behind does not count.
 """
 
 from __future__ import annotations
@@ -47,12 +47,15 @@ def mps_daemon(is_wanted: bool, directory: Path, default_pipe: Path = DEFAULT_PI
     if failure is not None:
         yield f"a GPU is shared and {CONTROL} did not start ({failure}): {_WITHOUT}"
         return
+    before = {name: os.environ.get(name) for name in environment}  # theirs may be of a daemon that is gone
     os.environ.update(environment)
     try:
         yield None
     finally:
-        for name in environment:
-            os.environ.pop(name, None)
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
         failure = _control([], environment, "quit\n")
         if failure is not None:
             logger.warning("%s did not end: %s", CONTROL, failure)

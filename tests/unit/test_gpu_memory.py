@@ -63,4 +63,4 @@ def test_a_worker_that_takes_turns_with_a_neighbour_says_so(
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == warns
     if warns:
-        assert messages[0].startswith(f"other processes use cuda:0 ({others_gib}.00 GiB), and no MPS daemon is there")
+        assert messages[0].startswith(f"other processes use cuda:0 ({others_gib}.00 GiB), and no MPS daemon listens")

@@ -1,10 +1,13 @@
-"""Whether a process may use the library's products: not on a share of the multiprocessors."""
+"""Whether a process may use the library's products: not on a share of the multiprocessors. And who serves shares."""
 
 from __future__ import annotations
 
+import socket
+from pathlib import Path
+
 import pytest
 
-from cluster.gpu_share import DEFAULT_PIPE, PIPE_VARIABLE, SHARE_VARIABLE, library_serves
+from cluster.gpu_share import DEFAULT_PIPE, PIPE_VARIABLE, SHARE_VARIABLE, has_mps, library_serves
 
 
 def test_the_variables_are_those_of_cuda() -> None:
@@ -22,3 +25,30 @@ def test_only_a_whole_device_has_the_library(share: str | None, serves: bool, mo
     if share is not None:
         monkeypatch.setenv(SHARE_VARIABLE, share)
     assert library_serves() is serves
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_SEQPACKET, socket.SOCK_DGRAM])
+def test_a_daemon_that_was_killed_is_none(kind: socket.SocketKind, tmp_path: Path) -> None:
+    """Its socket stays behind. Which type it has is the daemon's business."""
+    control = tmp_path / "control"
+    named = {PIPE_VARIABLE: str(tmp_path)}
+    with socket.socket(socket.AF_UNIX, kind) as daemon:
+        daemon.bind(str(control))
+        if kind != socket.SOCK_DGRAM:
+            daemon.listen(1)
+        for _ in range(4):  # more than its queue takes
+            assert has_mps({}, control)
+            assert has_mps(named)
+    assert control.is_socket()
+    assert not has_mps({}, control)
+    assert not has_mps(named)
+
+
+def test_what_cannot_be_asked_counts_as_there(tmp_path: Path) -> None:
+    directory = tmp_path / ("long" * 40)
+    directory.mkdir()
+    with socket.socket(socket.AF_UNIX) as daemon:
+        daemon.bind(str(tmp_path / "control"))
+    (tmp_path / "control").rename(directory / "control")
+    assert has_mps({}, directory / "control"), "a path too long for us"
+    assert has_mps({PIPE_VARIABLE: str(tmp_path / "nowhere")}), "as the operator says"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -275,3 +276,17 @@ def test_a_daemon_of_the_operator_is_used(tmp_path: Path, monkeypatch: pytest.Mo
         assert warning is None, "one that listens where CUDA looks by itself"
         assert PIPE_VARIABLE not in os.environ
     assert not (tmp_path / "calls").exists()
+
+
+def test_a_daemon_of_the_operator_that_is_gone_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_control(tmp_path, 0)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    with socket.socket(socket.AF_UNIX) as daemon:
+        daemon.bind(str(theirs / "control"))
+    monkeypatch.setenv(PIPE_VARIABLE, str(theirs))
+    with mps.mps_daemon(True, tmp_path) as warning:
+        assert warning is None
+        assert os.environ[PIPE_VARIABLE] == str(tmp_path / "mps")
+    assert os.environ[PIPE_VARIABLE] == str(theirs)

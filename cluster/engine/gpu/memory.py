@@ -92,8 +92,8 @@ def warn_of_neighbours(device: torch.device) -> None:
     others = _others(device, free, total)
     if others > _NEIGHBOUR_BYTES and not has_mps():
         logger.warning(
-            "other processes use %s (%s GiB), and no MPS daemon is there (%s is not set): they take turns with this "
-            "one, and decode steps take more than twice as long while a prompt is computed",
+            "other processes use %s (%s GiB), and no MPS daemon listens (%s): they take turns with this one, "
+            "and decode steps take more than twice as long while a prompt is computed",
             device,
             _gib(others),
             PIPE_VARIABLE,
