@@ -22,8 +22,8 @@ def has_mps(environment: Mapping[str, str] = os.environ, default_pipe: Path = DE
 
 
 def _is_deserted(control: Path) -> bool:
-    """Whether this is the socket of a daemon that is gone. One that was killed leaves it behind; CUDA goes on without MPS
-    then, and says nothing. Only a refusal tells: whatever else hinders us need not hinder CUDA."""
+    """Whether this is the socket of a daemon that is gone. One that was killed leaves it behind; CUDA goes on without
+    MPS then, and says nothing. Only a refusal tells: whatever else hinders us need not hinder CUDA."""
     if not control.is_socket():
         return False
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
