@@ -28,7 +28,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cluster.engine.gpu.host_copy import HostCopy, Moment, to_device
+from cluster.engine.gpu.host_copy import HostCopy, Moment
+from cluster.engine.host_values import to_device
 from cluster.engine.kv_cache import KVLayout
 from cluster.errors import StartupError
 

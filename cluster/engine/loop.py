@@ -73,8 +73,13 @@ class EngineThread(Generic[Command, News]):
                     self._publish(news)
             was_asked = True
         finally:
-            self._driver.close()
-            self._on_exit(was_asked)
+            try:
+                self._driver.close()
+            except BaseException:
+                was_asked = False
+                raise
+            finally:  # the owner must know, whatever the driver's end brings
+                self._on_exit(was_asked)
 
     def _handle_commands(self) -> bool:
         """All that have arrived; waits for the first if there is nothing else to do. False: stop."""

@@ -45,6 +45,7 @@ def mps_daemon(is_wanted: bool, directory: Path, default_pipe: Path = DEFAULT_PI
     environment = {PIPE_VARIABLE: str(_private(directory / "mps")), LOG_VARIABLE: str(_private(directory / "mps-log"))}
     failure = _control(["-d"], environment)
     if failure is not None:
+        _control([], environment, "quit\n")  # it may have started all the same, too late
         yield f"a GPU is shared and {CONTROL} did not start ({failure}): {_WITHOUT}"
         return
     before = {name: os.environ.get(name) for name in environment}  # theirs may be of a daemon that is gone

@@ -259,6 +259,8 @@ def test_without_mps_the_warning_names_the_cost(tmp_path: Path, monkeypatch: pyt
         assert warning is not None
         assert "did not start (trouble)" in warning
     assert PIPE_VARIABLE not in os.environ
+    # One that did start, after it was given up, would outlive the launch, and nobody could find its pipe.
+    assert (tmp_path / "calls").read_text().splitlines() == [f"-d||{tmp_path}/mps", f"|quit|{tmp_path}/mps"]
 
 
 def test_a_daemon_of_the_operator_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,19 +177,21 @@ def plain_draws(model: Any, count: int) -> Any:
     return draws
 
 
-def test_what_a_step_told_stays_while_two_more_are_launched(model: Any) -> None:
-    sampler, draws = GpuSampler(InterpretedOps(), 5), plain_draws(model, 3)  # type: ignore[arg-type]
+@pytest.mark.parametrize("num_buffers", [3, 9])
+def test_what_a_step_told_stays_while_others_are_launched(model: Any, num_buffers: int) -> None:
+    sampler, draws = GpuSampler(InterpretedOps(), 5, num_buffers), plain_draws(model, 3)  # type: ignore[arg-type]
     logits_RV, tokens_R = torch.zeros(3, 8), torch.zeros(3, dtype=torch.int64)
     told = []
-    for turn in (10, 11, 12):
+    turns = range(10, 10 + num_buffers)
+    for turn in turns:
         told.append(sampler.sample(logits_RV, stats_of([turn, 131_071, 7]), draws, tokens_R))
         assert tokens_R.tolist() == [turn, 131_071, 7]
-    assert [rows.token_ids() for rows in told] == [[turn, 131_071, 7] for turn in (10, 11, 12)]
+    assert [rows.token_ids() for rows in told] == [[turn, 131_071, 7] for turn in turns]
 
 
 @pytest.mark.parametrize("logsumexp", [float("nan"), float("inf"), float("-inf")])
 def test_rows_whose_logits_are_no_numbers_are_told_apart(model: Any, logsumexp: float) -> None:
-    sampler, draws = GpuSampler(InterpretedOps(), 3), plain_draws(model, 3)  # type: ignore[arg-type]
+    sampler, draws = GpuSampler(InterpretedOps(), 3, 3), plain_draws(model, 3)  # type: ignore[arg-type]
     stats = stats_of([1, 2, 3])
     stats.logsumexp_R[1] = logsumexp
     drawn = sampler.sample(torch.zeros(3, 8), stats, draws, torch.zeros(3, dtype=torch.int64))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from cluster.engine.gpu.host_copy import to_device
+from cluster.engine.host_values import to_device
 from cluster.engine.sampling import elementary, filters
 from cluster.types import SamplingParams
 

@@ -15,7 +15,7 @@ import torch
 from cluster.engine.batch import Batch
 from cluster.engine.cohort import Cohort
 from cluster.engine.gpu.cuts import Cuts, has_filters
-from cluster.engine.gpu.host_copy import to_device
+from cluster.engine.host_values import to_device
 from cluster.engine.sampling import filters
 from cluster.engine.sequence import Sequence
 

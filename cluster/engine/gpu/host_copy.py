@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 import torch
 
 NUM_BUFFERS = 3  # steps whose host side may be alive: one that runs, one that is queued, one that is built
@@ -48,9 +44,3 @@ class HostCopy:
         self._source = source
         self.host = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
         self.host.copy_(source, non_blocking=True)
-
-
-def to_device(values: npt.NDArray[np.generic[Any]], device: torch.device) -> torch.Tensor:
-    """Through pinned memory, which torch's host allocator keeps until the copy is done."""
-    host = torch.from_numpy(np.ascontiguousarray(values))
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

@@ -22,13 +22,14 @@ from cluster.engine.batch import Batch, DecodedTokens, ScheduledSequence, StepRe
 from cluster.engine.forward_input import prompt_logprob_range
 from cluster.engine.gpu.draws import DrawRows, Draws
 from cluster.engine.gpu.graphs import GraphStore, HiddenRows, StepOutput
-from cluster.engine.gpu.host_copy import Moment, to_device
+from cluster.engine.gpu.host_copy import NUM_BUFFERS, Moment
 from cluster.engine.gpu.model import GpuModel
 from cluster.engine.gpu.prompt_graphs import PromptGraphs
 from cluster.engine.gpu.results import PromptRows, step_result
 from cluster.engine.gpu.sampler import DrawnRows, GpuSampler, HostLogprobs, RowStats, logprob_rows
 from cluster.engine.gpu.shapes import FEW_ROWS, MANY_ROWS, StepShape, round_up
 from cluster.engine.gpu.staging import StagedStep, StepStaging
+from cluster.engine.host_values import to_device
 from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.kernels.triton.plans import SPLIT_KEYS
 from cluster.engine.kv_cache import KVCache
@@ -52,7 +53,8 @@ class LaunchedGpuStep:
 class GpuModelRunner:
     """A `ModelRunner` (engine.py) for a CUDA device. Owns staging, graphs and the tokens drawn last; the KV
     pool belongs to the engine. `use_graphs` False: every step is launched kernel by kernel. Steps with prompts are,
-    if they have more than `graph_prompt_rows` rows."""
+    if they have more than `graph_prompt_rows` rows. `max_uncollected`: steps that draw tokens and are launched before
+    the first of them is collected."""
 
     def __init__(
         self,
@@ -67,6 +69,7 @@ class GpuModelRunner:
         max_drafts: int = 0,
         use_graphs: bool = True,
         graph_prompt_rows: int = 0,
+        max_uncollected: int = NUM_BUFFERS - 1,
     ) -> None:
         self._model = model
         self._ops = ops
@@ -88,7 +91,7 @@ class GpuModelRunner:
         max_drawn = min(max_num_sequences * (1 + max_drafts), max_batched_tokens)
         self._tokens_R = torch.zeros(max_drawn, dtype=torch.int64, device=device)
         self._draw_rows = DrawRows()
-        self._sampler = GpuSampler(ops, max_drawn)
+        self._sampler = GpuSampler(ops, max_drawn, max_uncollected + 1)
         self._graphs: GraphStore[StepOutput] | None = None
         self.prompt_graphs: PromptGraphs | None = None
         if use_graphs:
@@ -190,10 +193,11 @@ class GpuModelRunner:
         staging = self._staging
         shapes = [StepShape(size, size, size, 1, has_many_splits) for size in staging.sequence_sizes]
         for count in _DRAFTING_SEQUENCES if self._max_drafts else ():
+            most = min(count * (1 + self._max_drafts), staging.row_sizes[-1])
             shapes += [
                 StepShape(rows, count, rows, FEW_ROWS, has_many_splits)
                 for rows in staging.row_sizes
-                if count < rows <= round_up(count * (1 + self._max_drafts), staging.row_sizes)
+                if count in staging.sequence_sizes and count < rows <= round_up(most, staging.row_sizes)
             ]
         return sorted(shapes, key=lambda shape: shape.num_rows, reverse=True)
 

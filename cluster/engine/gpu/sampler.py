@@ -16,7 +16,8 @@ import numpy.typing as npt
 import torch
 
 from cluster.engine.gpu.draws import Draws
-from cluster.engine.gpu.host_copy import NUM_BUFFERS, HostCopy, pinned_zeros, to_device
+from cluster.engine.gpu.host_copy import HostCopy, pinned_zeros
+from cluster.engine.host_values import to_device
 from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.kernels.triton.draw import draw_tokens, ranks
 from cluster.engine.kernels.triton.step import tell_step
@@ -40,7 +41,8 @@ class RowStats:
 
 @dataclass(frozen=True, slots=True)
 class DrawnRows:
-    """On their way to the host; read them after the step's event, and before the second step after it is launched."""
+    """On their way to the host; read them after the step's event, and before as many steps have been launched after it
+    as there are buffers (`GpuSampler`)."""
 
     words_3R: npt.NDArray[np.int32]  # token ids; bits of two fp32 that are finite where a row's logits are sound
     logprobs: HostLogprobs | None
@@ -85,12 +87,12 @@ class HostLogprobs:
 
 class GpuSampler:
     """One per runner; keeps the token histories of running sequences that have penalties, and owns the pinned memory
-    that steps tell their tokens in."""
+    that steps tell their tokens in: `num_buffers` steps that draw, one after the other, before one must be read."""
 
-    def __init__(self, ops: CudaOps, max_rows: int) -> None:
+    def __init__(self, ops: CudaOps, max_rows: int, num_buffers: int) -> None:
         self._ops = ops
         self._processor = LogitsProcessor()
-        self._told = [pinned_zeros(3 * max_rows, ops.device).view(3, max_rows) for _ in range(NUM_BUFFERS)]
+        self._told = [pinned_zeros(3 * max_rows, ops.device).view(3, max_rows) for _ in range(num_buffers)]
         self._turn = 0
 
     def sample(self, logits_RV: torch.Tensor, stats: RowStats, draws: Draws, tokens_R: torch.Tensor) -> DrawnRows:
@@ -117,7 +119,7 @@ class GpuSampler:
     ) -> npt.NDArray[np.int32]:
         """To `tokens_R` and, in stream order, to the host. A NaN shows in the logsumexp of raw logits; processed ones
         may be infinite where they are forbidden, but not at their maximum."""
-        self._turn = (self._turn + 1) % NUM_BUFFERS
+        self._turn = (self._turn + 1) % len(self._told)
         told = self._told[self._turn]
         sound_too_R = raw.logsumexp_R if chosen_from is raw else chosen_from.maximum_R
         tell_step(chosen_R, raw.logsumexp_R, sound_too_R, tokens_R, told)

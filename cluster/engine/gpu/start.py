@@ -6,6 +6,7 @@ import torch
 
 from cluster.engine.config import EngineConfig
 from cluster.engine.gpu import memory
+from cluster.engine.gpu.host_copy import NUM_BUFFERS
 from cluster.engine.gpu.model import GpuModel
 from cluster.engine.gpu.runner import GpuModelRunner
 from cluster.engine.kernels.cuda_ops import CudaOps
@@ -42,14 +43,23 @@ def start_gpu(
 def start_draft(
     model: GpuModel, ops: CudaOps, layout: KVLayout, config: EngineConfig, num_blocks: int, max_model_len: int
 ) -> GpuModelRunner:
-    """A draft model's runner over a pool of its own. Where all drafts came true, its next step has two rows of a
-    sequence."""
+    """A draft model's runner over a pool of its own."""
     with torch.cuda.device(ops.device):
         kv_cache = memory.allocate_pool(layout, num_blocks, ops.device)
         with memory.room_for("what the draft model's steps need", ops.device, memory.LESS_POOL):
-            runner = _runner(model, ops, kv_cache, config, max_model_len, max_drafts=1)
+            runner = make_draft_runner(model, ops, kv_cache, config, max_model_len)
             runner.warm_up()
     return runner
+
+
+def make_draft_runner(
+    model: GpuModel, ops: CudaOps, kv_cache: KVCache, config: EngineConfig, max_model_len: int
+) -> GpuModelRunner:
+    """Where all drafts came true, its next step has two rows of a sequence. All passes of a proposal are launched
+    before the first is collected."""
+    return _runner(
+        model, ops, kv_cache, config, max_model_len, max_drafts=1, max_uncollected=config.speculation.num_tokens
+    )
 
 
 def _target_runner(
@@ -75,6 +85,7 @@ def _runner(
     *,
     max_drafts: int,
     graph_prompt_rows: int = 0,
+    max_uncollected: int = NUM_BUFFERS - 1,
 ) -> GpuModelRunner:
     return GpuModelRunner(
         model,
@@ -87,6 +98,7 @@ def _runner(
         max_drafts=max_drafts,
         use_graphs=config.cuda_graphs,
         graph_prompt_rows=graph_prompt_rows,
+        max_uncollected=max_uncollected,
     )
 
 

@@ -11,8 +11,10 @@ import math
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from cluster.engine.host_values import to_device
 from cluster.engine.sequence import Sequence
 
 
@@ -38,18 +40,18 @@ class TokenHistory:
         self._num_seen = len(sequence.token_ids)
 
     @property
-    def ids(self) -> torch.Tensor:
-        """(C,) int64 distinct ids of prompt and output."""
-        return torch.from_numpy(self._ids[: len(self._place_of)])
+    def ids(self) -> npt.NDArray[np.int64]:
+        """(C,) distinct ids of prompt and output."""
+        return self._ids[: len(self._place_of)]
 
     @property
-    def output_counts(self) -> torch.Tensor:
-        """(C,) int64, parallel to `ids`."""
-        return torch.from_numpy(self._counts[: len(self._place_of)])
+    def output_counts(self) -> npt.NDArray[np.int64]:
+        """(C,) parallel to `ids`."""
+        return self._counts[: len(self._place_of)]
 
 
 class LogitsProcessor:
-    """Holds the histories of the sequences that have penalties, as long as those live."""
+    """Holds the histories of the sequences that have penalties, as long as those live. Nothing waits for the device."""
 
     def __init__(self) -> None:
         self._histories: WeakKeyDictionary[Sequence, TokenHistory] = WeakKeyDictionary()
@@ -66,12 +68,13 @@ class LogitsProcessor:
         """Change one fp32 row in place."""
         sampling = sequence.request.sampling
         if num_output_tokens < sampling.min_tokens and sequence.stop_token_ids:
-            stop_ids = torch.tensor(sorted(sequence.stop_token_ids), device=logits_V.device)
+            stop_ids = to_device(np.asarray(sorted(sequence.stop_token_ids), np.int64), logits_V.device)
             stop_logits = logits_V[stop_ids]
             logits_V[stop_ids] = stop_logits.masked_fill(~stop_logits.isnan(), -math.inf)
         if sampling.logit_bias:
-            ids = torch.tensor([token_id for token_id, _ in sampling.logit_bias], device=logits_V.device)
-            logits_V[ids] += torch.tensor([bias for _, bias in sampling.logit_bias], device=logits_V.device)
+            ids = to_device(np.asarray([token_id for token_id, _ in sampling.logit_bias], np.int64), logits_V.device)
+            biases = np.asarray([bias for _, bias in sampling.logit_bias], np.float32)
+            logits_V[ids] += to_device(biases, logits_V.device)
         if sequence.draws_by_history:
             self._penalise(logits_V, sequence)
 
@@ -81,7 +84,7 @@ class LogitsProcessor:
             history = self._histories[sequence] = TokenHistory(sequence.prompt_length)
         history.update(sequence)
         sampling, device = sequence.request.sampling, logits_V.device
-        ids, counts = history.ids.to(device), history.output_counts.to(device)
+        ids, counts = to_device(history.ids, device), to_device(history.output_counts, device)
         values = logits_V[ids]
         if sampling.repetition_penalty != 1.0:
             penalty = sampling.repetition_penalty
