@@ -3,10 +3,9 @@
 Teacher-forced on the reference's own greedy continuation of chat prompts, and on natural text. The
 yardstick for "within bf16 tolerance" is transformers itself in bf16, on the same inputs.
 
-    python -m benchmarks.correctness [--device cuda [--fp32-residual]] [--model PATH] [--prompts N] [--dry-run]
+    python -m benchmarks.correctness [--device cuda [--residual-dtype T]] [--model PATH] [--prompts N] [--dry-run]
 
-transformers runs on the same device. On a GPU our residual stream is bf16, unless --fp32-residual asks for the
-CPU's.
+transformers runs on the same device. Our residual stream is kept in the type that a worker would choose.
 """
 
 from __future__ import annotations
@@ -25,10 +24,11 @@ from benchmarks.correctness_texts import NATURAL_TEXTS, QUESTIONS
 from benchmarks.results import RESULTS_DIRECTORY, Parameter, append_result
 from cluster.engine.config import EngineConfig
 from cluster.engine.kernels import get_ops
-from cluster.engine.kernels.ops import AttentionMetadata, Ops
+from cluster.engine.kernels.ops import AttentionMetadata
 from cluster.engine.kv_cache import KVCache
 from cluster.engine.models.llama import DecoderModel
-from cluster.engine.models.loader import load_model
+from cluster.engine.models.loader import load_model, read_model_config
+from cluster.engine.models.residual import residual_dtype
 from cluster.engine.parallel.group import SingleRank
 from cluster.model_files.source import resolve_model
 from cluster.tokenizer import Tokenizer
@@ -159,7 +159,7 @@ def report(metric: str, comparison: Comparison, subject: str, device: str | None
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
-    parser.add_argument("--fp32-residual", action="store_true", help="on a GPU: do not round the residual stream")
+    parser.add_argument("--residual-dtype", choices=("bfloat16", "float32"), help="as model.residual_dtype")
     parser.add_argument("--model", default="demo", help="GGUF file or 'demo'")
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--out", type=Path, default=RESULTS_DIRECTORY, help="a directory")
@@ -168,8 +168,9 @@ def main() -> int:
 
     source = resolve_model(arguments.model)
     tokenizer = Tokenizer.load(source)
-    ops = _ops(arguments.device, fp32_residual=arguments.fp32_residual)
-    subject = ops.name + (", fp32 residual" if arguments.fp32_residual else "")
+    width = read_model_config(source).hidden_size
+    ops = get_ops(arguments.device, None, residual_dtype(arguments.residual_dtype, arguments.device, width))
+    subject = f"{ops.name}, {str(ops.residual_dtype).removeprefix('torch.')} residual"
     device = torch.cuda.get_device_name(ops.device) if ops.device.type == "cuda" else None
     ours = forward_of(load_model(source, ops, SingleRank(), ops.device).model)
     reference_model = reference_of(source.path, torch.float32, ops.device)
@@ -192,16 +193,6 @@ def main() -> int:
     print(f"{time.monotonic() - started:.0f} s")
     is_right = agreement.agreement >= REQUIRED_AGREEMENT and agreement.rms_error <= yardstick.rms_error
     return 0 if is_right else 1
-
-
-def _ops(device: str, *, fp32_residual: bool) -> Ops:
-    """A CPU's residual stream is fp32 in any case."""
-    ops = get_ops(device)
-    if not fp32_residual or ops.device.type == "cpu":
-        return ops
-    from cluster.engine.kernels.cuda_ops import CudaOps  # needs Triton
-
-    return CudaOps(ops.device, residual_dtype=torch.float32)
 
 
 def reference_of(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

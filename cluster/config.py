@@ -31,6 +31,7 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     path: str = "demo"  # `demo`, a directory with safetensors, a .gguf file, or a Hugging Face id
     revision: str | None = None  # commit, tag or branch of a Hugging Face id
     quantization: Literal["fp8"] | None = None  # fp8: FP8 weights and activations out of a bf16 checkpoint
+    residual_dtype: Literal["bfloat16", "float32"] | None = None  # on a GPU; null: float32 up to a width of 1,024
     served_name: str | None = None  # what clients put into `model`; null: the model's own short name
 
     @property

@@ -49,13 +49,16 @@ class LLM:
         *,
         engine: EngineConfig | None = None,
         quantization: Literal["fp8"] | None = None,
+        residual_dtype: Literal["bfloat16", "float32"] | None = None,
     ) -> None:
         """`model`: `demo`, a directory, a .gguf file or a Hugging Face id; `quantization` makes FP8 of a bf16
-        one. Blocks while it loads; raises errors of our tree."""
+        one, `residual_dtype` is that of a GPU (`model.residual_dtype`). Blocks while it loads; raises errors of our
+        tree."""
         config = WorkerConfig(
             model=model,
             engine=engine or EngineConfig(),
             model_quantization=quantization,
+            model_residual_dtype=residual_dtype,
             transport="loopback",
         )
         self._tokenizer = Tokenizer.load(model)

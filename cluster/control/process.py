@@ -32,7 +32,8 @@ from cluster.engine.engine import Engine
 from cluster.engine.kernels import fingerprint, get_ops
 from cluster.engine.kernels.cuda_select import keep_compiled_kernels
 from cluster.engine.models.config import WeightFormat
-from cluster.engine.models.loader import load_model
+from cluster.engine.models.loader import load_model, read_model_config
+from cluster.engine.models.residual import residual_dtype
 from cluster.engine.parallel.group import SingleRank
 from cluster.engine.scheduler import Policy
 from cluster.errors import ConfigError, StartupError, TandemError
@@ -96,14 +97,16 @@ def load_worker(
     _check_port_free(config.host, config.port)
     engine_id = f"{parts.role.value}-{secrets.token_hex(8)}"
     torch.set_num_threads(1)  # the kernels bring their own threads, torch's would only contend with them
+    source = resolve_model(config.model, lambda done, total: show("fetching the model", done, total))
+    source = msgspec.structs.replace(source, revision=config.model_revision or source.revision)
     show("admitting kernels", 0, 0)
     if config.engine.device.startswith("cuda"):
         keep_compiled_kernels()
-    ops = get_ops(config.engine.device, config.engine.num_threads)
+    width = read_model_config(source).hidden_size
+    residual = residual_dtype(config.model_residual_dtype, config.engine.device, width)
+    ops = get_ops(config.engine.device, config.engine.num_threads, residual)
     if ops.device.type == "cuda":
         torch.cuda.set_device(ops.device)  # where kernels start that are not told
-    source = resolve_model(config.model, lambda done, total: show("fetching the model", done, total))
-    source = msgspec.structs.replace(source, revision=config.model_revision or source.revision)
     loaded = load_model(
         source,
         ops,

@@ -27,6 +27,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     model_name: str = ""  # what the router is told; empty: the model's own
     model_revision: str = ""  # of a Hugging Face id that was resolved to a path before
     model_quantization: Literal["fp8"] | None = None  # fp8: make FP8 of a checkpoint that is not FP8 already
+    model_residual_dtype: Literal["bfloat16", "float32"] | None = None  # see `models/residual.py`
     host: str = "127.0.0.1"
     port: int = 0  # 0: a free one is chosen, see the ready event
     advertised_host: str = ""  # where peers reach this worker; empty: TANDEM_ADVERTISED_HOST, else `host`

@@ -117,6 +117,7 @@ def worker_config(
         model_name=model_name,
         model_revision="" if isinstance(model, str) else model.revision,
         model_quantization=config.model.quantization,
+        model_residual_dtype=config.model.residual_dtype,
         host=group.host,
         port=group.port,
         engine=_engine(pool.engine, rank),

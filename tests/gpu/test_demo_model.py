@@ -14,22 +14,28 @@ import torch
 from benchmarks.gpu.exactness import Cell, Exactness, compare, make_requests
 from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.models.llama import DecoderModel
-from cluster.engine.models.loader import load_model
+from cluster.engine.models.loader import load_model, read_model_config
+from cluster.engine.models.residual import residual_dtype
 from cluster.engine.parallel.group import SingleRank
 from cluster.model_files.cache import cache_location
 from cluster.model_files.demo import DEMO_FILE
+from cluster.model_files.source import resolve_model
 from cluster.tokenizer import Tokenizer
 
 MODEL = Path(os.environ.get("TANDEM_DEMO_MODEL") or cache_location() / DEMO_FILE)
 if not MODEL.is_file():
     pytest.skip(f"the demo model is not at {MODEL}", allow_module_level=True)
 
+SOURCE = resolve_model(str(MODEL))
 NUM_PROMPTS = 6
 
 
 @pytest.fixture(scope="module")
 def ops() -> CudaOps:
-    return CudaOps(torch.device("cuda"))
+    """As a worker computes with for this model."""
+    return CudaOps(
+        torch.device("cuda"), residual_dtype=residual_dtype(None, "cuda", read_model_config(SOURCE).hidden_size)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +43,8 @@ def model(ops: CudaOps) -> DecoderModel:
     return load_model(MODEL, ops, SingleRank(), ops.device).model
 
 
-def test_logits_are_nearer_to_fp32_than_those_of_transformers_in_bf16(model: DecoderModel) -> None:
+def test_logits_are_as_near_to_fp32_as_on_a_cpu(model: DecoderModel) -> None:
+    """There: 99 % of the choices, half the error of transformers in bf16 (`benchmarks.correctness`)."""
     pytest.importorskip("transformers")
     from benchmarks import correctness
     from benchmarks.correctness_texts import QUESTIONS
@@ -50,8 +57,8 @@ def test_logits_are_nearer_to_fp32_than_those_of_transformers_in_bf16(model: Dec
     ours = correctness.compare(correctness.forward_of(model), cases)
     half = correctness.forward_of_transformers(correctness.reference_of(MODEL, torch.bfloat16, device))
     yardstick = correctness.compare(half, cases)
-    assert ours.rms_error <= yardstick.rms_error
-    assert ours.disagreements <= yardstick.disagreements + 2  # of 384 positions; near-ties fall either way
+    assert ours.rms_error <= 0.6 * yardstick.rms_error
+    assert ours.disagreements <= min(yardstick.disagreements, 6)  # of 384 positions; near-ties fall either way
 
 
 def test_the_same_bits_in_every_way_to_compute(model: DecoderModel, ops: CudaOps) -> None:

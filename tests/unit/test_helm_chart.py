@@ -164,6 +164,15 @@ def test_the_quantization_reaches_the_workers(tmp_path: Path) -> None:
         assert [config.model_quantization for config in configs] == [expected, expected]
 
 
+@pytest.mark.parametrize(("value", "expected"), [("", None), ("float32", "float32"), ("bfloat16", "bfloat16")])
+def test_the_type_of_the_residual_stream_reaches_the_workers(value: str, expected: str | None, tmp_path: Path) -> None:
+    on_ray = cluster_config(render(changed(read_values("kuberay"), model__residualDtype=value)), tmp_path)
+    assert on_ray.model.residual_dtype == expected
+    manifests = render(changed(read_values("cpu-demo"), model__residualDtype=value))
+    configs = [read_config(_config(manifests, role)) for role in ("prefill", "decode")]
+    assert [config.model_residual_dtype for config in configs] == [expected, expected]
+
+
 def test_the_format_of_logs_reaches_every_process(tmp_path: Path) -> None:
     manifests = render(changed(read_values("cpu-demo"), logging__format="json"))
     assert [json.loads(_config(manifests, role))["log_format"] for role in ("router", "prefill", "decode")] == [

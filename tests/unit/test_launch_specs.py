@@ -64,6 +64,7 @@ def test_every_setting_arrives(tmp_path: Path) -> None:
     config = configured(
         router__max_attempts="7",
         model__quantization="fp8",
+        model__residual_dtype="float32",
         decode__engine__block_size="64",
         decode__engine__num_threads="3",
         connector__lease_s="12.5",
@@ -76,7 +77,7 @@ def test_every_setting_arrives(tmp_path: Path) -> None:
     decode = worker_config.read_config(decode_spec.command[2])
     assert (router.max_attempts, router.drain_timeout_s, router.log_level) == (7, 4.0, "debug")
     assert (decode.engine.block_size, decode.engine.num_threads) == (64, 3)
-    assert decode.model_quantization == "fp8"
+    assert (decode.model_quantization, decode.model_residual_dtype) == ("fp8", "float32")
     assert (decode.lease_s, decode.on_failure, decode.drain_timeout_s) == (12.5, "fail", 4.0)
     assert decode_spec.environment["OMP_NUM_THREADS"] == "3"
     assert worker_config.read_config(prefill_spec.command[2]).engine.num_threads == 4

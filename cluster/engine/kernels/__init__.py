@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 
+import torch
+
 from cluster.engine.kernels.fingerprint import fingerprint
 from cluster.engine.kernels.mutations import BREAK_VARIABLE, break_kernel
 from cluster.engine.kernels.ops import AttentionMetadata, ExpertChoice, ExpertWeight, LinearWeight, Ops
@@ -27,14 +29,15 @@ __all__ = [
 ]
 
 
-def get_ops(device: str, num_threads: int | None = None) -> Ops:
+def get_ops(device: str, num_threads: int | None = None, residual_dtype: torch.dtype | None = None) -> Ops:
     """The admitted operations for `device` ("cpu", "cuda", "cuda:1").
 
+    `residual_dtype`: of a GPU's residual stream, bf16 if None; a CPU's is fp32 (`models/residual.py` chooses).
     `num_threads` bounds the CPU threads of a kernel; None: one for each core this process may use. The
     CPU's instruction class is the best there is, or the one named in TANDEM_CPU_ISA.
     Raises `ConfigError` for a device without kernels or an unusable TANDEM_CPU_ISA.
     """
-    ops = _device_ops(device, num_threads)
+    ops = _device_ops(device, num_threads, residual_dtype)
     broken = os.environ.get(BREAK_VARIABLE)
     return break_kernel(ops, broken) if broken else ops
 
@@ -53,7 +56,7 @@ def kernel_report(device: str) -> list[Admission]:
             raise _unknown(device)
 
 
-def _device_ops(device: str, num_threads: int | None) -> Ops:
+def _device_ops(device: str, num_threads: int | None, residual_dtype: torch.dtype | None) -> Ops:
     match device.partition(":")[0]:
         case "cpu":
             from cluster.engine.kernels.cpu.select import make_cpu_ops
@@ -62,7 +65,7 @@ def _device_ops(device: str, num_threads: int | None) -> Ops:
         case "cuda":
             from cluster.engine.kernels.cuda_select import make_cuda_ops
 
-            return make_cuda_ops(device)
+            return make_cuda_ops(device, residual_dtype or torch.bfloat16)
         case _:
             raise _unknown(device)
 

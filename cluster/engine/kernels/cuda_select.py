@@ -33,7 +33,7 @@ def keep_compiled_kernels() -> None:
         os.environ["TRITON_CACHE_DIR"] = str(directory)
 
 
-def make_cuda_ops(device: str) -> CudaOps:
+def make_cuda_ops(device: str, residual_dtype: torch.dtype) -> CudaOps:
     """The operations of "cuda" or "cuda:N". `ConfigError` names what is missing."""
     if not torch.cuda.is_available():
         raise ConfigError(f"device: {device!r} was asked for, and torch {torch.__version__} finds no CUDA device")
@@ -46,4 +46,4 @@ def make_cuda_ops(device: str) -> CudaOps:
 
     from cluster.engine.kernels.cuda_ops import CudaOps
 
-    return CudaOps(torch.device("cuda", index))
+    return CudaOps(torch.device("cuda", index), residual_dtype=residual_dtype)

@@ -53,6 +53,15 @@ class LoadedModel(NamedTuple):
     identity: ModelIdentity
 
 
+def read_model_config(source: ModelSource) -> ModelConfig:
+    """Of a model that is here, as its files say it; no weight is read. Raises `ModelError`."""
+    match source.kind:
+        case SourceKind.GGUF:
+            return config_from_gguf(read_gguf_header(source.path))
+        case SourceKind.DIRECTORY:
+            return config_from_directory(source.path)
+
+
 def load_model(
     source: ModelSource | str | Path,
     ops: Ops,

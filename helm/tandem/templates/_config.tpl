@@ -38,6 +38,9 @@
 {{- with $values.model.quantization -}}
 {{- $_ := set $config "model_quantization" . -}}
 {{- end -}}
+{{- with $values.model.residualDtype -}}
+{{- $_ := set $config "model_residual_dtype" . -}}
+{{- end -}}
 {{- if gt (include "tandem.numRanks" $pool | int) 1 -}}
 {{- $_ := set $config "parallel" (omit $pool.group "ranksPerPod") -}}
 {{- end -}}

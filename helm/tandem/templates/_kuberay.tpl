@@ -12,6 +12,9 @@ go without a restart of the others). */}}
 {{- with $values.model.quantization -}}
 {{- $_ := set $model "quantization" . -}}
 {{- end -}}
+{{- with $values.model.residualDtype -}}
+{{- $_ := set $model "residual_dtype" . -}}
+{{- end -}}
 {{- $startup := max (int $values.prefill.startupSeconds) (int $values.decode.startupSeconds) -}}
 {{- $ray := dict
   "address" "127.0.0.1:6379"
