@@ -54,7 +54,7 @@ class GpuModelRunner:
     """A `ModelRunner` (engine.py) for a CUDA device. Owns staging, graphs and the tokens drawn last; the KV
     pool belongs to the engine. `use_graphs` False: every step is launched kernel by kernel. Steps with prompts are,
     if they have more than `graph_prompt_rows` rows. `max_uncollected`: steps that draw tokens and are launched before
-    the first of them is collected."""
+    the first of them is collected. `max_pool_keys`: to be measured with, of a pool that is yet to be sized."""
 
     def __init__(
         self,
@@ -70,6 +70,7 @@ class GpuModelRunner:
         use_graphs: bool = True,
         graph_prompt_rows: int = 0,
         max_uncollected: int = NUM_BUFFERS - 1,
+        max_pool_keys: int | None = None,
     ) -> None:
         self._model = model
         self._ops = ops
@@ -86,7 +87,7 @@ class GpuModelRunner:
             graph_prompt_rows=graph_prompt_rows if use_graphs else 0,
         )
         # Where many contexts are longer than a split, their partial results are bounded by what the pool holds.
-        self._max_pool_keys = kv_cache.num_blocks * block_size
+        self._max_pool_keys = max_pool_keys or kv_cache.num_blocks * block_size
         self._max_drafts = max_drafts
         max_drawn = min(max_num_sequences * (1 + max_drafts), max_batched_tokens)
         self._tokens_R = torch.zeros(max_drawn, dtype=torch.int64, device=device)
@@ -209,7 +210,7 @@ class GpuModelRunner:
     @torch.inference_mode()
     def run_largest(self) -> None:
         """One step as large as any, of padding: what it allocates at its peak is what steps need. Its logits are as
-        many as any step has, processed, and told with logprobs."""
+        many as any step has, processed, and told with logprobs of chosen rows, which are a third copy."""
         sizes = self._staging.row_sizes, self._staging.sequence_sizes
         num_logits = max(len(self._tokens_R), min(_LOGIT_ROWS_AT_ONCE, sizes[0][-1]))
         shape = StepShape(sizes[0][-1], sizes[1][-1], num_logits, MANY_ROWS, self._max_model_len > SPLIT_KEYS)
@@ -218,7 +219,8 @@ class GpuModelRunner:
         indices_R = torch.zeros(round_up(num_logits, sizes[0]), dtype=torch.int64, device=self._device)
         output = self._output(self._model.logits(hidden_TK, indices_R))
         processed_RV = output.logits_RV.clone()
-        logprob_rows(processed_RV, output.stats.logsumexp_R, indices_R, num_top=1)
+        logprob_rows(output.logits_RV[indices_R], output.stats.logsumexp_R, indices_R, num_top=1)
+        del processed_RV  # not before: a step has all three
 
     def _stage_padding(self) -> None:
         staging = self._staging
@@ -235,7 +237,7 @@ class GpuModelRunner:
     def _forward(self, shape: StepShape, longest: int, num_keys: int) -> StepOutput:
         if (
             self._graphs is not None and num_keys <= self._max_pool_keys
-        ):  # else prefixes are shared by many: scratch beyond what was captured
+        ):  # else prefixes are shared by many: more splits than were captured
             output = self._graphs.replay(shape)
             if output is not None:
                 return output

@@ -63,8 +63,9 @@ def make_draft_runner(
 
 
 def _target_runner(
-    model: GpuModel, ops: CudaOps, kv_cache: KVCache, config: EngineConfig, max_model_len: int
-) -> GpuModelRunner:
+    model: GpuModel, ops: CudaOps, kv_cache: KVCache, config: EngineConfig, max_model_len: int,
+    max_pool_keys: int | None = None,
+) -> GpuModelRunner:  # fmt: skip
     return _runner(
         model,
         ops,
@@ -73,6 +74,7 @@ def _target_runner(
         max_model_len,
         max_drafts=_max_drafts(config),
         graph_prompt_rows=config.limits.graph_prompt_rows,
+        max_pool_keys=max_pool_keys,
     )
 
 
@@ -86,6 +88,7 @@ def _runner(
     max_drafts: int,
     graph_prompt_rows: int = 0,
     max_uncollected: int = NUM_BUFFERS - 1,
+    max_pool_keys: int | None = None,
 ) -> GpuModelRunner:
     return GpuModelRunner(
         model,
@@ -99,18 +102,21 @@ def _runner(
         use_graphs=config.cuda_graphs,
         graph_prompt_rows=graph_prompt_rows,
         max_uncollected=max_uncollected,
+        max_pool_keys=max_pool_keys,
     )
 
 
 def _measure_step(model: GpuModel, ops: CudaOps, layout: KVLayout, config: EngineConfig, max_model_len: int) -> int:
     """Bytes that the largest step has allocated at its peak, on a pool of one block, and what graphs of steps with
-    prompts will take.
+    prompts will take: with scratch for as many keys as a pool of all that is free would have.
 
     The library's products are compared before: a comparison takes more than a step, and its memory is given
     back before the pool takes what is free.
     """
     kv_cache = KVCache(layout, 1, ops.device)
-    runner = _target_runner(model, ops, kv_cache, config, max_model_len)
+    free, _ = torch.cuda.mem_get_info()
+    most_keys = (config.kv_cache_bytes or free) // layout.block_bytes * layout.block_size
+    runner = _target_runner(model, ops, kv_cache, config, max_model_len, max_pool_keys=most_keys)
     runner.compile_all()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()

@@ -6,6 +6,7 @@ As in `launch.py`, nothing waits for the device, and a call can be captured into
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +19,12 @@ from cluster.engine.kernels.triton.overlap import overlap
 from cluster.engine.kernels.triton.plans import SPLIT_KEYS, AttentionPlan, LatentPlan, block_kv
 
 _FEW_SEQUENCES = 8  # that take the split kernels with several rows each: partial results of rows take memory
+# Of partial results at a time. Sequences have at most the splits of the pool's keys, a few tens of MiB, unless many
+# share a long prefix; then they are served some at a time.
+MOST_SCRATCH_BYTES = 256 << 20
+_ALIGNED = (
+    4  # sequences: int32 tensors that begin there are aligned as their first is, or kernels would be compiled anew
+)
 
 
 def run_attention(
@@ -42,7 +49,8 @@ def run_attention(
         return call.out
     split_rows, tiled_above = paths(plan, metadata, call.group)
     if split_rows:
-        _run_split(call, plan, split_rows, num_multiprocessors)
+        for part in _within_scratch(call, split_rows):
+            _run_split(part, plan, split_rows, num_multiprocessors)
     if tiled_above is not None:
         _run_prefill(call, plan, tiled_above, num_multiprocessors)
     return call.out
@@ -87,7 +95,8 @@ def run_rope_attention(
     q_THD = qkv_TC.view(len(qkv_TC), num_heads + 2 * num_kv_heads, head_size)[:, :num_heads]
     call = _checked(q_THD, kv_N2GSD, metadata, scale, kv_N2GSD.dtype, window, pdl, lists)
     if len(qkv_TC):
-        _run_split(replace(call, cos_sin_PD=rotation.cos_sin_PD), plan, 1, num_multiprocessors)
+        for part in _within_scratch(replace(call, cos_sin_PD=rotation.cos_sin_PD), 1):
+            _run_split(part, plan, 1, num_multiprocessors)
     return call.out
 
 
@@ -223,17 +232,49 @@ class _AttentionCall:
         }
 
 
+def bound_of_splits(metadata: AttentionMetadata, max_rows: int, window: int | None) -> tuple[int, int]:
+    """The most splits that a sequence has, and all of them."""
+    num_sequences = metadata.context_len.shape[0]
+    splits_each = triton.cdiv(metadata.context_len_max, SPLIT_KEYS)
+    if window is not None:  # that many keys in a row, wherever they begin
+        splits_each = min(splits_each, (window + max_rows - 3) // SPLIT_KEYS + 2)
+    splits = num_sequences * splits_each
+    if splits_each > 1 and metadata.num_keys_max is not None:
+        splits = min(splits, num_sequences + metadata.num_keys_max // SPLIT_KEYS)
+    return splits_each, splits
+
+
+def in_parts(
+    metadata: AttentionMetadata, splits_each: int, splits: int, bytes_each: int
+) -> Iterator[AttentionMetadata]:
+    """All sequences, or as many at a time as have scratch. `bytes_each`: of a split's partial results."""
+    if splits_each <= 1 or splits * bytes_each <= MOST_SCRATCH_BYTES:
+        yield metadata
+        return
+    count = max(_ALIGNED, MOST_SCRATCH_BYTES // (bytes_each * splits_each) // _ALIGNED * _ALIGNED)
+    for first in range(0, metadata.context_len.shape[0], count):
+        yield replace(
+            metadata,
+            query_start=metadata.query_start[first : first + count + 1],
+            context_len=metadata.context_len[first : first + count],
+            block_table=metadata.block_table[first : first + count],
+            num_keys_max=None,
+        )
+
+
+def _within_scratch(call: _AttentionCall, max_rows: int) -> Iterator[_AttentionCall]:
+    num_heads, head_size = call.q_THD.shape[1:]
+    bounds = bound_of_splits(call.metadata, max_rows, call.window)
+    for part in in_parts(call.metadata, *bounds, max_rows * num_heads * (head_size + 9) * 4):
+        yield call if part is call.metadata else replace(call, metadata=part)
+
+
 def _run_split(call: _AttentionCall, plan: AttentionPlan, max_rows: int, num_multiprocessors: int) -> None:
     """Serve the sequences with at most `max_rows` rows: partial results of all splits, then the fold."""
     metadata, kv = call.metadata, call.kv_N2GSD
     num_heads, head_size = call.q_THD.shape[1:]
     block_rows = max(16, triton.next_power_of_2(max_rows * call.group))
-    splits_each = triton.cdiv(metadata.context_len_max, SPLIT_KEYS)
-    if call.window is not None:  # that many keys in a row, wherever they begin
-        splits_each = min(splits_each, (call.window + max_rows - 3) // SPLIT_KEYS + 2)
-    records = call.num_sequences * splits_each
-    if splits_each > 1 and metadata.num_keys_max is not None:
-        records = min(records, call.num_sequences + metadata.num_keys_max // SPLIT_KEYS)
+    splits_each, records = bound_of_splits(metadata, max_rows, call.window)
     items = records * kv.shape[2]
     scratch_items = items if splits_each > 1 else 1  # a single split needs no partial results
     partial = torch.empty((scratch_items, max_rows * call.group, head_size), dtype=torch.float32, device=kv.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -104,7 +104,10 @@ def run_latent_attention(
     call = _Call(aligned(q_THL), aligned(q_rope_THR), kv_N11SD, metadata, out, scale_log2, pdl, lists or WorkLists())
     split_rows, tiled_above = paths(plan, metadata, call.num_heads)
     if split_rows:
-        _run_split(call, plan, split_rows, num_multiprocessors)
+        bounds = attention_launch.bound_of_splits(metadata, split_rows, None)
+        bytes_each = split_rows * call.num_heads * (q_THL.shape[2] + 9) * 4
+        for part in attention_launch.in_parts(metadata, *bounds, bytes_each):
+            _run_split(replace(call, metadata=part), plan, split_rows, num_multiprocessors)
     if tiled_above is not None:
         _run_prefill(call, plan, tiled_above)
     return out
@@ -171,10 +174,7 @@ def _run_split(call: _Call, plan: LatentPlan, max_rows: int, num_multiprocessors
     group = call.group(plan.split_block_rows)
     groups, latent_size = call.num_heads // group, call.q_THL.shape[2]
     block_rows = max(16, triton.next_power_of_2(max_rows * group))
-    splits_each = triton.cdiv(metadata.context_len_max, SPLIT_KEYS)
-    splits = call.num_sequences * splits_each
-    if splits_each > 1 and metadata.num_keys_max is not None:
-        splits = min(splits, call.num_sequences + metadata.num_keys_max // SPLIT_KEYS)
+    splits_each, splits = attention_launch.bound_of_splits(metadata, max_rows, None)
     items = splits * groups
     scratch = (items if splits_each > 1 else 1, max_rows * group)  # a single split needs no partial results
     partial = torch.empty((*scratch, latent_size), dtype=torch.float32, device=device)
