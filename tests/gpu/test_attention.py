@@ -305,3 +305,14 @@ def test_single_rows_are_rotated_and_stored_by_the_split_kernel(
             assert bits_equal(in_graph(rotate_and_attend), expected)
             assert bits_equal(kv.nan_to_num(7.0), expected_kv.nan_to_num(7.0))
     assert ops.admission.refusals == []
+
+
+@pytest.mark.parametrize("window", [None, 700])
+def test_parts_for_want_of_scratch_have_the_same_bits(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    contexts = [2500, 1, 700, 513, 1537, 64, 2048, 1025, 90, 1999, 512]
+    cache = paged(8, 2, 128, contexts)
+    rows = [1] * len(contexts)
+    whole = cache.attend([*range(len(contexts))], rows, window=window)
+    monkeypatch.setattr(attention_launch, "MOST_SCRATCH_BYTES", 1)
+    parts = cache.attend([*range(len(contexts))], rows, window=window)
+    assert sum(num_differing(ours, theirs) for ours, theirs in zip(parts, whole, strict=True)) == 0

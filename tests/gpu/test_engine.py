@@ -10,13 +10,13 @@ import torch
 
 from benchmarks.gpu.exactness import REFERENCE, Cell, Exactness, compare, make_requests, standard_cells
 from benchmarks.gpu.random_model import LLAMA_8B, random_decoder
-from cluster.engine.config import EngineConfig
+from cluster.engine.config import EngineConfig, SpeculationConfig
 from cluster.engine.engine import Engine
 from cluster.engine.gpu import memory
 from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.models.config import NoScaling, WeightFormat
 from cluster.errors import StartupError
-from cluster.types import TokenChunk
+from cluster.types import Request, SamplingParams, TokenChunk
 from decode.policy import DecodePolicy
 
 TINY = msgspec.structs.replace(
@@ -127,3 +127,74 @@ def test_nan_ends_its_request_alone(model: Any, ops: CudaOps) -> None:
         assert engine.blocks.num_free == engine.num_blocks
     finally:
         embedding[bad_token] = kept
+
+
+@pytest.mark.parametrize("num_drafts", [3, 8])
+def test_a_model_that_is_its_own_draft_guesses_right(model: Any, ops: CudaOps, num_drafts: int) -> None:
+    """All passes of a proposal are launched before the first is read."""
+    requests = make_requests(6, TINY.vocab_size, 24)
+    drafting = SpeculationConfig(method="draft", num_tokens=num_drafts, draft_model="itself")
+    answers = []
+    for speculation in (SpeculationConfig(), drafting):
+        config = EngineConfig(device="cuda", max_model_len=2048, speculation=speculation, **LIMITS)
+        draft = model if speculation is drafting else None
+        engine = Engine(model, config, ops, DecodePolicy(), draft_model=draft)
+        answers.append(tokens_of(engine, requests))
+    assert answers[0] == answers[1]
+    load = engine.load()
+    assert load.spec_accepted_tokens == load.spec_draft_tokens > 60
+
+
+def test_no_launch_waits_for_the_device(model: Any, ops: CudaOps, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a request asks for."""
+    kinds: tuple[dict[str, Any], ...] = (
+        {"temperature": 0.0},
+        {"temperature": 0.9, "seed": 5, "top_p": 0.9, "top_k": 30, "min_p": 0.01, "logprobs": 3},
+        {"temperature": 0.0, "logit_bias": ((5, 4.0), (9, -4.0)), "min_tokens": 6},
+        {"temperature": 0.7, "seed": 6, "presence_penalty": 0.5, "repetition_penalty": 1.2},
+        {"temperature": 0.0, "prompt_logprobs": 2},
+    )
+    requests = [
+        msgspec.structs.replace(
+            each, sampling=SamplingParams(max_tokens=10, ignore_eos="min_tokens" not in kind, **kind)
+        )
+        for each, kind in zip(make_requests(len(kinds), TINY.vocab_size, 10), kinds, strict=True)
+    ]
+    engine = Engine(model, EngineConfig(device="cuda", max_model_len=2048, **LIMITS), ops, DecodePolicy())
+    expected = tokens_of(engine, requests)  # compiles what these requests need
+    runner: Any = engine._runner
+    plain = runner.launch
+
+    def launch(batch: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return plain(batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(runner, "launch", launch)
+    assert tokens_of(engine, requests) == expected
+
+
+def test_the_same_bits_with_a_residual_stream_in_fp32() -> None:
+    wide = CudaOps(torch.device("cuda"), residual_dtype=torch.float32)
+    lab = Exactness(
+        random_decoder(TINY, wide, std=0.06), wide, make_requests(60, TINY.vocab_size, 12), max_model_len=2048, **LIMITS
+    )
+    count, mismatches = compare(lab, standard_cells((3, 60), (97,)))
+    assert count == 10
+    assert mismatches == []
+
+
+def tokens_of(engine: Engine, requests: list[Request]) -> dict[str, list[int]]:
+    """All at once, to the end."""
+    found: dict[str, list[int]] = {request.request_id: [] for request in requests}
+    for request in requests:
+        engine.add_request(request)
+    while engine.has_work():
+        for event in engine.step():
+            assert isinstance(event, TokenChunk)
+            assert event.error is None
+            found[event.request_id].extend(event.token_ids)
+    assert engine.blocks.num_free == engine.num_blocks
+    return found
