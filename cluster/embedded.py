@@ -135,10 +135,12 @@ class LLM:
         if last.error is not None:
             raise error_class_of(last.error.code)(last.error.message)
         token_ids = tuple(token for chunk in chunks for token in chunk.token_ids)
+        # The token that stopped it is among the ids and not in the text, as in an answer over HTTP.
+        shown = token_ids[:-1] if last.finish_reason is FinishReason.STOP else token_ids
         return Completion(
             prompt_token_ids=request.token_ids,
             token_ids=token_ids,
-            text=self._tokenizer.decode(token_ids),
+            text=self._tokenizer.decode(shown),
             logprobs=tuple(entry for chunk in chunks for entry in chunk.logprobs),
             finish_reason=last.finish_reason,
         )

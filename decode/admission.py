@@ -166,9 +166,10 @@ class Admission:
                 self._fail(load, code, message)
 
     def _try_reserve(self, load: Load, now: float) -> None:
-        """Only the oldest load that waits may take blocks, so a long prompt is not starved."""
+        """Only the oldest load that waits may take blocks, so a long prompt is not starved; nor is a sequence that has
+        waited for blocks since before the load began, such as one that was preempted."""
         waiting = (each for each in self._loads.values() if each.state.phase is core.LoadPhase.WAITING)
-        if next(waiting, None) is not load:
+        if next(waiting, None) is not load or self._engine.has_waited_since_before(load.began_at):
             return
         if load.landing_row is None:
             load.landing_row = self._landing.take()
@@ -234,6 +235,10 @@ class Admission:
             self._engine.blocks.abort(load.reservation)
         self._draining.append(load)
         self._reads.drop_unposted(load, now)
+        if load.landing_row is not None and not load.state.reads_ledger:
+            # READs of data are all that may still end, of a peer that hangs perhaps never: others need the row.
+            self._landing.give_back(load.landing_row)
+            load.landing_row = None
 
     def _give_back(self, load: Load) -> None:
         if load.reservation is not None and not self._engine.blocks.abort(load.reservation):

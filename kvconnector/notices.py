@@ -43,5 +43,5 @@ def decode(message: bytes) -> Notice | None:
         return None
     try:
         return _decoder.decode(message)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):  # the latter of text that is no UTF-8
         return None

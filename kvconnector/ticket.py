@@ -49,7 +49,7 @@ def open_ticket(ticket: bytes, key: bytes) -> KVHandle:
         raise TicketInvalid("the ticket was not sealed with this cluster's key")
     try:
         handle = _decoder.decode(body)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise TicketInvalid(f"the ticket is sealed but malformed: {error}") from error
     _check(handle)
     return handle
@@ -85,7 +85,8 @@ def _require(field: str, holds: bool, found: object) -> None:
 
 class UsedNonces:
     """Makes tickets single-use: a nonce is remembered for as long as its lease may live. The caller gives
-    the time. Bounded: when `capacity` live nonces are remembered, further tickets are refused."""
+    the time. Bounded: beyond `capacity` the oldest are forgotten, for a busy worker must not refuse good tickets; one
+    that is used again then still meets generations and digests."""
 
     def __init__(self, capacity: int = 1 << 16) -> None:
         self._capacity = capacity
@@ -96,11 +97,10 @@ class UsedNonces:
 
     def claim(self, handle: KVHandle, now: float) -> None:
         """Raises `TicketInvalid` if the handle was claimed before."""
-        if len(self._expiry) >= self._capacity:
-            self._expiry = {nonce: expiry for nonce, expiry in self._expiry.items() if expiry > now}
         if self._expiry.get(handle.nonce, -math.inf) > now:
             raise TicketInvalid(f"the ticket of request {handle.request_id} was used before")
-        if len(self._expiry) >= self._capacity:
-            raise TicketInvalid(f"{self._capacity} tickets are in use, no more are accepted")
+        self._expiry.pop(handle.nonce, None)
+        while len(self._expiry) >= self._capacity:
+            del self._expiry[next(iter(self._expiry))]
         # Renewals prolong a lease beyond lease_s; twice that covers the longest load a worker allows.
         self._expiry[handle.nonce] = now + 2 * handle.lease_s

@@ -152,7 +152,10 @@ class WorkerHost:
         self._load = news.load
         self._num_held = news.num_held
         for event in news.events:
-            self._pass_on(event)
+            try:
+                self._pass_on(event)
+            except Exception:  # of one session: what others wait for must reach them
+                logger.exception("an event was not passed on: %s", type(event).__name__)
         for number, inspection in news.inspections:
             future = self._inspections.get(number)
             if future is not None and not future.done():

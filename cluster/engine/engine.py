@@ -129,6 +129,11 @@ class Engine:
             self.scheduler.count_cache_query(num_tokens, reservation.num_cached_tokens)
         return reservation
 
+    def has_waited_since_before(self, moment: float) -> bool:
+        """Whether the first that waits for blocks has done so since before a moment of the clock."""
+        waiting = self.scheduler.waiting
+        return bool(waiting) and waiting[0].queued_at < moment
+
     def add_loaded_request(self, request: Request, reservation: Reservation) -> None:
         """Take a request whose KV was pulled into `reservation` and verified; generation goes on at the
         first token without KV. Takes over the reservation. Raises as `check` does; then the reservation

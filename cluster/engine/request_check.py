@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from cluster.errors import ContextTooLong, InvalidRequest
 from cluster.types import Request
 
@@ -10,6 +12,8 @@ def check_request(request: Request, *, vocab_size: int, max_model_len: int) -> N
     """InvalidRequest or ContextTooLong names the field and the numbers. Prompt and output share
     `max_model_len` tokens; a `max_tokens` that reaches beyond ends the output there (LENGTH)."""
     request.sampling.check(vocab_size)
+    if request.deadline_s is not None and not 0 < request.deadline_s < math.inf:  # nor is NaN
+        raise InvalidRequest(f"deadline_s must be a positive number, got {request.deadline_s}", param="deadline_s")
     num_tokens = len(request.token_ids)
     if num_tokens == 0:
         raise InvalidRequest("the prompt has no tokens", param="prompt")

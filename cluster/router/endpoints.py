@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from importlib import metadata
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.types import Receive, Scope
@@ -130,37 +130,55 @@ class Endpoints:
         self._check_model(request.model)
         if (request.prompt is None) == (request.messages is None):
             raise InvalidRequest("exactly one of prompt and messages must be given", param="prompt")
-        if request.prompt is not None:
-            token_ids = await self.text.encode(
-                request.prompt,
-                add_special_tokens=request.add_special_tokens is not False,
-                max_tokens=MAX_COUNTED_TOKENS,
+
+        async def work() -> None:
+            if request.prompt is not None:
+                token_ids = await self.text.encode(
+                    request.prompt,
+                    add_special_tokens=request.add_special_tokens is not False,
+                    max_tokens=MAX_COUNTED_TOKENS,
+                )
+            else:
+                token_ids = await self.text.encode_chat(
+                    plain_messages(request.messages or []),
+                    add_generation_prompt=request.add_generation_prompt is not False,
+                    add_special_tokens=bool(request.add_special_tokens),
+                    variables=None,
+                    max_tokens=MAX_COUNTED_TOKENS,
+                )
+            codec = self.text.codec
+            names = [codec.token_text(token_id) for token_id in token_ids] if request.return_token_strs else None
+            await reply.json(
+                {
+                    "count": len(token_ids),
+                    "max_model_len": self._max_model_len(),
+                    "tokens": token_ids,
+                    "token_strs": names,
+                }
             )
-        else:
-            token_ids = await self.text.encode_chat(
-                plain_messages(request.messages or []),
-                add_generation_prompt=request.add_generation_prompt is not False,
-                add_special_tokens=bool(request.add_special_tokens),
-                variables=None,
-                max_tokens=MAX_COUNTED_TOKENS,
-            )
-        codec = self.text.codec
-        names = [codec.token_text(token_id) for token_id in token_ids] if request.return_token_strs else None
-        await reply.json(
-            {
-                "count": len(token_ids),
-                "max_model_len": self._max_model_len(),
-                "tokens": token_ids,
-                "token_strs": names,
-            }
-        )
+
+        await self._while_wanted(receive, reply, work)
 
     async def detokenize(self, scope: Scope, receive: Receive, reply: Reply) -> None:
         request = await self._body(scope, receive, reply, DetokenizeRequest)
         self._check_model(request.model)
         if any(not 0 <= token_id < 1 << 31 for token_id in request.tokens):
             raise InvalidRequest("tokens must be non-negative 31-bit numbers", param="tokens")
-        await reply.json({"prompt": await self.text.decode(request.tokens)})
+
+        async def work() -> None:
+            await reply.json({"prompt": await self.text.decode(request.tokens)})
+
+        await self._while_wanted(receive, reply, work)
+
+    async def _while_wanted(
+        self, receive: Receive, reply: Reply, work: Callable[[], Coroutine[Any, Any, None]]
+    ) -> None:
+        """Tokenizing is work like any other: counted, and not done for a client that has left."""
+        with self.admission.running(1):
+            await race_disconnect(
+                receive, reply, work(), timeout_s=self.config.request_timeout_s,
+                write_timeout_s=self.config.write_timeout_s,
+            )  # fmt: skip
 
     async def _body(self, scope: Scope, receive: Receive, reply: Reply, kind: type[_Body]) -> _Body:
         with self.admission.reading():
@@ -210,7 +228,9 @@ class Endpoints:
             check_prompt_ids(token_ids, limits)
             return Prompt(token_ids, prompt)
         check_prompt_ids(prompt, limits)
-        return Prompt(prompt, await self.text.decode(prompt) if request.echo else None)
+        # One that is too long was not checked, is refused later, and need not be read.
+        is_read = bool(request.echo) and len(prompt) < limits.max_model_len
+        return Prompt(prompt, await self.text.decode(prompt) if is_read else None)
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self.config.model_name:

@@ -23,7 +23,7 @@ from cluster.errors import HandshakeMismatch, Overloaded, TandemError, WorkerLos
 from cluster.logs import log_event
 from cluster.router.metrics import RouterMetrics
 from cluster.router.placement import affinity_of
-from cluster.router.pool import WorkerPair, WorkerPool
+from cluster.router.pool import Worker, WorkerPair, WorkerPool
 from cluster.router.recovery import Recovery, from_wire, kind_of, recovery_for
 from cluster.rpc.base import WorkerConnection
 from cluster.types import FinishReason, PrefillResult, PrefillStarted, Request, TokenChunk
@@ -45,6 +45,7 @@ class _Journey:
         self.deadline = deadline  # on the event loop's clock
         self.emitted: list[int] = []
         self.num_attempts = 0
+        self.num_mismatches = 0  # of these
         self.avoid: set[str] = set()  # engine ids that have failed this sequence
         self.computing_at = ""  # engine id of the worker that has the sequence now
         self.has_prompt_logprobs = False
@@ -108,7 +109,10 @@ class Flow:
     def _recover(self, journey: _Journey, pair: WorkerPair, error: TandemError) -> None:
         """Prepare the next attempt, or raise `error`."""
         kind = kind_of(error)
-        recovery = recovery_for(kind, attempts=journey.num_attempts, max_attempts=self._max_attempts)
+        journey.num_mismatches += issubclass(kind, HandshakeMismatch)
+        # A pair that does not fit is tried once, so pairs bound these attempts, and the deadline does.
+        counted = journey.num_attempts - journey.num_mismatches
+        recovery = recovery_for(kind, attempts=counted, max_attempts=self._max_attempts)
         log_event(
             log,
             logging.WARNING,
@@ -152,17 +156,18 @@ class Flow:
                 with pair.decode.counted() as connection:
                     await _relay(connection, _request_now(journey), journey, deliver)
                 return
-            with pair.prefill.counted() as prefill:
-                await self._split_attempt(journey, pair, prefill, deliver)
+            with pair.prefill.used():
+                await self._split_attempt(journey, pair, pair.prefill, deliver)
 
     async def _split_attempt(
-        self, journey: _Journey, pair: WorkerPair, prefill: WorkerConnection, deliver: Deliver
-    ) -> None:
+        self, journey: _Journey, pair: WorkerPair, prefill_worker: Worker, deliver: Deliver
+    ) -> None:  # fmt: skip
         request = _request_now(journey)
         journey.computing_at = pair.engine_ids[0]
         must_release = True
         try:
-            result = await _prefill(prefill, request)
+            with prefill_worker.counted() as prefill:
+                result = await _prefill(prefill, request)
             must_release = result.kv is not None
             if await _pass_on(_first_chunk(result), journey, deliver) or result.kv is None:
                 return
@@ -179,7 +184,7 @@ class Flow:
             raise WorkerLost(f"decode worker {decode.address} ended without a finish reason")
         finally:
             if must_release:
-                prefill.release(request.request_id, request.attempt)
+                prefill_worker.connection.release(request.request_id, request.attempt)
                 self._metrics.num_releases += 1
 
 

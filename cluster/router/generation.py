@@ -127,7 +127,8 @@ class Generation:
 
     def _usage_of_choice(self, choice: int) -> Usage:
         num_prompt_tokens = len(self._job.prompt_of(choice).token_ids)
-        return usage_of(num_prompt_tokens, self._num_tokens[choice], self._num_cached_tokens[choice // self._job.n])
+        num_tokens = 0 if self._job.discards_output else self._num_tokens[choice]
+        return usage_of(num_prompt_tokens, num_tokens, self._num_cached_tokens[choice // self._job.n])
 
 
 class _Meter:
@@ -196,7 +197,9 @@ class _Meter:
 
 def _without_output(delta: Delta) -> Delta:
     """For max_tokens 0: the one token that had to be computed is not shown."""
-    return msgspec.structs.replace(delta, text="", token_ids=(), logprobs=(), finish_reason=FinishReason.LENGTH)
+    return msgspec.structs.replace(
+        delta, text="", token_ids=(), logprobs=(), finish_reason=FinishReason.LENGTH, stop_reason=None
+    )
 
 
 def _first(failures: BaseExceptionGroup[TandemError]) -> TandemError:

@@ -119,7 +119,9 @@ def completion_job(request: CompletionRequest, prompts: tuple[Prompt, ...], limi
         fitted = fit_max_tokens(
             len(prompt.token_ids), wanted, limits.max_model_len, DEFAULT_COMPLETION_TOKENS, "max_tokens"
         )
-        sampling.append(msgspec.structs.replace(base, max_tokens=fitted))
+        # Not given, a seed is each prompt's own: or one given twice would get one answer twice.
+        seed = secrets.randbits(63) if request.seed is None else base.seed
+        sampling.append(msgspec.structs.replace(base, max_tokens=fitted, seed=seed))
         _check(sampling[-1], limits, logprobs_field="logprobs")
     return Job(
         is_chat=False,
@@ -245,6 +247,8 @@ def _logit_bias(bias: dict[str, float]) -> tuple[tuple[int, float], ...]:
         if not (key.isascii() and key.isdecimal() and len(key) <= 10):
             raise InvalidRequest(f"logit_bias: keys are token ids, got {key[:64]!r}", param="logit_bias")
         entries.append((int(key), value))
+    if len({token_id for token_id, _ in entries}) < len(entries):  # "1" and "01"
+        raise InvalidRequest("logit_bias: a token id is given twice", param="logit_bias")
     return tuple(sorted(entries))
 
 

@@ -83,9 +83,10 @@ class LogprobFormat:
                 result.top_logprobs.append(None)
                 continue
             result.token_logprobs.append(finite(entry.logprob))
-            top = {self._token(other): finite(logprob) for other, logprob in entry.top}
-            top.setdefault(token, finite(entry.logprob))
-            result.top_logprobs.append(top)
+            top: dict[str, float] = {}
+            for other, logprob in entry.top:  # by descending likelihood: tokens may share a text
+                top.setdefault(self._token(other), finite(logprob))
+            result.top_logprobs.append(top | {token: finite(entry.logprob)})
         return result
 
     def prompt(self, logprobs: Sequence[TokenLogprob | None]) -> list[dict[str, PromptLogprob] | None]:

@@ -23,12 +23,13 @@ POLL_S = 0.05
 
 
 class Worker:
-    """One connection and this router's own count of what runs there."""
+    """One connection and this router's own counts of what runs there and who may still need the connection."""
 
     def __init__(self, connection: WorkerConnection, name: str) -> None:
         self.connection = connection
         self.name = name  # "decode-0": the label `engine` in /metrics
         self.num_in_flight = 0
+        self._num_users = 0
 
     @property
     def engine_id(self) -> str:
@@ -39,17 +40,33 @@ class Worker:
         return Candidate(
             address=self.connection.address,
             engine_id=self.engine_id,
-            num_in_flight=self.num_in_flight,
+            # What was placed here and is still computed by a prefill worker will come: in a burst, all of it together.
+            num_in_flight=max(self.num_in_flight, self.connection.num_promised),
             load=self.connection.load,
         )
 
+    @property
+    def is_unused(self) -> bool:
+        return not self._num_users and not self.connection.num_promised
+
     @contextmanager
-    def counted(self) -> Iterator[WorkerConnection]:
-        self.num_in_flight += 1
+    def used(self) -> Iterator[WorkerConnection]:
+        """Until this is left, the connection stays: it may have more to say, such as a release."""
+        self._num_users += 1
         try:
             yield self.connection
         finally:
-            self.num_in_flight -= 1
+            self._num_users -= 1
+
+    @contextmanager
+    def counted(self) -> Iterator[WorkerConnection]:
+        """While it computes."""
+        with self.used() as connection:
+            self.num_in_flight += 1
+            try:
+                yield connection
+            finally:
+                self.num_in_flight -= 1
 
 
 class WorkerPair:
@@ -111,7 +128,7 @@ class WorkerPool:
         return bool(returning)
 
     async def close_retired(self) -> None:
-        idle = [worker for worker in self._retired if not worker.num_in_flight and not worker.connection.num_promised]
+        idle = [worker for worker in self._retired if worker.is_unused]
         self._retired = [worker for worker in self._retired if worker not in idle]
         await asyncio.gather(*(worker.connection.close() for worker in idle))
 

@@ -43,11 +43,11 @@ def kind_of(error: TandemError) -> type[TandemError]:
 
 
 def recovery_for(kind: type[TandemError], *, attempts: int, max_attempts: int) -> Recovery:
-    """`attempts` counts those made so far, the failed one included."""
-    if attempts >= max_attempts:
-        return Recovery.FAIL
+    """`attempts` counts those made so far, the failed one included; pairs that did not fit count for nothing."""
     if issubclass(kind, HandshakeMismatch):
         return Recovery.OTHER_PAIR
+    if attempts >= max_attempts:
+        return Recovery.FAIL
     if issubclass(kind, HandoverError):
         return Recovery.RECOMPUTE
     if issubclass(kind, WorkerLost | Overloaded):

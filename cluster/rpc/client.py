@@ -10,6 +10,7 @@ comes back has a new engine_id in `info`.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from grpc.aio import StreamStreamCall
 
     _Call = StreamStreamCall[pb.RouterFrame, pb.WorkerFrame]
+
+logger = logging.getLogger(__name__)
 
 _SESSION_METHOD = f"/{limits.SERVICE_NAME}/Session"
 _Key = tuple[str, int]
@@ -150,7 +153,13 @@ class Connection:
             while not self._is_closing:
                 await asyncio.sleep(pause_s)
                 longer_s = min(max(2 * pause_s, limits.RECONNECT_MIN_S), limits.RECONNECT_MAX_S)
-                pause_s = limits.RECONNECT_MIN_S if await self._session() else longer_s
+                try:
+                    was_connected = await self._session()
+                except Exception:  # a mistake of ours must not cost the worker until the router is restarted
+                    logger.exception("the session with %s ended in an unexpected way", self.address)
+                    was_connected = False
+                    self._disconnected("its session ended in an unexpected way")
+                pause_s = limits.RECONNECT_MIN_S if was_connected else longer_s
         finally:
             self._disconnected("the connection was closed")
 
@@ -233,11 +242,11 @@ class Connection:
             inbox.put_nowait(event)  # bounded by the request's max_tokens
 
     async def _write_frames(self, call: _Call) -> None:
-        await call.write(pb.RouterFrame(protocol_version=limits.PROTOCOL_VERSION))
+        await _write(call, pb.RouterFrame(protocol_version=limits.PROTOCOL_VERSION))
         while True:
             frame = await self._outbox.next_frame()
             frame.settled = self._has_settled
-            await call.write(frame)
+            await _write(call, frame)
 
     @property
     def _has_settled(self) -> bool:
@@ -253,6 +262,14 @@ class Connection:
             if self._silent_ticks >= limits.MAX_SILENT_TICKS:
                 raise WorkerLost(f"nothing heard for {limits.HEARTBEAT_S * limits.MAX_SILENT_TICKS:g} s")
             self._outbox.wake.set()
+
+
+async def _write(call: _Call, frame: pb.RouterFrame) -> None:
+    """gRPC has its own errors for a call that ended before our reader was told, or while we wrote."""
+    try:
+        await call.write(frame)
+    except (asyncio.InvalidStateError, grpc.aio.BaseError) as ended:
+        raise WorkerLost("the worker ended the session") from ended
 
 
 async def _next(inbox: _Inbox) -> _Event:

@@ -13,7 +13,7 @@ import logging
 import grpc
 import grpc.aio
 
-from cluster.errors import InvalidRequest, Overloaded, TandemError
+from cluster.errors import Overloaded, TandemError
 from cluster.rpc import convert, limits
 from cluster.rpc.base import WorkerAdmin, WorkerService, refused
 from cluster.rpc.pb.serving.v1 import worker_pb2
@@ -105,10 +105,12 @@ class Session:
     def _submit(self, submit: worker_pb2.Submit) -> None:
         """Hand over to the worker; what cannot be accepted is answered with a terminal event."""
         key = (submit.request.request_id, submit.request.attempt)
+        if key in self._running:  # whatever it were answered with would end the one that runs
+            raise _SessionEnded(
+                grpc.StatusCode.INVALID_ARGUMENT, f"request {key[0]} attempt {key[1]} is already running"
+            )
         try:
             request = convert.request_from_pb(submit.request)
-            if key in self._running:
-                raise InvalidRequest(f"request {key[0]} attempt {key[1]} is already running", param="request_id")
             if len(self._running) >= limits.MAX_REQUESTS_PER_SESSION:
                 raise Overloaded(f"a session carries at most {limits.MAX_REQUESTS_PER_SESSION} requests")
             self._service.submit(request, submit.kv if submit.HasField("kv") else None, self._sink)

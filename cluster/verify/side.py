@@ -100,6 +100,7 @@ class Side:
             "ignore_eos": True,
             "logprobs": num_top,
             "return_token_ids": True,
+            "return_tokens_as_token_ids": True,  # or alternatives with the same text would be one
             "cache_salt": cache_salt,
         }
         completion = await _call(self._client, "POST", f"{self.url}/v1/completions", body, _Completion)

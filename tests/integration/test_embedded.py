@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from cluster import LLM, EngineConfig, SamplingParams
@@ -87,6 +88,13 @@ def test_text_errors_and_close(demo: Path) -> None:
         greedy = SamplingParams(max_tokens=6, seed=0, temperature=0.0)
         [completion] = llm.generate(["The capital of France is"], greedy)
         assert "Paris" in completion.text
+        stop_at = completion.token_ids[2]
+        stopped = msgspec.structs.replace(greedy, stop_token_ids=(stop_at,))
+        [shorter] = llm.generate(["The capital of France is"], stopped)
+        first = completion.token_ids.index(stop_at)
+        assert shorter.token_ids == completion.token_ids[: first + 1]
+        assert completion.text.startswith(shorter.text)
+        assert shorter.text == llm._tokenizer.decode(shorter.token_ids[:-1]), "as over HTTP: without what stopped it"
         with pytest.raises(InvalidRequest, match="temperature"):
             llm.generate(["x"], SamplingParams(max_tokens=1, seed=0, temperature=-1.0))
         with pytest.raises(ValueError, match="stop"):

@@ -5,14 +5,17 @@ Numbers in names are the reports of the same trouble elsewhere (docs: protocol, 
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 
 from cluster.control.messages import Cancel, Submit
 from cluster.types import FinishReason, PrefillResult, PrefillStarted, Request, TokenChunk
+from decode.admission import MAX_LOADS_READING
 from decode.reads import SETTLE_S, STALL_S
 from kvconnector import notices
-from kvconnector.base import PeerId
+from kvconnector.base import PeerId, TransferState
 from kvconnector.core.load import LoadPhase
 from kvconnector.ticket import open_ticket, seal
 from tests.integration.handover_harness import IDENTITY, KEY, LEASE_S, Pair, continued, prompt
@@ -311,6 +314,67 @@ def test_a_step_that_takes_long_is_no_standstill() -> None:
     pair.assert_nothing_held()
 
 
+def test_a_peer_that_hangs_takes_no_landing_rows_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its loads fail in time, and their READs may stand for as long as it does."""
+    pair = Pair(decode_blocks=512, prefill_blocks=512)
+    healthy = pair.add_prefill("prefill-2", num_blocks=256)
+    healthy.driver.endpoint = "prefill:2"
+    transport = pair.decode._transport
+    plain = transport.poll
+
+    def poll(handle: Any) -> TransferState:
+        stands = transport._reads[handle][0] == "prefill-1"  # type: ignore[attr-defined]
+        return TransferState.RUNNING if stands else plain(handle)
+
+    monkeypatch.setattr(transport, "poll", poll)
+    hanging = [prompt(f"h{index}", 40, seed=index) for index in range(MAX_LOADS_READING)]
+    for request, result in [(request, pair.compute(request)) for request in hanging]:
+        pair.start_decode(request, result)
+    for _ in range(50):
+        pair.advance(0.5)
+        pair.turn()
+    pair.run()
+    assert all(pair.tokens_so_far(request.request_id) for request in hanging), "recomputed"
+    request = prompt("other", 40, seed=77)
+    result = pair.compute(request, healthy)
+    began, pulled = pair.now, pair.decode.counters.kv_bytes_pulled
+    pair.start_decode(request, result)
+    while not pair.tokens_so_far("other"):
+        pair.advance(0.1)
+        pair.turn()
+        assert pair.now < began + 2.0
+    assert pair.decode.counters.kv_bytes_pulled > pulled
+
+
+def test_a_sequence_that_waits_is_not_starved_by_loads_that_came_later() -> None:
+    """A prompt that must be computed here, or was preempted: every block that gets free would go to the next load."""
+    pair = Pair(decode_blocks=16)
+    pair.decode.engine._clock = lambda: pair.now
+    live: set[str] = set()
+    count = 0
+
+    def load_another() -> None:
+        nonlocal count
+        request = prompt(f"s{count}", 40, seed=count, max_tokens=20)
+        count += 1
+        pair.start_decode(request, pair.compute(request))
+        live.add(request.request_id)
+
+    for _ in range(4):
+        load_another()
+    for _ in range(5):
+        pair.turn(prefill=False)
+    pair.send(Submit(prompt("long", 200, seed=9, max_tokens=4), None))
+    while not pair.tokens_so_far("long"):
+        pair.turn(prefill=False)
+        live -= {each for each in live if any(chunk.finish_reason for chunk in pair.chunks(each))}
+        while len(live) < 4:
+            load_another()
+        assert count < 60
+    pair.run()
+    pair.assert_nothing_held()
+
+
 def test_cancel_during_and_after_prefill() -> None:
     pair = Pair(chunk=16)
     during, after = prompt("during", 150), prompt("after", 50)
@@ -380,6 +444,7 @@ def test_notices_without_the_nonce_or_sense_are_ignored() -> None:
     pair = Pair()
     pair.compute(prompt("r", 50))
     pair.decode._transport.notify(PeerId("prefill-1"), b"garbage")
+    pair.decode._transport.notify(PeerId("prefill-1"), notices.encode(notices.Done("r", 0, b"")).replace(b"r", b"\xff"))
     pair.decode._transport.notify(PeerId("prefill-1"), notices.encode(notices.Done("r", 0, b"x" * 16)))
     pair.decode._transport.notify(PeerId("prefill-1"), notices.encode(notices.Done("unknown", 0, b"x" * 16)))
     pair.run()

@@ -81,6 +81,7 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
         (TEXT, {"prompt": {"a": 1}}, "prompt", "object"),
         (TEXT, {"prompt": [1, -1]}, "prompt", "-1"),
         (TEXT, {"prompt": [260]}, "prompt", "260"),
+        (TEXT, {"prompt": [-1] * 4096, "echo": True}, "prompt", "4096"),
         (TEXT, {"prompt": ["a"] * 129}, "prompt", "129"),
         (TEXT, {"prompt": ["a"] * 65, "n": 2}, "n", "130"),
         (TEXT, {"prompt": "x", "suffix": "y"}, "suffix", "suffix"),

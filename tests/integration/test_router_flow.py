@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from cluster.errors import HandshakeMismatch, NumericalError, Overloaded, TransferFailed
 from cluster.types import Role
-from tests.fakes import FakeWorker, expected_tokens
+from tests.fakes import ByteCodec, FakeWorker, expected_tokens
 from tests.integration.router_harness import RunningRouter, http_client, running_router
 from tests.waiting import until
 
@@ -131,6 +132,81 @@ async def test_mismatched_pair_is_placed_elsewhere_and_not_tried_again(caplog: p
             'tandem_handshake_refusals_total{engine="router",field="model_digest",model_name="fake-model"} 1.0'
             in metrics
         )
+
+
+async def test_texts_that_nobody_waits_for_any_more_are_not_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would hold up prompts of others, and pile up."""
+    started = 0
+
+    def slow(self: ByteCodec, text: str, **options: Any) -> list[int]:
+        nonlocal started
+        started += text.startswith("left")
+        time.sleep(0.2)
+        return [1]
+
+    monkeypatch.setattr(ByteCodec, "encode", slow)
+    async with running_router([decode_worker()], max_running_requests=40) as router, http_client(router) as client:
+        text = "left" * 2000  # long ones are tokenized in threads
+        waiting = [asyncio.create_task(client.post("/tokenize", json={"prompt": text})) for _ in range(40)]
+        await until(lambda: started > 0)
+        full = await client.post("/tokenize", json={"prompt": "x"})
+        assert (full.status_code, full.json()["error"]["type"]) == (503, "overloaded_error")
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        began = time.monotonic()
+        answer = await client.post("/tokenize", json={"prompt": "next" * 2000})
+        while answer.status_code == 503:  # until the router has noticed
+            await asyncio.sleep(0.02)
+            answer = await client.post("/tokenize", json={"prompt": "next" * 2000})
+        assert answer.json()["count"] == 1
+        assert time.monotonic() - began < 3.0, "of 40 texts, 0.2 s each, two at a time"
+    assert started < 20
+
+
+async def test_no_output_counts_as_none_in_every_event() -> None:
+    async with running_router([decode_worker()]) as router, http_client(router) as client:
+        options = {"include_usage": True, "continuous_usage_stats": True}
+        body = request_body(0, echo=True, prompt="abc", stream_options=options)
+        events = [event for event in await streamed(client, body) if event]
+    assert {event["usage"]["completion_tokens"] for event in events if event.get("usage")} == {0}
+
+
+async def test_pairs_that_do_not_fit_use_up_no_attempts() -> None:
+    """As in a rolling update: most decode workers are of another version, one fits."""
+    decode = [decode_worker(f"d{index}") for index in range(6)]
+    for worker in decode[:-1]:
+        worker.mismatch = HandshakeMismatch({"model_digest": ("a", "b")})
+    async with running_router(decode, [prefill_worker()], max_attempts=2) as router, http_client(router) as client:
+        answer = await client.post(TEXT, json=request_body(4))
+        assert answer.json()["choices"][0]["token_ids"] == expected_tokens(PROMPT, 11, 4)
+
+
+async def test_a_burst_is_spread_over_decode_workers_while_its_prompts_are_computed() -> None:
+    decode, prefill = [decode_worker("d0"), decode_worker("d1")], [prefill_worker("p0"), prefill_worker("p1")]
+    for worker in prefill:
+        worker.prefill_s = 0.3
+    async with running_router(decode, prefill) as router, http_client(router) as client:
+        bodies = [request_body(4, prompt=[1, 2, 3], seed=seed) for seed in range(24)]
+        answers = await asyncio.gather(*(client.post(TEXT, json=body) for body in bodies))
+        assert [answer.status_code for answer in answers] == [200] * 24
+    assert sorted(len(worker.requests) for worker in decode) == [12, 12]
+
+
+async def test_a_prefill_worker_whose_prompts_are_all_decoding_is_idle() -> None:
+    decode, prefill = [decode_worker()], [prefill_worker("p0"), prefill_worker("p1")]
+    decode[0].step_s = 0.05
+    prefill[1].is_up = False
+    async with running_router(decode, prefill) as router, http_client(router) as client:
+        long = [asyncio.create_task(client.post(TEXT, json=request_body(30, seed=seed))) for seed in range(8)]
+        await until(lambda: len(prefill[0].requests) == 8 and not prefill[0].running)
+        load = (await client.get("/load")).json()["workers"]
+        assert load == {"decode-0": 8, "prefill-0": 0, "prefill-1": 0}
+        prefill[1].is_up = True
+        for seed in range(12):  # no prefix is known anywhere
+            await client.post(TEXT, json=request_body(1, prompt=[100 + seed, 7], seed=seed))
+        assert [answer.status_code for answer in await asyncio.gather(*long)] == [200] * 8
+    assert len(prefill[0].requests) - 8 >= 3, "it is not avoided for what runs elsewhere"
 
 
 async def test_no_compatible_pair_is_503_and_the_log_names_the_field(caplog: pytest.LogCaptureFixture) -> None:

@@ -7,6 +7,7 @@ from array import array
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from cluster.engine.engine import Engine
 from cluster.engine.events import EngineEvent, PromptFinished, PromptProgress, PromptStarted
@@ -345,6 +346,8 @@ def test_deadlines_end_running_and_waiting_requests_tensorrt_llm_12313() -> None
         (make_request("a", (1, 2), temperature=-1.0), "temperature"),
         (make_request("a", (1, 2), num_prompt_tokens=3), "num_prompt_tokens is 3"),
         (make_request("a", (1, 2, 3), num_prompt_tokens=1, max_tokens=2), "generated already"),
+        (replace(make_request("a", (1, 2)), deadline_s=float("nan")), "deadline_s must be a positive number, got nan"),
+        (replace(make_request("a", (1, 2)), deadline_s=0.0), "deadline_s must be"),
     ],
 )
 def test_requests_that_cannot_run_are_refused_and_take_nothing(request_: Request, message: str) -> None:

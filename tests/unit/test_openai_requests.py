@@ -81,6 +81,19 @@ def test_defaults_are_openais() -> None:
     assert to_job(b'{"prompt": "x"}', CompletionRequest).sampling[0].seed != text.sampling[0].seed
 
 
+def test_prompts_of_a_batch_without_a_seed_have_their_own() -> None:
+    """One prompt given twice is a way to draw twice."""
+    drawn = to_job(b'{"prompt": ["x", "x", "x"]}', CompletionRequest).sampling
+    assert len({sampling.seed for sampling in drawn}) == 3
+    given = to_job(b'{"prompt": ["x", "x", "x"], "seed": 5}', CompletionRequest).sampling
+    assert [sampling.seed for sampling in given] == [5, 5, 5]
+
+
+def test_a_bias_given_twice_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="logit_bias: a token id is given twice"):
+        to_job(b'{"prompt": "x", "logit_bias": {"1": -100, "01": 100}}', CompletionRequest)
+
+
 def test_all_sampling_fields_arrive() -> None:
     body = msgspec.json.encode(
         {

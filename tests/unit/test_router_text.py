@@ -140,6 +140,22 @@ def test_continuous_usage_and_token_ids() -> None:
     assert second["usage"]["completion_tokens"] == 2
 
 
+def test_tokens_with_the_same_text_do_not_hide_the_chosen_one() -> None:
+    """Parts of a character all read as U+FFFD; the most likely of the others stands for them."""
+    form = LogprobFormat(ByteCodec(), tokens_as_ids=False)
+    chosen = TokenLogprob(0xE2, -0.125, 1, ((0xE2, -0.125), (0xE3, -2.0), (65, -2.5), (0xE4, -3.0)))
+    unlikely = TokenLogprob(0xE2, -9.0, 4, ((0xE3, -0.5), (65, -2.5), (0xE4, -3.0)))
+    found = form.legacy(
+        [0xE2, 0xE2, 66], [chosen, unlikely, TokenLogprob(66, -8.0, 9, ((0xE3, -1.0), (0xE4, -2.0)))], 0
+    )
+    assert found.token_logprobs == [-0.125, -9.0, -8.0]
+    assert found.top_logprobs == [
+        {"\ufffd": -0.125, "A": -2.5},
+        {"\ufffd": -9.0, "A": -2.5},
+        {"\ufffd": -1.0, "B": -8.0},
+    ]
+
+
 def test_impossible_tokens_have_a_number_in_json() -> None:
     form = LogprobFormat(ByteCodec(), tokens_as_ids=True)
     entry = TokenLogprob(65, -0.5, 1, ((65, -0.5), (66, float("-inf"))))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterable, AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -12,7 +13,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.errors import InvalidRequest, StartupError, WorkerLost
-from cluster.rpc import convert, limits
+from cluster.rpc import client, convert, limits
 from cluster.rpc.base import EventSink, Inspection, RouterSession
 from cluster.rpc.client import Connection, connect
 from cluster.rpc.pb.serving.v1 import worker_pb2 as pb
@@ -213,6 +214,51 @@ async def test_a_lost_worker_fails_each_iterator_once_and_a_new_one_is_found() -
             assert connection.info is not None
             assert connection.info.engine_id == "engine-2"
     assert sorted(worker.cancelled) == [("a", 0), ("b", 0)]
+
+
+@pytest.mark.parametrize(
+    "failure", [asyncio.InvalidStateError("RPC already finished."), grpc.aio.UsageError("twice"), KeyError("a mistake")]
+)
+async def test_a_session_that_ends_while_the_router_writes_is_made_anew(
+    failure: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gRPC says so in the write, before our reader has heard of it. Nothing may cost the worker for good."""
+    plain = client._write
+    failures = [failure]
+
+    async def write(call: Any, frame: pb.RouterFrame) -> None:
+        class Ended:
+            async def write(self, frame: pb.RouterFrame) -> None:
+                raise failures.pop()
+
+        await plain(Ended() if frame.releases and failures else call, frame)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(client, "_write", write)
+    worker = FakeWorker()
+    async with connected(worker) as (connection, _, _):
+        stream = connection.decode(make_request(), None)
+        first = asyncio.ensure_future(anext(stream))
+        await until(lambda: bool(worker.sinks))
+        connection.release("other", 0)
+        with pytest.raises(WorkerLost):
+            await first
+        await until(lambda: connection.is_ready)
+        connection.release("again", 0)
+        await until(lambda: worker.released == [("again", 0)])
+
+
+async def test_a_request_that_is_submitted_twice_ends_its_session_and_no_other() -> None:
+    worker = FakeWorker()
+    async with connected(worker) as (connection, _, address), connection_to(address, Role.DECODE) as bystander:
+        stream, other = connection.decode(make_request("a"), None), bystander.decode(make_request("b"), None)
+        tasks = [asyncio.ensure_future(anext(each)) for each in (stream, other)]
+        await until(lambda: len(worker.sinks) == 2)
+        connection._outbox.submit(make_request("a"), None)
+        with pytest.raises(WorkerLost, match="is already running"):
+            await tasks[0]
+        worker.sinks["b", 0](make_chunk(0, 9, request_id="b", finish=FinishReason.STOP))
+        assert (await tasks[1]).token_ids == (9,)
+        assert worker.cancelled == [("a", 0)]
 
 
 async def test_closing_the_connection_cancels_its_requests() -> None:

@@ -6,12 +6,14 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import msgspec
 import pytest
 
 from cluster.control.host import WorkerHost
-from cluster.control.messages import Cancel, Command, News, PeerAnswer, PeerQuestion, Submit
+from cluster.control.messages import Cancel, Command, News, PeerAnswer, PeerQuestion, Submit, WorkerEvent
 from cluster.errors import Overloaded
 from cluster.types import FinishReason, Request, SamplingParams, TokenChunk
+from tests.waiting import until
 from tests.worker_info import IDLE, worker_info
 
 REQUEST = Request(request_id="r", token_ids=(1, 2), sampling=SamplingParams(max_tokens=4, seed=0))
@@ -87,6 +89,26 @@ async def test_an_idle_worker_has_drained_when_its_last_router_has_settled() -> 
         assert not await is_drained(host)
         host.settle(second)
         assert host.drained.is_set()
+
+
+async def test_a_session_that_cannot_take_its_event_costs_no_other_its_own() -> None:
+    async with running_host() as (host, _):
+        told: list[str] = []
+
+        def broken(event: WorkerEvent) -> None:
+            raise RuntimeError("this session is in trouble")
+
+        def told_of(event: WorkerEvent) -> None:
+            assert isinstance(event, TokenChunk)
+            told.append(event.request_id)
+
+        host.submit(msgspec.structs.replace(REQUEST, request_id="a"), None, broken)
+        host.submit(msgspec.structs.replace(REQUEST, request_id="b"), None, told_of)
+        for request_id in ("a", "b"):
+            host.cancel(request_id, 0)
+        await until(lambda: told == ["b"])
+        host.drain(None)
+        await until(host.drained.is_set)
 
 
 async def test_without_routers_an_idle_worker_has_drained_at_once() -> None:
