@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from cluster.errors import StartupError
-from cluster.launch.local import STOP_SIGNALS
+from cluster.launch.local import STOP_SIGNALS, heard
 
 # mpirun hands SIGUSR1 on to all ranks and does nothing else, Slurm can send it before a job's time is up.
 RANK_STOP_SIGNALS = (*STOP_SIGNALS, signal.SIGUSR1)
@@ -38,14 +38,15 @@ class StopSignals:
     @contextmanager
     def handled(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
-        for number in RANK_STOP_SIGNALS:
+        numbers = heard(RANK_STOP_SIGNALS)
+        for number in numbers:
             loop.add_signal_handler(number, self._on_signal, number)
         watching = asyncio.ensure_future(self._watch_parent())
         try:
             yield
         finally:
             watching.cancel()
-            for number in RANK_STOP_SIGNALS:
+            for number in numbers:
                 loop.remove_signal_handler(number)
 
     async def unless_stopped(self, work: Coroutine[None, None, _T], doing: str) -> _T:

@@ -268,7 +268,7 @@ class LocalLauncher:
     @contextmanager
     def _handling_signals(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
-        numbers = STOP_SIGNALS if self._handles_signals else ()
+        numbers = heard(STOP_SIGNALS) if self._handles_signals else ()
         for number in numbers:
             loop.add_signal_handler(number, self.stop, f"{number.name}: draining, again to stop at once")
         try:
@@ -276,6 +276,11 @@ class LocalLauncher:
         finally:
             for number in numbers:
                 loop.remove_signal_handler(number)
+
+
+def heard(numbers: Sequence[signal.Signals]) -> tuple[signal.Signals, ...]:
+    """Without those that whoever started this process has had ignored: with `nohup` a lost terminal ends nothing."""
+    return tuple(number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN)
 
 
 async def _all_exited(processes: Iterable[RunningProcess]) -> None:

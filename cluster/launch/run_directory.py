@@ -67,7 +67,11 @@ def _remove_abandoned(parent: Path) -> None:
 def _ours(parent: Path) -> Iterator[tuple[int, Path]]:
     for entry in parent.glob(f"{_PREFIX}*"):
         owner = _OWNER.fullmatch(entry.name)
-        if owner is not None and not entry.is_symlink() and entry.stat().st_uid == os.getuid():
+        try:
+            is_ours = owner is not None and not entry.is_symlink() and entry.stat().st_uid == os.getuid()
+        except FileNotFoundError:  # another one cleans up, too: the ranks of a job that begins again do it together
+            continue
+        if owner is not None and is_ours:
             yield int(owner[1]), entry
 
 

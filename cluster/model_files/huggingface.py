@@ -23,7 +23,7 @@ def decode_json_file(path: Path, kind: type[_T]) -> _T:
         raise ModelError(f"{path}: missing; a model directory needs it") from None
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ModelError(f"{path}: {error}") from error
 
 

@@ -55,7 +55,13 @@ def read_safetensors_directory(directory: Path) -> dict[str, SafetensorsTensor]:
     """
     index_path = directory / _INDEX_NAME
     if index_path.exists():
-        return _read_indexed(directory, decode_json_file(index_path, _Index), index_path)
+        index = decode_json_file(index_path, _Index)
+        tensors = _read_indexed(directory, index, index_path)
+        if (directory / _SINGLE_NAME).exists() and _SINGLE_NAME not in index.weight_map.values():
+            raise ModelError(
+                f"{directory}: has {_SINGLE_NAME}, and {_INDEX_NAME} of other files: remove those that are not meant"
+            )
+        return tensors
     if (directory / _SINGLE_NAME).exists():
         return read_safetensors_header(directory / _SINGLE_NAME)
     files = sorted(directory.glob("*.safetensors"))
@@ -72,7 +78,10 @@ def _read_indexed(directory: Path, index: _Index, index_path: Path) -> dict[str,
         path = directory / file_name
         if not path.exists():
             raise ModelError(f"{path}: missing, but {_INDEX_NAME} lists it; fetch the model again")
-        tensors |= read_safetensors_header(path)
+        header = read_safetensors_header(path)
+        if doubled := sorted(tensors.keys() & header.keys()):
+            raise ModelError(f"{path}: the tensor {doubled[0]!r} is in another file of {_INDEX_NAME}, too")
+        tensors |= header
     for name, file_name in index.weight_map.items():
         if name not in tensors:
             raise ModelError(f"{directory / file_name}: lacks the tensor {name!r} that {_INDEX_NAME} lists")
@@ -94,7 +103,7 @@ def read_safetensors_header(path: Path) -> dict[str, SafetensorsTensor]:
         raw_entries = msgspec.json.decode(header, type=dict[str, msgspec.Raw])
         raw_entries.pop("__metadata__", None)
         entries = {name: msgspec.json.decode(raw, type=_Entry) for name, raw in raw_entries.items()}
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ModelError(f"{path}: malformed safetensors header: {error}") from error
     return {name: _located(path, name, entry, 8 + header_bytes, file_bytes) for name, entry in entries.items()}
 

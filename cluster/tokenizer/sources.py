@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 import tokenizers
+import tokenizers.processors
 
 from cluster.errors import ModelError
 from cluster.model_files.gguf_header import GGUFHeader, read_gguf_header
@@ -16,6 +17,7 @@ from cluster.model_files.source import ModelSource, SourceKind
 from cluster.tokenizer.gguf_tokenizer import tokenizer_from_gguf
 
 _MAX_TEMPLATE_BYTES = 4 << 20
+_TOLD_OF_ENDS = ("LlamaTokenizer", "LlamaTokenizerFast")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +87,9 @@ class _TokenizerConfig(msgspec.Struct):
     eos_token: str | _AddedToken | None = None
     unk_token: str | _AddedToken | None = None
     pad_token: str | _AddedToken | None = None
+    tokenizer_class: str = ""
+    add_bos_token: bool | None = None
+    add_eos_token: bool | None = None
 
     def special_token_names(self) -> dict[str, str]:
         named = {
@@ -117,6 +122,24 @@ class _TokenizerFile(msgspec.Struct):
     decoder: _Decoder | None = None
 
 
+def _add_ends(backend: tokenizers.Tokenizer, config: _TokenizerConfig, path: Path) -> None:
+    """For the classes that add BOS and EOS by their configuration, whatever the file says (DeepSeek's says nothing)."""
+    is_told = config.add_bos_token is not None or config.add_eos_token is not None
+    if config.tokenizer_class not in _TOLD_OF_ENDS or not is_told:
+        return
+    names = config.special_token_names()
+    wanted = {"bos_token": config.add_bos_token is not False, "eos_token": config.add_eos_token is True}
+    ends: dict[str, str] = {}
+    for field, is_wanted in wanted.items():
+        name = names.get(field, "")
+        if is_wanted and backend.token_to_id(name) is None:
+            raise ModelError(f"{path}: {field} is {name!r}, which is no token, and is to be added to prompts")
+        ends[field] = f"{name}:0 " if is_wanted else ""
+    single = f"{ends['bos_token']}$A:0 {ends['eos_token']}".strip()
+    added = [(names[field], backend.token_to_id(names[field])) for field, is_wanted in wanted.items() if is_wanted]
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single=single, special_tokens=added)
+
+
 def _from_directory(directory: Path) -> TokenizerParts:
     path = directory / "tokenizer.json"
     decoder_types = (decode_json_file(path, _TokenizerFile).decoder or _Decoder()).types()
@@ -127,8 +150,12 @@ def _from_directory(directory: Path) -> TokenizerParts:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for whatever is wrong in the file
         raise ModelError(f"{path}: {error}") from error
+    # A training run's, kept in the file: prompts would be cut, or filled up, in silence.
+    backend.no_truncation()
+    backend.no_padding()
     config_path = directory / "tokenizer_config.json"
     config = decode_json_file(config_path, _TokenizerConfig) if config_path.exists() else _TokenizerConfig()
+    _add_ends(backend, config, config_path)
     limits = decode_json_file(directory / "config.json", _ModelLimits)
     return TokenizerParts(
         backend=backend,

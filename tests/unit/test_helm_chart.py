@@ -164,6 +164,19 @@ def test_the_quantization_reaches_the_workers(tmp_path: Path) -> None:
         assert [config.model_quantization for config in configs] == [expected, expected]
 
 
+def test_a_rollout_has_the_time_that_its_pods_have() -> None:
+    """By itself Kubernetes calls one failed after 600 s, in which a large model need not have loaded."""
+    values = changed(read_values("cpu-demo"), prefill__startupSeconds=3000, decode__startupSeconds=1000)
+    deadlines = {
+        manifest["metadata"]["name"].rpartition("-")[2]: manifest["spec"]["progressDeadlineSeconds"]
+        for manifest in render(values)
+        if manifest["kind"] == "Deployment"
+    }
+    assert deadlines["router"] > 3000
+    assert deadlines["prefill"] > 3000
+    assert 1000 < deadlines["decode"] < 3000
+
+
 @pytest.mark.parametrize(("value", "expected"), [("", None), ("float32", "float32"), ("bfloat16", "bfloat16")])
 def test_the_type_of_the_residual_stream_reaches_the_workers(value: str, expected: str | None, tmp_path: Path) -> None:
     on_ray = cluster_config(render(changed(read_values("kuberay"), model__residualDtype=value)), tmp_path)

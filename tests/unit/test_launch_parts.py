@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 from rich.console import Console
 
 from cluster.errors import ConfigError, StartupError
+from cluster.launch.local import STOP_SIGNALS, heard
 from cluster.launch.ports import check_port_free, choose_free_port
 from cluster.launch.run_directory import cluster_key_file, launches, run_directory, write_config
 from cluster.launch.view import LiveView, PlainView, Serving, launch_view
@@ -92,6 +94,37 @@ def test_what_a_killed_launcher_left_is_removed(tmp_path: Path, monkeypatch: pyt
         with run_directory() as mine:
             assert sorted(tmp_path.iterdir()) == sorted([beginning, foreign, living, mine])
             assert sorted(launches()) == sorted([(os.getpid(), living), (os.getpid(), mine)])
+
+
+def test_launches_that_begin_together_clean_up_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ranks of a job that was killed, and begins again: what one has listed another has removed."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    abandoned = [tmp_path / f"tandem-launch-{index}-ab12" for index in range(1, 4)]
+    for directory in abandoned:
+        directory.mkdir()
+        os.utime(directory, (1, 1))
+    plain = Path.is_symlink
+
+    def removed_by_another(self: Path) -> bool:
+        result = plain(self)
+        if self in abandoned:
+            self.rmdir()
+        return result
+
+    monkeypatch.setattr(Path, "is_symlink", removed_by_another)
+    with run_directory() as directory:
+        assert list(tmp_path.iterdir()) == [directory]
+
+
+def test_signals_that_were_ignored_before_stay_ignored() -> None:
+    """`nohup`: a lost terminal ends nothing."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert heard(STOP_SIGNALS) == (signal.SIGINT, signal.SIGTERM)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert heard(STOP_SIGNALS) == STOP_SIGNALS
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_launch_that_was_killed_holds_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

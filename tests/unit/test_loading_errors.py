@@ -16,6 +16,7 @@ from cluster.engine.kernels import get_ops
 from cluster.engine.models.loader import LoadedModel, load_model
 from cluster.engine.parallel.group import SingleRank
 from cluster.errors import ModelError
+from cluster.model_files.safetensors_header import read_safetensors_header
 from tests.unit.model_factory import random_model, save_gguf, save_safetensors
 
 
@@ -84,6 +85,31 @@ def test_malformed_safetensors_header(directory: Path) -> None:
 def test_an_index_cannot_point_outside_of_its_directory(directory: Path) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../elsewhere"}}))
     with pytest.raises(ModelError, match=r"'../elsewhere' is not the name of a file beside it"):
+        load(directory)
+
+
+def test_an_index_beside_another_model_is_refused(directory: Path) -> None:
+    """A model that was written over a sharded one: either could be meant."""
+    shard = directory / "model-00001-of-00001.safetensors"
+    shard.write_bytes((directory / "model.safetensors").read_bytes())
+    names = list(read_safetensors_header(shard))
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, shard.name)}))
+    with pytest.raises(ModelError, match=r"has model\.safetensors, and model\.safetensors\.index\.json of other files"):
+        load(directory)
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, shard.name) | {names[0]: "model.safetensors"}}))
+    with pytest.raises(ModelError, match=r"the tensor '.*' is in another file of model\.safetensors\.index\.json"):
+        load(directory)
+    shard.unlink()
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))
+    load(directory)
+
+
+def test_json_without_end_is_named(directory: Path) -> None:
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config)[:-1] + ', "x": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(ModelError, match=r"config\.json"):
         load(directory)
 
 

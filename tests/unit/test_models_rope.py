@@ -12,10 +12,11 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from cluster.engine.models.config import DivisorScaling, LinearScaling, ModelConfig, YarnScaling
+from cluster.engine.models.config import DivisorScaling, LinearScaling, ModelConfig, NoScaling, YarnScaling
 from cluster.engine.models.config_gguf import config_from_gguf
 from cluster.engine.models.config_huggingface import config_from_directory
 from cluster.engine.models.rope import rope_table
+from cluster.errors import ModelError
 from cluster.model_files.gguf_header import read_gguf_header
 from tests.unit.model_factory import SIZES
 
@@ -80,7 +81,10 @@ def test_eos_ids_of_generation_config_come_first_and_once(tmp_path: Path) -> Non
     assert written_config(tmp_path).eos_token_ids == (7, 2)
 
 
-def gguf_config(path: Path, *, divisors: list[float] | None = None, scaling: str | None = None) -> ModelConfig:
+def gguf_config(
+    path: Path, *, divisors: list[float] | None = None, scaling: str | None = None, **floats: float
+) -> ModelConfig:
+    """`floats`: by the end of their key, `_` for `.`."""
     writer = GGUFWriter(path, "llama")
     for add, value in (
         (writer.add_context_length, 256),
@@ -90,9 +94,10 @@ def gguf_config(path: Path, *, divisors: list[float] | None = None, scaling: str
         (writer.add_head_count, 4),
         (writer.add_layer_norm_rms_eps, 1e-5),
         (writer.add_rope_scaling_orig_ctx_len, 64),
-        (writer.add_rope_scaling_factor, 4.0),
     ):
         add(value)
+    for name, number in floats.items():
+        writer.add_float32(f"llama.rope.{name.replace('scaling_', 'scaling.')}", number)
     if scaling is not None:
         writer.add_string("llama.rope.scaling.type", scaling)
     writer.add_tensor("token_embd.weight", torch.zeros(10, 32).numpy(), raw_dtype=GGMLQuantizationType.F32)
@@ -106,14 +111,26 @@ def gguf_config(path: Path, *, divisors: list[float] | None = None, scaling: str
 
 
 def test_gguf_scalings(tmp_path: Path) -> None:
-    assert gguf_config(tmp_path / "a.gguf", scaling="linear").rope_scaling == LinearScaling(4.0)
-    assert gguf_config(tmp_path / "b.gguf", scaling="yarn").rope_scaling == YarnScaling(4.0, 64)
+    linear = gguf_config(tmp_path / "a.gguf", scaling="linear", scaling_factor=4.0)
+    assert linear.rope_scaling == LinearScaling(4.0)
+    yarn = gguf_config(tmp_path / "b.gguf", scaling="yarn", scaling_factor=4.0, scaling_yarn_beta_fast=32.0)
+    assert yarn.rope_scaling == YarnScaling(4.0, 64)
     config = gguf_config(tmp_path / "c.gguf", divisors=[1.0, 2.0, 4.0, 8.0])
     assert config.rope_scaling == DivisorScaling((1.0, 2.0, 4.0, 8.0))
     plain = gguf_config(tmp_path / "d.gguf")
     angles = rope_table(plain, 2, CPU)[1, 4:].asin()
     divided = rope_table(config, 2, CPU)[1, 4:].asin()
     torch.testing.assert_close(divided, angles / torch.tensor([1.0, 2.0, 4.0, 8.0]))
+
+
+def test_gguf_scaling_without_a_type_is_linear_as_in_llama_cpp(tmp_path: Path) -> None:
+    assert gguf_config(tmp_path / "a.gguf", scaling_factor=4.0).rope_scaling == LinearScaling(4.0)
+    assert gguf_config(tmp_path / "b.gguf", scale_linear=4.0).rope_scaling == LinearScaling(4.0)
+    assert gguf_config(tmp_path / "c.gguf", scaling="linear", scale_linear=2.0).rope_scaling == LinearScaling(2.0)
+    for factor in (0.0, 1.0):
+        assert gguf_config(tmp_path / "d.gguf", scaling_factor=factor).rope_scaling == NoScaling()
+    with pytest.raises(ModelError, match=r"llama\.rope\.scaling\.yarn_beta_fast is not supported, but for 32"):
+        gguf_config(tmp_path / "e.gguf", scaling="yarn", scaling_factor=4.0, scaling_yarn_beta_fast=8.0)
 
 
 def test_gguf_sizes_default_as_in_llama_cpp(tmp_path: Path) -> None:

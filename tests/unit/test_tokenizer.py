@@ -211,6 +211,41 @@ def test_a_directory_gives_the_same_tokenizer(from_gguf: Tokenizer, tmp_path: Pa
     assert (tmp_path / "copy" / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
 
 
+def test_what_a_training_run_left_in_the_file_neither_cuts_nor_fills_up(from_gguf: Tokenizer, tmp_path: Path) -> None:
+    write_tokenizer_directory(from_gguf, tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    path = str(tmp_path / "tokenizer.json")
+    backend = Backend.from_file(path)
+    backend.enable_truncation(max_length=4)
+    backend.enable_padding(length=64)
+    backend.save(path)
+    again = Tokenizer.load(tmp_path)
+    assert [again.encode(text) for text in TEXTS] == [from_gguf.encode(text) for text in TEXTS]
+
+
+@pytest.mark.parametrize(
+    ("changes", "ends"),
+    [
+        ({"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True}, ([1], [])),
+        ({"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": True}, ([1], [2])),
+        ({"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": False}, ([], [])),
+        ({"tokenizer_class": "LlamaTokenizerFast"}, ([], [])),  # as the file has it
+        ({"tokenizer_class": "Qwen2Tokenizer", "add_bos_token": True}, ([], [])),  # which does not look at it
+    ],
+)
+def test_llamas_classes_add_what_their_configuration_says(
+    changes: dict[str, Any], ends: tuple[list[int], list[int]], from_gguf: Tokenizer, tmp_path: Path
+) -> None:
+    write_tokenizer_directory(from_gguf, tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    config_path = tmp_path / "tokenizer_config.json"
+    config_path.write_text(json.dumps(json.loads(config_path.read_text()) | changes))
+    bare = from_gguf.encode("Hello", add_special_tokens=False)
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.encode("Hello") == [*ends[0], *bare, *ends[1]]
+    assert loaded.encode("Hello", add_special_tokens=False) == bare
+
+
 def test_a_template_file_wins_over_the_config(from_gguf: Tokenizer, tmp_path: Path) -> None:
     write_tokenizer_directory(from_gguf, tmp_path)
     (tmp_path / "model.safetensors").touch()

@@ -30,6 +30,7 @@ _ARCHITECTURES = {
     "qwen3moe": Architecture.QWEN3_MOE,
 }
 _SOFTMAX_GATING = 1
+_YARN_DEFAULTS = {"attn_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0}
 EMBEDDING, LM_HEAD, ROPE_DIVISORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
 
 
@@ -107,8 +108,13 @@ def _experts(header: GGUFHeader, architecture: Architecture) -> ExpertsConfig | 
 
 
 def _rope_scaling(header: GGUFHeader, prefix: str) -> RopeScaling:
-    kind = header.get(f"{prefix}.rope.scaling.type", str, "none")
-    factor = header.get(f"{prefix}.rope.scaling.factor", float, 1.0)
+    # As llama.cpp reads them: an older key for the factor, 0 for none, and a factor without a type is linear.
+    factor = header.get(f"{prefix}.rope.scaling.factor", float, 0.0)
+    factor = factor or header.get(f"{prefix}.rope.scale_linear", float, 0.0) or 1.0
+    kind = header.get(f"{prefix}.rope.scaling.type", str, "none" if factor == 1.0 else "linear")
+    for key, usual in _YARN_DEFAULTS.items():
+        if header.get(f"{prefix}.rope.scaling.{key}", float, usual) != usual:
+            raise ModelError(f"{header.path}: {prefix}.rope.scaling.{key} is not supported, but for {usual:g}")
     if not 1.0 <= factor <= 1e4:
         raise ModelError(f"{header.path}: {prefix}.rope.scaling.factor is {factor}")
     if ROPE_DIVISORS in header.tensors:
