@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 Ask = Callable[[PeerQuestion], Awaitable[PeerAnswer]]
 INSPECT_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 5.0
+LOOK_S = 5.0  # how often it is looked whether the engine goes on
 _Key = tuple[str, int]
 
 
@@ -127,6 +128,13 @@ class WorkerHost:
 
     def start(self) -> None:
         self._thread.start()
+
+    async def until_engine_hangs(self, bound_s: float) -> float:
+        """Returns how long a turn has lasted, once that is more than `bound_s`. A thread that hangs in a library or in
+        the device raises nothing, while everything else of this process goes on to say that it is well."""
+        while (turn_s := self._thread.turn_s()) <= bound_s:  # noqa: ASYNC110  who hangs sets no event
+            await asyncio.sleep(min(LOOK_S, bound_s / 4))
+        return turn_s
 
     async def close(self) -> None:
         """Stop the engine thread; whoever still waits for events gets none."""

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import faulthandler
 import logging
+import os
 import secrets
 import signal
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import torch
@@ -50,6 +53,7 @@ from kvconnector.mapping import Shard
 logger = logging.getLogger(__name__)
 
 PROGRESS_PAUSE_S = 0.1
+HUNG_S = 300.0  # far more than a step takes, kernels that are compiled for it included
 LAST_FRAMES_S = 0.2  # for sessions to write what is pending when the worker ends
 
 
@@ -210,13 +214,27 @@ async def _serve_until_drained(worker: LoadedWorker) -> int:
         info = worker.info
         emit(Ready(address=served.address, detail=f"{info.num_blocks:,} KV blocks of {info.block_size} tokens"))
         endings = (served.host.drained, served.host.broken, forced)
-        waiters = [loop.create_task(ending.wait()) for ending in endings]
-        await asyncio.wait(waiters, return_when=asyncio.FIRST_COMPLETED)
-        for waiter in waiters:
+        waiters: list[asyncio.Task[Any]] = [loop.create_task(ending.wait()) for ending in endings]
+        hanging = loop.create_task(served.host.until_engine_hangs(HUNG_S))
+        await asyncio.wait([*waiters, hanging], return_when=asyncio.FIRST_COMPLETED)
+        if hanging.done():
+            _end_at_once(hanging.result())
+        for waiter in (*waiters, hanging):
             waiter.cancel()
         if served.host.broken.is_set():
             raise StartupError("the engine thread ended with an error, see the log")
     return 0
+
+
+def _end_at_once(turn_s: float) -> None:
+    """Routers go on elsewhere, and whoever started this process starts another one. The thread that hangs cannot be
+    ended, and the interpreter's own end could wait for what it waits for."""
+    logger.critical("a step of the engine has lasted %.0f s: it hangs, and so this process ends; its threads:", turn_s)
+    faulthandler.dump_traceback(all_threads=True)
+    emit_failure(StartupError(f"the engine hangs: a step has lasted {turn_s:.0f} s; the log says where"))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 class _Throttled:

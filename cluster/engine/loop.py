@@ -50,6 +50,7 @@ class EngineThread(Generic[Command, News]):
         self._on_exit = on_exit  # called with True if it was asked to stop
         self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._turn_began_at: float | None = None
 
     def start(self) -> None:
         self._thread.start()
@@ -57,6 +58,11 @@ class EngineThread(Generic[Command, News]):
     def send(self, command: Command) -> None:
         """From any thread. Commands sent after `stop` are dropped."""
         self._inbox.put(command)
+
+    def turn_s(self) -> float:
+        """For how long the turn under way has lasted; 0: none is. From any thread."""
+        began_at = self._turn_began_at
+        return 0.0 if began_at is None else time.monotonic() - began_at
 
     def stop(self, timeout_s: float) -> bool:
         """End after the current turn; True if the thread is gone."""
@@ -68,7 +74,9 @@ class EngineThread(Generic[Command, News]):
         was_asked = False
         try:
             while self._handle_commands():
-                news = self._driver.turn(time.monotonic())
+                now = self._turn_began_at = time.monotonic()
+                news = self._driver.turn(now)
+                self._turn_began_at = None
                 if news is not None:
                     self._publish(news)
             was_asked = True

@@ -50,11 +50,25 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > self.max_connections:
+        if len(self.connections) > self.max_connections and not self._make_room():
             log.warning("over %d connections, one more was closed", self.max_connections)
             transport.abort()
             return
         self._begin_head()
+
+    def _make_room(self) -> bool:
+        """Close the connection that has waited longest for another request of its client, which may be none. Else those
+        who come to see whether this process lives would be turned away by clients that have their answers."""
+        waiting = {
+            each: each.timeout_keep_alive_task.when()
+            for each in self.connections
+            if isinstance(each, BoundedHttpProtocol)
+            and each.timeout_keep_alive_task is not None
+            and not each.transport.is_closing()
+        }
+        if waiting:
+            min(waiting, key=waiting.__getitem__).transport.close()
+        return bool(waiting)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head()

@@ -55,6 +55,42 @@ def decode_worker(**options: Any) -> FakeWorker:
     return FakeWorker(Role.DECODE, "d0", **options)
 
 
+async def test_who_waits_for_nothing_makes_room_for_a_probe() -> None:
+    """Clients keep their connections after they have been refused; a router that turns probes away would be killed."""
+    async with running_router([decode_worker()], max_connections=3) as router:
+        clients = [await Client.of(router) for _ in range(3)]
+        for client in clients:
+            client.send(request_of(1))
+            assert (await client.read_answer())[0] == 200
+        for _ in range(2):
+            probe = await Client.of(router)
+            probe.send(b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert (await probe.read_answer())[0] == 200
+            probe.writer.close()
+            await asyncio.sleep(0.05)
+        assert await clients[0].read_to_end() == b"", "it had waited longest"
+        clients[2].send(request_of(2))
+        assert (await clients[2].read_answer())[0] == 200
+        for client in clients:
+            client.writer.close()
+
+
+async def test_over_the_limit_of_connections_in_use_one_more_is_closed() -> None:
+    worker = decode_worker(step_s=0.2)
+    async with running_router([worker], max_connections=2) as router:
+        clients = [await Client.of(router) for _ in range(2)]
+        for client in clients:
+            client.send(request_of(5))
+        await asyncio.sleep(0.1)
+        another = await Client.of(router)
+        another.send(b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")
+        with pytest.raises((ConnectionResetError, asyncio.IncompleteReadError)):
+            await another.read_answer()
+        for client in clients:
+            assert (await client.read_answer())[0] == 200
+            client.writer.close()
+
+
 @pytest.mark.parametrize("in_pieces", [False, True])
 @pytest.mark.parametrize("protocol", ["h2c", "websocket"])
 async def test_an_upgrade_is_ignored_and_the_request_answered(protocol: str, in_pieces: bool) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import msgspec
 import pytest
 
+from cluster.control import process
 from cluster.control.host import WorkerHost
 from cluster.control.messages import Cancel, Command, News, PeerAnswer, PeerQuestion, Submit, WorkerEvent
 from cluster.errors import Overloaded
@@ -25,6 +28,7 @@ class FakeDriver:
     def __init__(self) -> None:
         self.submitted: list[Request] = []
         self.num_held = 0
+        self.blocks_on: threading.Event | None = None
         self._ended: list[TokenChunk] = []
 
     def handle(self, command: Command, now: float) -> None:
@@ -35,6 +39,8 @@ class FakeDriver:
                 self._ended.append(terminal(request_id, attempt, FinishReason.CANCELLED))
 
     def turn(self, now: float) -> News:
+        if self.blocks_on is not None:
+            self.blocks_on.wait(10.0)
         ended, self._ended = tuple(self._ended), []
         return News(events=ended, load=IDLE, num_held=self.num_held)
 
@@ -154,3 +160,28 @@ async def test_a_router_that_never_settles_is_waited_for_until_the_bound() -> No
         with pytest.raises(Overloaded, match="shutting down"):
             host.submit(REQUEST, None, events.put_nowait)
         host.settle(session)
+
+
+async def test_an_engine_that_hangs_is_noticed_and_one_that_idles_is_not() -> None:
+    """In a library's call, say, that never returns: nothing is raised, and sessions go on saying that all is well."""
+    async with running_host() as (host, driver):
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(host.until_engine_hangs(0.2), 0.6)
+        goes_on = threading.Event()
+        driver.blocks_on = goes_on
+        try:
+            assert await asyncio.wait_for(host.until_engine_hangs(0.2), 5.0) > 0.2
+        finally:
+            goes_on.set()
+
+
+def test_a_process_whose_engine_hangs_says_where_and_ends(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    process._end_at_once(301.0)
+    told, log = capfd.readouterr()
+    assert codes == [1]
+    assert "the engine hangs: a step has lasted 301 s" in told
+    assert "test_a_process_whose_engine_hangs_says_where_and_ends" in log
