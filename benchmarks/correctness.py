@@ -27,7 +27,7 @@ from cluster.engine.kernels import get_ops
 from cluster.engine.kernels.ops import AttentionMetadata
 from cluster.engine.kv_cache import KVCache
 from cluster.engine.models.llama import DecoderModel
-from cluster.engine.models.loader import load_model, read_model_config
+from cluster.engine.models.loader import load_model, read_model_files
 from cluster.engine.models.residual import residual_dtype
 from cluster.engine.parallel.group import SingleRank
 from cluster.model_files.source import resolve_model
@@ -168,11 +168,12 @@ def main() -> int:
 
     source = resolve_model(arguments.model)
     tokenizer = Tokenizer.load(source)
-    width = read_model_config(source).hidden_size
-    ops = get_ops(arguments.device, None, residual_dtype(arguments.residual_dtype, arguments.device, width))
+    files = read_model_files(source)
+    residual = residual_dtype(arguments.residual_dtype, arguments.device, files.config.hidden_size)
+    ops = get_ops(arguments.device, None, residual)
     subject = f"{ops.name}, {str(ops.residual_dtype).removeprefix('torch.')} residual"
     device = torch.cuda.get_device_name(ops.device) if ops.device.type == "cuda" else None
-    ours = forward_of(load_model(source, ops, SingleRank(), ops.device).model)
+    ours = forward_of(load_model(files, ops, SingleRank(), ops.device).model)
     reference_model = reference_of(source.path, torch.float32, ops.device)
     reference = forward_of_transformers(reference_model)
     half = forward_of_transformers(reference_of(source.path, torch.bfloat16, ops.device))

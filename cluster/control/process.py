@@ -35,7 +35,7 @@ from cluster.engine.engine import Engine
 from cluster.engine.kernels import fingerprint, get_ops
 from cluster.engine.kernels.cuda_select import keep_compiled_kernels
 from cluster.engine.models.config import WeightFormat
-from cluster.engine.models.loader import load_model, read_model_config
+from cluster.engine.models.loader import load_model, read_model_files
 from cluster.engine.models.residual import residual_dtype
 from cluster.engine.parallel.group import SingleRank
 from cluster.engine.scheduler import Policy
@@ -106,13 +106,13 @@ def load_worker(
     show("admitting kernels", 0, 0)
     if config.engine.device.startswith("cuda"):
         keep_compiled_kernels()
-    width = read_model_config(source).hidden_size
-    residual = residual_dtype(config.model_residual_dtype, config.engine.device, width)
+    files = read_model_files(source)
+    residual = residual_dtype(config.model_residual_dtype, config.engine.device, files.config.hidden_size)
     ops = get_ops(config.engine.device, config.engine.num_threads, residual)
     if ops.device.type == "cuda":
         torch.cuda.set_device(ops.device)  # where kernels start that are not told
     loaded = load_model(
-        source,
+        files,
         ops,
         SingleRank(),
         torch.device(config.engine.device),

@@ -71,7 +71,7 @@ class EngineThread(Generic[Command, News]):
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        was_asked = False
+        was_asked = has_closed = False
         try:
             while self._handle_commands():
                 now = self._turn_began_at = time.monotonic()
@@ -83,11 +83,9 @@ class EngineThread(Generic[Command, News]):
         finally:
             try:
                 self._driver.close()
-            except BaseException:
-                was_asked = False
-                raise
+                has_closed = True
             finally:  # the owner must know, whatever the driver's end brings
-                self._on_exit(was_asked)
+                self._on_exit(was_asked and has_closed)
 
     def _handle_commands(self) -> bool:
         """All that have arrived; waits for the first if there is nothing else to do. False: stop."""

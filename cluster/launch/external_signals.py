@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from cluster.errors import StartupError
-from cluster.launch.local import STOP_SIGNALS, heard
+from cluster.launch.stop_signals import STOP_SIGNALS, handled
 
 # mpirun hands SIGUSR1 on to all ranks and does nothing else, Slurm can send it before a job's time is up.
 RANK_STOP_SIGNALS = (*STOP_SIGNALS, signal.SIGUSR1)
@@ -37,17 +37,12 @@ class StopSignals:
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-        numbers = heard(RANK_STOP_SIGNALS)
-        for number in numbers:
-            loop.add_signal_handler(number, self._on_signal, number)
-        watching = asyncio.ensure_future(self._watch_parent())
-        try:
-            yield
-        finally:
-            watching.cancel()
-            for number in numbers:
-                loop.remove_signal_handler(number)
+        with handled(RANK_STOP_SIGNALS, self._on_signal):
+            watching = asyncio.ensure_future(self._watch_parent())
+            try:
+                yield
+            finally:
+                watching.cancel()
 
     async def unless_stopped(self, work: Coroutine[None, None, _T], doing: str) -> _T:
         """The result of `work`, which is cancelled at a signal. Raises `StartupError` then, also if `work` failed

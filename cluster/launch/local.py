@@ -18,13 +18,13 @@ import asyncio
 import signal
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from cluster.config import LaunchSettings
 from cluster.errors import StartupError
 from cluster.launch.process import Launchable, ProcessListener, RunningProcess
+from cluster.launch.stop_signals import STOP_SIGNALS, handled
 from cluster.process_events import ProcessEvent, Ready
 
 FIRST_RESTART_PAUSE_S = 1.0
@@ -34,7 +34,6 @@ ABORTED_START_GRACE_S = 5.0  # for the healthy processes when another one failed
 DRAIN_MARGIN_S = 10.0  # beyond the drain time, which the processes keep themselves
 KILL_GRACE_S = 10.0  # until a killed process is gone
 PROBE_TIMEOUT_S = 60.0
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class LaunchView(ProcessListener, Protocol):
@@ -85,7 +84,7 @@ class LocalLauncher:
     async def run(self) -> None:
         """Returns after a clean stop. Raises `StartupError` when a process failed for good; nothing runs
         any more then."""
-        with self._handling_signals():
+        with handled(STOP_SIGNALS if self._handles_signals else (), self._on_signal):
             async with asyncio.TaskGroup() as group:
                 self._group = group
                 for spec in self._specs.values():
@@ -265,22 +264,8 @@ class LocalLauncher:
             stage[name].send(signal.SIGKILL)
         return left
 
-    @contextmanager
-    def _handling_signals(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-        numbers = heard(STOP_SIGNALS) if self._handles_signals else ()
-        for number in numbers:
-            loop.add_signal_handler(number, self.stop, f"{number.name}: draining, again to stop at once")
-        try:
-            yield
-        finally:
-            for number in numbers:
-                loop.remove_signal_handler(number)
-
-
-def heard(numbers: Sequence[signal.Signals]) -> tuple[signal.Signals, ...]:
-    """Without those that whoever started this process has had ignored: with `nohup` a lost terminal ends nothing."""
-    return tuple(number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN)
+    def _on_signal(self, number: signal.Signals) -> None:
+        self.stop(f"{number.name}: draining, again to stop at once")
 
 
 async def _all_exited(processes: Iterable[RunningProcess]) -> None:

@@ -67,12 +67,15 @@ def _remove_abandoned(parent: Path) -> None:
 def _ours(parent: Path) -> Iterator[tuple[int, Path]]:
     for entry in parent.glob(f"{_PREFIX}*"):
         owner = _OWNER.fullmatch(entry.name)
-        try:
-            is_ours = owner is not None and not entry.is_symlink() and entry.stat().st_uid == os.getuid()
-        except FileNotFoundError:  # another one cleans up, too: the ranks of a job that begins again do it together
-            continue
-        if owner is not None and is_ours:
+        if owner is not None and _is_of_this_user(entry):
             yield int(owner[1]), entry
+
+
+def _is_of_this_user(entry: Path) -> bool:
+    try:
+        return not entry.is_symlink() and entry.stat().st_uid == os.getuid()
+    except FileNotFoundError:  # another one cleans up, too: the ranks of a job that begins again do it together
+        return False
 
 
 def _is_held(directory: Path) -> bool:

@@ -157,7 +157,8 @@ class Endpoints:
                 }
             )
 
-        await self._while_wanted(receive, reply, work)
+        with self.admission.running(1):
+            await self._while_wanted(receive, reply, work())
 
     async def detokenize(self, scope: Scope, receive: Receive, reply: Reply) -> None:
         request = await self._body(scope, receive, reply, DetokenizeRequest)
@@ -168,17 +169,13 @@ class Endpoints:
         async def work() -> None:
             await reply.json({"prompt": await self.text.decode(request.tokens)})
 
-        await self._while_wanted(receive, reply, work)
-
-    async def _while_wanted(
-        self, receive: Receive, reply: Reply, work: Callable[[], Coroutine[Any, Any, None]]
-    ) -> None:
-        """Tokenizing is work like any other: counted, and not done for a client that has left."""
         with self.admission.running(1):
-            await race_disconnect(
-                receive, reply, work(), timeout_s=self.config.request_timeout_s,
-                write_timeout_s=self.config.write_timeout_s,
-            )  # fmt: skip
+            await self._while_wanted(receive, reply, work())
+
+    async def _while_wanted(self, receive: Receive, reply: Reply, work: Coroutine[Any, Any, None]) -> None:
+        """Within the time that a request has, and not for a client that has left."""
+        timeout_s, write_timeout_s = self.config.request_timeout_s, self.config.write_timeout_s
+        await race_disconnect(receive, reply, work, timeout_s=timeout_s, write_timeout_s=write_timeout_s)
 
     async def _body(self, scope: Scope, receive: Receive, reply: Reply, kind: type[_Body]) -> _Body:
         with self.admission.reading():
@@ -194,7 +191,6 @@ class Endpoints:
     ) -> None:
         """Tokenise, run, answer; the client may leave at any point of it."""
         job_id = f"{prefix}-{secrets.token_hex(16)}"
-        timeout_s = self.config.request_timeout_s
         log_event(log, logging.INFO, "request accepted", request=job_id, client_request_id=reply.request_id)
 
         async def work() -> None:
@@ -207,12 +203,10 @@ class Endpoints:
                 model=self.config.model_name,
                 session=_session(scope),
             )
-            await generation.run(reply, timeout_s=timeout_s)
+            await generation.run(reply, timeout_s=self.config.request_timeout_s)
 
         try:
-            await race_disconnect(
-                receive, reply, work(), timeout_s=timeout_s, write_timeout_s=self.config.write_timeout_s
-            )
+            await self._while_wanted(receive, reply, work())
         except TandemError as error:
             log_event(log, logging.INFO, "request failed", request=job_id, code=error.code, message=error.message)
             raise

@@ -161,7 +161,7 @@ class Flow:
 
     async def _split_attempt(
         self, journey: _Journey, pair: WorkerPair, prefill_worker: Worker, deliver: Deliver
-    ) -> None:  # fmt: skip
+    ) -> None:
         request = _request_now(journey)
         journey.computing_at = pair.engine_ids[0]
         must_release = True

@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from cluster.errors import ModelError
 from cluster.model_files.gguf_header import GGUFHeader
 from cluster.model_files.gguf_special_tokens import special_tokens
+from cluster.tokenizer.ends import with_ends
 
 _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 _CONTRACTIONS = r"'s|'t|'re|'ve|'m|'ll|'d"
@@ -90,7 +91,4 @@ def _prepend_bos(header: GGUFHeader, tokens: list[str]) -> processors.TemplatePr
     bos_token_id = special_tokens(header).bos_token_id
     if bos_token_id is None or not 0 <= bos_token_id < len(tokens):
         raise ModelError(f"{header.path}: a BOS token is to be added, but tokenizer.ggml.bos_token_id names none")
-    bos = tokens[bos_token_id]
-    return processors.TemplateProcessing(
-        single=[bos, "$A"], pair=[bos, "$A", "$B"], special_tokens=[(bos, bos_token_id)]
-    )
+    return with_ends((tokens[bos_token_id], bos_token_id))

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import msgspec
 import tokenizers
-import tokenizers.processors
 
 from cluster.errors import ModelError
 from cluster.model_files.gguf_header import GGUFHeader, read_gguf_header
 from cluster.model_files.gguf_special_tokens import special_tokens
 from cluster.model_files.huggingface import GenerationDefaults, decode_json_file
 from cluster.model_files.source import ModelSource, SourceKind
+from cluster.tokenizer.ends import Token, with_ends
 from cluster.tokenizer.gguf_tokenizer import tokenizer_from_gguf
 
 _MAX_TEMPLATE_BYTES = 4 << 20
@@ -128,16 +128,16 @@ def _add_ends(backend: tokenizers.Tokenizer, config: _TokenizerConfig, path: Pat
     if config.tokenizer_class not in _TOLD_OF_ENDS or not is_told:
         return
     names = config.special_token_names()
-    wanted = {"bos_token": config.add_bos_token is not False, "eos_token": config.add_eos_token is True}
-    ends: dict[str, str] = {}
-    for field, is_wanted in wanted.items():
+
+    def token(field: str) -> Token:
         name = names.get(field, "")
-        if is_wanted and backend.token_to_id(name) is None:
+        token_id = backend.token_to_id(name)
+        if token_id is None:
             raise ModelError(f"{path}: {field} is {name!r}, which is no token, and is to be added to prompts")
-        ends[field] = f"{name}:0 " if is_wanted else ""
-    single = f"{ends['bos_token']}$A:0 {ends['eos_token']}".strip()
-    added = [(names[field], backend.token_to_id(names[field])) for field, is_wanted in wanted.items() if is_wanted]
-    backend.post_processor = tokenizers.processors.TemplateProcessing(single=single, special_tokens=added)
+        return name, token_id
+
+    bos = None if config.add_bos_token is False else token("bos_token")
+    backend.post_processor = with_ends(bos, token("eos_token") if config.add_eos_token else None)
 
 
 def _from_directory(directory: Path) -> TokenizerParts:

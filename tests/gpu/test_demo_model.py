@@ -14,7 +14,7 @@ import torch
 from benchmarks.gpu.exactness import Cell, Exactness, compare, make_requests
 from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.models.llama import DecoderModel
-from cluster.engine.models.loader import load_model, read_model_config
+from cluster.engine.models.loader import load_model, read_model_files
 from cluster.engine.models.residual import residual_dtype
 from cluster.engine.parallel.group import SingleRank
 from cluster.model_files.cache import cache_location
@@ -34,7 +34,7 @@ NUM_PROMPTS = 6
 def ops() -> CudaOps:
     """As a worker computes with for this model."""
     return CudaOps(
-        torch.device("cuda"), residual_dtype=residual_dtype(None, "cuda", read_model_config(SOURCE).hidden_size)
+        torch.device("cuda"), residual_dtype=residual_dtype(None, "cuda", read_model_files(SOURCE).config.hidden_size)
     )
 
 

@@ -19,9 +19,9 @@ import pytest
 from rich.console import Console
 
 from cluster.errors import ConfigError, StartupError
-from cluster.launch.local import STOP_SIGNALS, heard
 from cluster.launch.ports import check_port_free, choose_free_port
 from cluster.launch.run_directory import cluster_key_file, launches, run_directory, write_config
+from cluster.launch.stop_signals import STOP_SIGNALS, heard
 from cluster.launch.view import LiveView, PlainView, Serving, launch_view
 from cluster.process_events import Failed, Progress, Ready, emit, emit_failure, parse
 

@@ -13,7 +13,7 @@ from cluster.control.process import load_worker
 from cluster.control.worker_config import WorkerConfig
 from cluster.engine.config import EngineConfig
 from cluster.engine.kernels import get_ops
-from cluster.engine.models.loader import load_model, read_model_config
+from cluster.engine.models.loader import load_model, read_model_files
 from cluster.engine.models.residual import WIDEST_IN_FLOAT32, ResidualName, residual_dtype
 from cluster.engine.parallel.group import SingleRank
 from cluster.errors import ConfigError
@@ -61,4 +61,4 @@ def test_a_configuration_is_read_without_the_weights(is_gguf: bool, tmp_path: Pa
         path = save_safetensors(model, tmp_path)
     source = resolve_model(str(path))
     loaded = load_model(source, get_ops("cpu", 1), SingleRank(), torch.device("cpu"))
-    assert msgspec.to_builtins(read_model_config(source)) == msgspec.to_builtins(loaded.config)
+    assert msgspec.to_builtins(read_model_files(source).config) == msgspec.to_builtins(loaded.config)

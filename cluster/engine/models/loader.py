@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from cluster.engine.models.moe import MoeFeedForward
 from cluster.engine.models.moe_grouped import GroupedMoeFeedForward
 from cluster.engine.models.rank_reader import EMBEDDING, LM_HEAD, RankReader
 from cluster.engine.models.rope import rope_table
+from cluster.engine.models.weights import WeightSource
 from cluster.engine.models.weights_gguf import open_gguf_weights
 from cluster.engine.models.weights_latent import LatentReader
 from cluster.engine.models.weights_safetensors import open_safetensors_weights
@@ -53,17 +55,33 @@ class LoadedModel(NamedTuple):
     identity: ModelIdentity
 
 
-def read_model_config(source: ModelSource) -> ModelConfig:
-    """Of a model that is here, as its files say it; no weight is read. Raises `ModelError`."""
+class ModelFiles(NamedTuple):
+    """A model that is here, of whose files the headers have been read and no weight."""
+
+    source: ModelSource
+    config: ModelConfig  # as the files say it
+    open_weights: Callable[[], WeightSource]
+    identify: Callable[[ModelConfig, str, Progress], ModelIdentity]
+
+
+def read_model_files(source: ModelSource) -> ModelFiles:
+    """Raises `ModelError` naming the file, tensor or field."""
     match source.kind:
         case SourceKind.GGUF:
-            return config_from_gguf(read_gguf_header(source.path))
+            header = read_gguf_header(source.path)
+            config = config_from_gguf(header)
+            return ModelFiles(
+                source, config, partial(open_gguf_weights, header, config), partial(identity_of_gguf, header)
+            )
         case SourceKind.DIRECTORY:
-            return config_from_directory(source.path)
+            config = config_from_directory(source.path)
+            tensors = read_safetensors_directory(source.path)
+            open_weights = partial(open_safetensors_weights, source.path, tensors)
+            return ModelFiles(source, config, open_weights, partial(identity_of_safetensors, tensors))
 
 
 def load_model(
-    source: ModelSource | str | Path,
+    files: ModelFiles | ModelSource | str | Path,
     ops: Ops,
     group: ParallelGroup,
     device: torch.device,
@@ -80,19 +98,10 @@ def load_model(
     bytes of weight files whose digest is not known yet, when all are loaded and that is what is waited for. Raises
     `ModelError` naming the file, tensor or field.
     """
-    if not isinstance(source, ModelSource):
-        source = resolve_model(source, progress)
-    match source.kind:
-        case SourceKind.GGUF:
-            header = read_gguf_header(source.path)
-            config = config_from_gguf(header)
-            weights = open_gguf_weights(header, config)
-            identify = partial(identity_of_gguf, header)
-        case SourceKind.DIRECTORY:
-            config = config_from_directory(source.path)
-            tensors = read_safetensors_directory(source.path)
-            weights = open_safetensors_weights(source.path, tensors)
-            identify = partial(identity_of_safetensors, tensors)
+    if not isinstance(files, ModelFiles):
+        files = read_model_files(files if isinstance(files, ModelSource) else resolve_model(files, progress))
+    source, config = files.source, files.config
+    weights = files.open_weights()
     is_made_fp8 = quantization == "fp8" and config.weight_format is WeightFormat.BF16
     if is_made_fp8:
         config = msgspec.structs.replace(config, weight_format=WeightFormat.FP8)
@@ -108,7 +117,7 @@ def load_model(
             check_weights_fit(device, config.weight_bytes // group.size)
         # Hashing leaves the interpreter to the loader.
         with ThreadPoolExecutor(max_workers=1) as pool, _Hashing() as hashed:
-            identity = pool.submit(identify, config, source.revision, hashed.note)
+            identity = pool.submit(files.identify, config, source.revision, hashed.note)
             loader = _RankLoader(config, weights, ops, group, device, progress, is_made_fp8)
             model = DecoderModel(config, loader.load(num_positions), ops, group)
             while not wait([identity], _SHOWN_EVERY_S).done:

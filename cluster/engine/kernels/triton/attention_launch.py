@@ -22,9 +22,9 @@ _FEW_SEQUENCES = 8  # that take the split kernels with several rows each: partia
 # Of partial results at a time. Sequences have at most the splits of the pool's keys, a few tens of MiB, unless many
 # share a long prefix; then they are served some at a time.
 MOST_SCRATCH_BYTES = 256 << 20
-_ALIGNED = (
-    4  # sequences: int32 tensors that begin there are aligned as their first is, or kernels would be compiled anew
-)
+# Sequences, of which a part begins at a multiple: int32 tensors are aligned there as in their beginning, or kernels
+# would be compiled anew.
+_ALIGNED = 4
 
 
 def run_attention(
@@ -245,9 +245,12 @@ def bound_of_splits(metadata: AttentionMetadata, max_rows: int, window: int | No
 
 
 def in_parts(
-    metadata: AttentionMetadata, splits_each: int, splits: int, bytes_each: int
+    metadata: AttentionMetadata, max_rows: int, window: int | None, num_heads: int, width: int
 ) -> Iterator[AttentionMetadata]:
-    """All sequences, or as many at a time as have scratch. `bytes_each`: of a split's partial results."""
+    """All sequences, or as many at a time as have scratch for the partial results of their splits: of each row and head
+    `width` values, a maximum, and a sum in 8 lanes."""
+    splits_each, splits = bound_of_splits(metadata, max_rows, window)
+    bytes_each = max_rows * num_heads * (width + 9) * 4
     if splits_each <= 1 or splits * bytes_each <= MOST_SCRATCH_BYTES:
         yield metadata
         return
@@ -263,9 +266,7 @@ def in_parts(
 
 
 def _within_scratch(call: _AttentionCall, max_rows: int) -> Iterator[_AttentionCall]:
-    num_heads, head_size = call.q_THD.shape[1:]
-    bounds = bound_of_splits(call.metadata, max_rows, call.window)
-    for part in in_parts(call.metadata, *bounds, max_rows * num_heads * (head_size + 9) * 4):
+    for part in in_parts(call.metadata, max_rows, call.window, *call.q_THD.shape[1:]):
         yield call if part is call.metadata else replace(call, metadata=part)
 
 

@@ -104,9 +104,7 @@ def run_latent_attention(
     call = _Call(aligned(q_THL), aligned(q_rope_THR), kv_N11SD, metadata, out, scale_log2, pdl, lists or WorkLists())
     split_rows, tiled_above = paths(plan, metadata, call.num_heads)
     if split_rows:
-        bounds = attention_launch.bound_of_splits(metadata, split_rows, None)
-        bytes_each = split_rows * call.num_heads * (q_THL.shape[2] + 9) * 4
-        for part in attention_launch.in_parts(metadata, *bounds, bytes_each):
+        for part in attention_launch.in_parts(metadata, split_rows, None, *q_THL.shape[1:]):
             _run_split(replace(call, metadata=part), plan, split_rows, num_multiprocessors)
     if tiled_above is not None:
         _run_prefill(call, plan, tiled_above)
