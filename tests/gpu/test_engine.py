@@ -148,11 +148,11 @@ def test_a_model_that_is_its_own_draft_guesses_right(model: Any, ops: CudaOps, n
 def test_no_launch_waits_for_the_device(model: Any, ops: CudaOps, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a request asks for."""
     kinds: tuple[dict[str, Any], ...] = (
-        {"temperature": 0.0},
+        {"temperature": 0.0, "seed": 0},
         {"temperature": 0.9, "seed": 5, "top_p": 0.9, "top_k": 30, "min_p": 0.01, "logprobs": 3},
-        {"temperature": 0.0, "logit_bias": ((5, 4.0), (9, -4.0)), "min_tokens": 6},
+        {"temperature": 0.0, "seed": 0, "logit_bias": ((5, 4.0), (9, -4.0)), "min_tokens": 6},
         {"temperature": 0.7, "seed": 6, "presence_penalty": 0.5, "repetition_penalty": 1.2},
-        {"temperature": 0.0, "prompt_logprobs": 2},
+        {"temperature": 0.0, "seed": 0, "prompt_logprobs": 2},
     )
     requests = [
         msgspec.structs.replace(
