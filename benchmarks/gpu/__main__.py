@@ -19,6 +19,7 @@ Prefill and decode on one GPU: `python -m benchmarks.gpu.split`. Products under 
 what a whole decode step takes with it: `python -m benchmarks.gpu.tune_step`; that step at every size that has a graph:
 `python -m benchmarks.gpu.step_sizes`.
 Rotary embedding in the attention of decode steps or before it: `python -m benchmarks.gpu.rope_attention`.
+A residual stream in fp32: `python -m benchmarks.gpu.residual`.
 """
 
 from __future__ import annotations
