@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import msgspec
 import torch
@@ -40,6 +40,9 @@ SAMPLING: tuple[dict[str, Any], ...] = (
 )
 
 
+NEIGHBOUR_PROMPT, NEIGHBOUR_TOKENS = 40, 48  # the longest prompt of a neighbour; what each is answered with
+
+
 @dataclass
 class Answer:
     tokens: list[int] = field(default_factory=list)
@@ -52,7 +55,8 @@ class Answer:
 
 
 class Cell(NamedTuple):
-    """One way to compute all requests. `at_once`: how many are given to the engine together."""
+    """One way to compute all requests. `at_once`: how many are given to the engine together; `num_neighbours`: other
+    requests that come before them and decode beside them, of which nothing is compared."""
 
     name: str
     at_once: int
@@ -60,6 +64,7 @@ class Cell(NamedTuple):
     steps_ahead: int = 1
     is_warm: bool = False
     is_split: bool = False
+    num_neighbours: int = 0
 
 
 def make_requests(count: int, vocab_size: int, num_tokens: int, seed: int = 3) -> list[Request]:
@@ -79,6 +84,17 @@ def make_requests(count: int, vocab_size: int, num_tokens: int, seed: int = 3) -
     return made
 
 
+def make_neighbours(count: int, vocab_size: int, num_tokens: int) -> list[Request]:
+    """Short prompts, long answers: they are there while others are computed."""
+    generator = torch.Generator().manual_seed(7)
+    made = []
+    for index in range(count):
+        tokens = torch.randint(3, min(vocab_size, 1000), (1 + index % NEIGHBOUR_PROMPT,), generator=generator)
+        sampling = SamplingParams(max_tokens=num_tokens, seed=index, ignore_eos=True, **SAMPLING[index % 4])
+        made.append(Request(request_id=f"n{index}", token_ids=tuple(tokens.tolist()), sampling=sampling))
+    return made
+
+
 class Exactness:
     """Runs cells over one loaded model and collects answers."""
 
@@ -90,17 +106,22 @@ class Exactness:
         engine = self._engine(DecodePolicy(), cell)
         source = self._engine(PrefillPolicy(), cell) if cell.is_split else None
         answers: dict[str, Answer] = {}
+        most_rows = 0
         for _ in range(1 + cell.is_warm):
             answers = {request.request_id: Answer() for request in self._requests}
             for start in range(0, len(self._requests), cell.at_once):
                 group = self._requests[start : start + cell.at_once]
+                for neighbour in make_neighbours(cell.num_neighbours, self._model.config.vocab_size, NEIGHBOUR_TOKENS):
+                    engine.add_request(neighbour)
                 if source is None:
                     for request in group:
                         engine.add_request(request)
                 else:
                     self._hand_over(source, engine, group, answers)
-                self._finish(engine, answers)
+                most_rows = max(most_rows, self._finish(engine, answers))
         _check_graphs(cell, source or engine)
+        if cell.num_neighbours:
+            assert most_rows == cell.at_once + cell.num_neighbours, f"{most_rows} rows were drawn together"
         for request in self._requests:  # rows of drafts that lay behind the end count for nothing
             answer = answers[request.request_id]
             end = len(request.token_ids) + len(answer.tokens)
@@ -117,12 +138,14 @@ class Exactness:
             self._model, msgspec.convert(settings, EngineConfig), self._ops, policy, steps_ahead=cell.steps_ahead
         )
 
-    def _finish(self, engine: Engine, answers: dict[str, Answer]) -> None:
-        with self._watching(engine, answers), self._watching_kv(engine, answers):
+    def _finish(self, engine: Engine, answers: dict[str, Answer]) -> int:
+        """To the end of all requests. Most rows of which tokens were drawn in one step."""
+        with self._watching(engine, answers) as watch, self._watching_kv(engine, answers):
             while engine.has_work():
                 for event in engine.step():
                     assert isinstance(event, TokenChunk)
                     _take(answers, event)
+        return watch.most_rows
 
     @contextmanager
     def _watching_kv(self, engine: Engine, answers: dict[str, Answer]) -> Iterator[None]:
@@ -132,7 +155,8 @@ class Exactness:
 
         def release_blocks(sequence: EngineSequence) -> None:
             request = sequence.request
-            if sequence.table is not None and sequence.num_output_tokens == request.sampling.max_tokens:
+            is_complete = sequence.num_output_tokens == request.sampling.max_tokens
+            if sequence.table is not None and is_complete and request.request_id in answers:
                 answers[request.request_id].kv = self._kv_digest(engine, sequence, len(sequence.token_ids) - 1)
             plain(sequence)
 
@@ -171,7 +195,7 @@ class Exactness:
                     source.release(event.lease)
                     target.add_loaded_request(continued, reservation)
 
-    def _watching(self, engine: Engine, answers: dict[str, Answer]) -> Any:
+    def _watching(self, engine: Engine, answers: dict[str, Answer]) -> _LogitsWatch:
         runner = engine._runner
         assert isinstance(runner, GpuModelRunner)
         return _LogitsWatch(runner, answers, self._key)
@@ -205,21 +229,25 @@ class _LogitsWatch:
         self._runner, self._answers, self._key = runner, answers, key
         self._plain = runner._sample
         self._found: list[tuple[list[tuple[str, int]], torch.Tensor]] = []
+        self.most_rows = 0  # of a step
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         self._runner._sample = self._sample  # type: ignore[method-assign]
+        return self
 
     def __exit__(self, *_: object) -> None:
         del self._runner._sample  # the class's own again; a kept method would tie the runner and its pool to itself
         for rows, digests in self._found:
             for (request_id, position), digest in zip(rows, digests.tolist(), strict=True):
-                self._answers[request_id].logits[position] = digest
+                if request_id in self._answers:
+                    self._answers[request_id].logits[position] = digest
 
     def _sample(self, output: StepOutput, draws: Draws) -> DrawnRows:
         logits_RV = output.logits_RV[: len(draws)]
         digests = torch.stack([(row.view(torch.int32).long() * self._key(len(row))).sum() for row in logits_RV])
         names = [sequence.request.request_id for sequence in draws.asked.sequences]
         rows = list(zip(names, draws.positions.tolist(), strict=True))
+        self.most_rows = max(self.most_rows, len(rows))
         self._found.append((rows, digests))
         return self._plain(output, draws)
 
@@ -235,7 +263,9 @@ def _check_graphs(cell: Cell, engine: Engine) -> None:
 
 def _take(answers: dict[str, Answer], chunk: TokenChunk) -> None:
     assert chunk.error is None, chunk.error
-    answer = answers[chunk.request_id]
+    answer = answers.get(chunk.request_id)
+    if answer is None:
+        return
     assert chunk.index == len(answer.tokens)
     answer.tokens.extend(chunk.token_ids)
     answer.logprobs.extend(chunk.prompt_logprobs)
@@ -257,6 +287,14 @@ def standard_cells(batches: Iterable[int], chunks: Iterable[int]) -> Iterator[Ce
     yield Cell("warm cache", largest, {"enable_prefix_caching": True}, is_warm=True)
     yield Cell("split", largest, {"enable_prefix_caching": False}, is_split=True)
     yield Cell("split, warm cache", largest, {"enable_prefix_caching": True}, is_warm=True, is_split=True)
+
+
+def crowded_cells(at_once: int, batches: Iterable[int], config: dict[str, Any]) -> Iterator[Cell]:
+    """The compared requests among as many others as make up each batch; the largest also eagerly."""
+    for batch in batches:
+        yield Cell(f"among {batch}, graphs", at_once, config, num_neighbours=batch - at_once)
+    eager = {**config, "cuda_graphs": False}
+    yield Cell(f"among {batch}, eager", at_once, eager, num_neighbours=batch - at_once)
 
 
 REFERENCE = Cell("each alone", 1, {"cuda_graphs": False, "enable_prefix_caching": False}, steps_ahead=0)

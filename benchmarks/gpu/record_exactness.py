@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from benchmarks.gpu.exactness import Cell, Exactness, compare, make_requests, standard_cells
+from benchmarks.gpu.exactness import Cell, Exactness, compare, crowded_cells, make_requests, standard_cells
 from benchmarks.gpu.random_model import DEEPSEEK_V2_LITE, LLAMA_8B, LLAMA_8B_FP8, QWEN3_30B_A3B, random_decoder
 from benchmarks.gpu.record_engine import appender
 from cluster.engine.kernels.cuda_ops import CudaOps
@@ -30,15 +30,16 @@ CELLS = (
     *standard_cells((3, 17, NUM_REQUESTS), (97, 512)),
     Cell("prompt lookup", NUM_REQUESTS, _DRAFTS),
     Cell("prompt lookup, one by one", 1, _DRAFTS),
+    *crowded_cells(NUM_REQUESTS, (64, 128, 192, 256), {"max_num_sequences": 256, "kv_cache_bytes": 8 << 30}),
 )
 _QUICK = (
     *(f"batch {NUM_REQUESTS}, graphs", "batch 17, graphs", "prompts in graphs, chunks of 97"),
-    *("chunks of 97", "split, warm cache", "prompt lookup"),
+    *("chunks of 97", "split, warm cache", "prompt lookup", "among 256, graphs"),
 )
 
 
 def chosen_cells(*, quick: bool) -> list[Cell]:
-    """All, or six that differ most from each other."""
+    """All, or seven that differ most from each other."""
     return [cell for cell in CELLS if cell.name in _QUICK] if quick else list(CELLS)
 
 

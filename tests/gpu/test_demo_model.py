@@ -70,5 +70,6 @@ def test_the_same_bits_in_every_way_to_compute(model: DecoderModel, ops: CudaOps
         Cell("chunks", 24, {"max_batched_tokens": 97}),
         Cell("split, warm cache", 24, {}, is_warm=True, is_split=True),
         Cell("prompt lookup", 24, drafts),
+        Cell("among 256", 24, {"max_num_sequences": 256}, num_neighbours=232),
     ]
     assert compare(lab, cells) == (len(cells), [])

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 import torch
 
-from benchmarks.gpu.exactness import REFERENCE, Cell, Exactness, compare, make_requests, standard_cells
+from benchmarks.gpu.exactness import REFERENCE, Cell, Exactness, compare, crowded_cells, make_requests, standard_cells
 from benchmarks.gpu.random_model import LLAMA_8B, random_decoder
 from cluster.engine.config import EngineConfig, SpeculationConfig
 from cluster.engine.engine import Engine
@@ -38,7 +38,12 @@ def model(ops: CudaOps) -> Any:
 
 def test_the_same_bits_in_every_way_to_compute(model: Any, ops: CudaOps) -> None:
     lab = Exactness(model, ops, make_requests(90, TINY.vocab_size, 12), max_model_len=2048, **LIMITS)
-    cells = [*standard_cells((3, 17, 90), (64, 97, 512)), Cell("preempting", 90, {"kv_cache_bytes": 40 << 20})]
+    many = {"max_num_sequences": 256}
+    cells = [
+        *standard_cells((3, 17, 90), (64, 97, 512)),
+        Cell("preempting", 90, {"kv_cache_bytes": 40 << 20}),
+        *crowded_cells(72, (160, 256), many),  # the others have penalties and wait for their tokens every second step
+    ]
     count, mismatches = compare(lab, cells)
     assert count == len(cells)
     assert mismatches == []

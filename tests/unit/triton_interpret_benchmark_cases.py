@@ -134,9 +134,10 @@ def test_the_cells_of_exactness_are_equal(shape: ModelConfig, ops: Any, monkeypa
         Cell("chunks", 6, {"max_batched_tokens": 13}),
         Cell("split, warm", 6, {}, is_warm=True, is_split=True),
         Cell("prompt lookup", 6, {"speculation": {"method": "ngram", "ngram_min": 1}}),
+        Cell("among others", 6, {"max_num_sequences": 16}, num_neighbours=5),
     ]
     count, mismatches = compare(laboratory(random_decoder(tiny(shape), ops, std=0.06), ops), cells)
-    assert (count, mismatches) == (6, [])
+    assert (count, mismatches) == (7, [])
 
 
 def test_other_weights_are_a_mismatch(model: Any, ops: Any) -> None:
