@@ -21,6 +21,11 @@ def has_mps(environment: Mapping[str, str] = os.environ, default_pipe: Path = DE
     return (directory is not None or control.exists()) and not _is_deserted(control)
 
 
+def listens(control: Path) -> bool:
+    """Whether there is a daemon behind this socket."""
+    return control.is_socket() and not _is_deserted(control)
+
+
 def _is_deserted(control: Path) -> bool:
     """Whether this is the socket of a daemon that is gone. One that was killed leaves it behind; CUDA goes on without
     MPS then, and says nothing. Only a refusal tells: whatever else hinders us need not hinder CUDA."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -13,6 +11,7 @@ from contextlib import contextmanager
 import httpx
 
 from cluster.errors import StartupError
+from cluster.launch.child import dying_with_us, python_module
 from cluster.launch.ports import choose_free_port
 
 HOST = "127.0.0.1"
@@ -27,9 +26,9 @@ def monolithic_companion(target: str, settings: Sequence[str] = ()) -> Iterator[
     """Launch `target` as one process, give its URL, stop it at the end. Raises `StartupError` with what
     the launch said."""
     url = f"http://{HOST}:{(port := choose_free_port(HOST))}"
-    command = [sys.executable, "-P", "-m", "cluster.launch.child", str(os.getpid()), "cluster", "launch", target]
-    command += ["--monolithic", "--host", HOST, "--port", str(port), "--external", "none"]
-    command += [word for setting in settings for word in ("--set", setting)]
+    arguments = ["--monolithic", "--host", HOST, "--port", str(port), "--external", "none"]
+    arguments += [word for setting in settings for word in ("--set", setting)]
+    command = dying_with_us(python_module("cluster", "launch", target, *arguments))
     with tempfile.TemporaryFile() as output:
         launch = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
         try:

@@ -11,12 +11,16 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cluster.gpu_share import DEFAULT_PIPE, PIPE_VARIABLE, has_mps
+from cluster.gpu_share import DEFAULT_PIPE, PIPE_VARIABLE, has_mps, listens
+from cluster.launch.child import dying_with_us
+from cluster.launch.process import describe_exit
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +30,7 @@ CONTROL = "nvidia-cuda-mps-control"
 # the same to both, and a slice of a GPU (MIG) must be named to the daemon.
 VISIBLE_VARIABLE = "CUDA_VISIBLE_DEVICES"
 _TIMEOUT_S = 20.0
+_POLL_S = 0.05
 _WITHOUT = (
     "the workers on it take turns instead of running side by side, and decode steps take more than twice as long "
     "while a prompt is computed; give each pool a GPU of its own (prefill.engine.device, decode.engine.device)"
@@ -39,17 +44,17 @@ def mps_daemon(is_wanted: bool, directory: Path, default_pipe: Path = DEFAULT_PI
     if not is_wanted or has_mps(default_pipe=default_pipe):
         yield None
         return
-    if shutil.which(CONTROL) is None:
+    control = shutil.which(CONTROL)
+    if control is None:
         yield f"a GPU is shared and {CONTROL} is not installed: {_WITHOUT}"
         return
-    environment = {PIPE_VARIABLE: str(_private(directory / "mps")), LOG_VARIABLE: str(_private(directory / "mps-log"))}
-    failure = _control(["-d"], environment)
+    daemon = _Daemon(control, directory)
+    failure = daemon.start()
     if failure is not None:
-        _control([], environment, "quit\n")  # it may have started all the same, too late
         yield f"a GPU is shared and {CONTROL} did not start ({failure}): {_WITHOUT}"
         return
-    before = {name: os.environ.get(name) for name in environment}  # theirs may be of a daemon that is gone
-    os.environ.update(environment)
+    before = {name: os.environ.get(name) for name in daemon.variables}  # theirs may be of a daemon that is gone
+    os.environ.update(daemon.variables)
     try:
         yield None
     finally:
@@ -57,9 +62,72 @@ def mps_daemon(is_wanted: bool, directory: Path, default_pipe: Path = DEFAULT_PI
             os.environ.pop(name)
             if value is not None:
                 os.environ[name] = value
-        failure = _control([], environment, "quit\n")
-        if failure is not None:
-            logger.warning("%s did not end: %s", CONTROL, failure)
+        daemon.stop()
+
+
+class _Daemon:
+    """In the foreground, as a child: the kernel ends it with this process, however that ends, and its servers end with
+    it (seen with driver 580). A session of its own: Ctrl-C in the terminal is for the launcher, whose workers need it
+    while they drain."""
+
+    def __init__(self, control: str, directory: Path) -> None:
+        self._control = control
+        self._pipe, self._logs = _private(directory / "mps"), _private(directory / "mps-log")
+        self._words = self._logs / "daemon.log"
+        self._process: subprocess.Popen[bytes] | None = None
+        self.variables = {PIPE_VARIABLE: str(self._pipe), LOG_VARIABLE: str(self._logs)}
+
+    def start(self) -> str | None:
+        """None once it listens, else why it does not: then nothing of it is left."""
+        try:
+            with self._words.open("wb") as words:
+                self._process = subprocess.Popen(
+                    dying_with_us([self._control, "-f"]), stdin=subprocess.DEVNULL, stdout=words,
+                    stderr=subprocess.STDOUT, env=_of_daemon() | self.variables, start_new_session=True,
+                )  # fmt: skip
+        except OSError as error:
+            return str(error)
+        try:
+            return self._becomes_ready(self._process)
+        except BaseException:
+            self._kill()
+            raise
+
+    def stop(self) -> None:
+        """Its clients have ended. Bounded."""
+        assert self._process is not None
+        failure = None
+        try:
+            asked = subprocess.run(
+                [self._control], input=b"quit\n", env=_of_daemon() | self.variables, capture_output=True,
+                timeout=_TIMEOUT_S, check=False,
+            )  # fmt: skip
+            if asked.returncode:
+                failure = (asked.stderr or asked.stdout).decode(errors="replace").strip()
+            self._process.wait(_TIMEOUT_S)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            failure = str(error)
+        if self._process.poll() is None:
+            logger.warning("%s did not end and is killed: %s", CONTROL, failure)
+            self._kill()
+
+    def _becomes_ready(self, process: subprocess.Popen[bytes]) -> str | None:
+        deadline_s = time.monotonic() + _TIMEOUT_S
+        while time.monotonic() < deadline_s:
+            if process.poll() is not None:
+                words = self._words.read_text(errors="replace").strip().splitlines()
+                return words[-1] if words else describe_exit(process.returncode)
+            if listens(self._pipe / DEFAULT_PIPE.name):
+                return None
+            time.sleep(_POLL_S)
+        self._kill()
+        return f"it does not listen after {_TIMEOUT_S:.0f} s"
+
+    def _kill(self) -> None:
+        assert self._process is not None
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # with its servers
+        self._process.wait()
 
 
 def _private(path: Path) -> Path:
@@ -72,22 +140,3 @@ def _of_daemon() -> dict[str, str]:
     visible = os.environ.get(VISIBLE_VARIABLE, "")
     by_number = all(each.strip().lstrip("-").isdecimal() for each in visible.split(","))
     return {name: value for name, value in os.environ.items() if name != VISIBLE_VARIABLE or not by_number}
-
-
-def _control(arguments: list[str], environment: dict[str, str], command: str = "") -> str | None:
-    """None if it worked, else why not."""
-    try:
-        done = subprocess.run(
-            [CONTROL, *arguments],
-            input=command,
-            env=_of_daemon() | environment,
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT_S,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return str(error)
-    if done.returncode == 0:
-        return None
-    return (done.stderr or done.stdout).strip() or f"exit code {done.returncode}"

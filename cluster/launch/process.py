@@ -7,7 +7,6 @@ import asyncio
 import os
 import signal
 import subprocess
-import sys
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from cluster.errors import StartupError
+from cluster.launch.child import dying_with_us, python_module
 from cluster.process_events import Failed, ProcessEvent, Ready, parse
 
 MAX_LAST_LINES = 30
@@ -122,12 +122,7 @@ class ManagedProcess:
         try:
             process._transport, _ = await asyncio.get_running_loop().subprocess_exec(
                 lambda: process._protocol,
-                sys.executable,
-                "-P",  # no module is taken from the current directory
-                "-m",
-                "cluster.launch.child",
-                str(os.getpid()),
-                *spec.command,
+                *dying_with_us(python_module(*spec.command)),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

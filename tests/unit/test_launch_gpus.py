@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -204,10 +208,35 @@ def test_visible_gpus_are_counted() -> None:
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}) == 0
 
 
-def fake_control(tmp_path: Path, exit_code: int, shown: str = PIPE_VARIABLE) -> None:
+_FAKE_CONTROL = """#!{python} -I
+import os, socket, sys, time
+path = os.environ["CUDA_MPS_PIPE_DIRECTORY"] + "/control"
+command = sys.argv[1] if sys.argv[1:] else sys.stdin.read().strip()
+with open("{calls}", "a") as calls:
+    print(command, os.environ.get("{shown}", ""), sep="|", file=calls)
+if {exit_code}:
+    print("trouble", file=sys.stderr)
+    sys.exit({exit_code})
+if {is_deaf}:
+    time.sleep(60)
+with socket.socket(socket.AF_UNIX) as control:
+    if command == "quit":
+        control.connect(path)
+        control.sendall(b"quit")
+        sys.exit()
+    control.bind(path)
+    control.listen()
+    while control.accept()[0].recv(8) != b"quit":
+        pass
+"""
+
+
+def fake_control(tmp_path: Path, exit_code: int, shown: str = PIPE_VARIABLE, *, is_deaf: bool = False) -> None:
+    """Notes what it was asked and the variable `shown`, and listens until it is told to quit. `is_deaf`: it never
+    listens."""
     tool = tmp_path / mps.CONTROL
-    note = f'echo "$1|$(cat)|${shown}" >> {tmp_path}/calls'
-    tool.write_text(f"#!/bin/sh\n{note}\necho trouble >&2\nexit {exit_code}\n")
+    words = {"python": sys.executable, "calls": tmp_path / "calls", "shown": shown}
+    tool.write_text(_FAKE_CONTROL.format(**words, exit_code=exit_code, is_deaf=is_deaf))
     tool.chmod(0o755)
 
 
@@ -220,7 +249,7 @@ def test_the_daemon_lives_as_long_as_the_launch(tmp_path: Path, monkeypatch: pyt
         assert os.environ[PIPE_VARIABLE] == str(tmp_path / "mps")
         assert (tmp_path / "mps").stat().st_mode & 0o777 == 0o700
     assert PIPE_VARIABLE not in os.environ
-    assert (tmp_path / "calls").read_text().splitlines() == [f"-d||{tmp_path}/mps", f"|quit|{tmp_path}/mps"]
+    assert (tmp_path / "calls").read_text().splitlines() == [f"-f|{tmp_path}/mps", f"quit|{tmp_path}/mps"]
 
 
 def test_the_daemon_sees_every_gpu_so_that_workers_choose_by_number(
@@ -233,7 +262,7 @@ def test_the_daemon_sees_every_gpu_so_that_workers_choose_by_number(
     monkeypatch.delenv(PIPE_VARIABLE, raising=False)
     with mps.mps_daemon(True, tmp_path):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
-    assert (tmp_path / "calls").read_text().splitlines() == ["-d||", "|quit|"]
+    assert (tmp_path / "calls").read_text().splitlines() == ["-f|", "quit|"]
 
 
 def test_a_slice_of_a_gpu_is_named_to_the_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +272,7 @@ def test_a_slice_of_a_gpu_is_named_to_the_daemon(tmp_path: Path, monkeypatch: py
     monkeypatch.delenv(PIPE_VARIABLE, raising=False)
     with mps.mps_daemon(True, tmp_path):
         pass
-    assert (tmp_path / "calls").read_text().splitlines() == ["-d||MIG-41b3", "|quit|MIG-41b3"]
+    assert (tmp_path / "calls").read_text().splitlines() == ["-f|MIG-41b3", "quit|MIG-41b3"]
 
 
 def test_without_mps_the_warning_names_the_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,8 +288,66 @@ def test_without_mps_the_warning_names_the_cost(tmp_path: Path, monkeypatch: pyt
         assert warning is not None
         assert "did not start (trouble)" in warning
     assert PIPE_VARIABLE not in os.environ
-    # One that did start, after it was given up, would outlive the launch, and nobody could find its pipe.
-    assert (tmp_path / "calls").read_text().splitlines() == [f"-d||{tmp_path}/mps", f"|quit|{tmp_path}/mps"]
+    assert (tmp_path / "calls").read_text().splitlines() == [f"-f|{tmp_path}/mps"]
+
+
+def test_a_daemon_that_never_listens_is_given_up_and_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_control(tmp_path, 0, is_deaf=True)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv(PIPE_VARIABLE, raising=False)
+    monkeypatch.setattr(mps, "_TIMEOUT_S", 1.0)
+    with mps.mps_daemon(True, tmp_path) as warning:
+        assert warning is not None
+        assert "does not listen" in warning
+    assert PIPE_VARIABLE not in os.environ
+    assert not running(str(tmp_path))
+
+
+def test_a_daemon_that_does_not_quit_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake_control(tmp_path, 0)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv(PIPE_VARIABLE, raising=False)
+    with mps.mps_daemon(True, tmp_path):
+        fake_control(tmp_path, 4)
+        monkeypatch.setattr(mps, "_TIMEOUT_S", 1.0)
+    assert "did not end and is killed" in caplog.text
+    assert not running(str(tmp_path))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG")
+def test_the_daemon_does_not_outlive_a_launch_that_is_killed(tmp_path: Path) -> None:
+    fake_control(tmp_path, 0)
+    code = (
+        "import pathlib, sys, time\nfrom cluster.launch import mps\n"
+        "with mps.mps_daemon(True, pathlib.Path(sys.argv[1])) as warning:\n"
+        "    print(warning, flush=True)\n    time.sleep(60)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != PIPE_VARIABLE}
+    environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as launch:
+        assert launch.stdout is not None
+        assert launch.stdout.readline() == "None\n"
+        assert running(str(tmp_path))
+        launch.kill()
+    deadline_s = time.monotonic() + 20.0
+    while running(str(tmp_path)):
+        assert time.monotonic() < deadline_s, "the daemon is still there"
+        time.sleep(0.05)
+    assert not has_mps({PIPE_VARIABLE: str(tmp_path / "mps")})
+
+
+def running(word: str) -> list[str]:
+    """Commands of living processes that name it, this one's not counted."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            if word in words and int(entry.name) != os.getpid():
+                found.append(words)
+    return found
 
 
 def test_a_daemon_of_the_operator_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
