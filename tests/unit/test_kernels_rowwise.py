@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from cluster.engine.kernels.cpu import arithmetic
+from cluster.engine.kernels.cpu.arithmetic import InstructionClass
+from cluster.engine.kernels.cpu.reference import ReferenceOps
 from cluster.engine.kernels.probe_lists import EMBEDDING_PROBES, NORM_PROBES, SOFTMAX_PROBES
 from cluster.engine.kernels.probes import Magnitudes, first_difference, norm_probe, softmax_probe
 from tests.unit.kernel_variants import ALL_VARIANTS, class_of, expected_outputs, native
@@ -34,6 +36,21 @@ def test_rows_do_not_depend_on_batch_or_threads(variant: str, num_threads: int) 
         assert torch.equal(alone.rms_norm(x[row : row + 1], weight, 1e-5)[0], normed[row])
         assert torch.equal(alone.softmax(x[row : row + 1])[0], weights[row])
         assert torch.equal(alone.log_softmax_stats(x[row : row + 1])[1][0], sums[row])
+
+
+@pytest.mark.parametrize("variant", [*ALL_VARIANTS, None])
+def test_a_step_that_draws_nothing_has_no_rows(variant: str | None) -> None:
+    """A reference serves where a kernel is refused, so it must take whatever a kernel takes."""
+    ops = ReferenceOps(InstructionClass.FMA) if variant is None else native(variant)
+    none, weight = torch.empty((0, 100)), torch.ones(100)
+    packed = ops.pack_linear(torch.ones((64, 100)).bfloat16())
+    assert ops.rms_norm(none, weight, 1e-5).shape == (0, 100)
+    assert ops.add_rms_norm(none.clone(), none, weight, 1e-5).shape == (0, 100)
+    assert ops.linear(none.bfloat16(), packed).shape == (0, 64)
+    assert ops.linear_silu_mul(none.bfloat16(), packed).shape == (0, 32)
+    assert ops.softmax(none).shape == (0, 100)
+    assert [each.shape for each in ops.log_softmax_stats(none)] == [(0,), (0,)]
+    assert ops.argmax(none).shape == (0,)
 
 
 def test_norms_and_softmax_are_right() -> None:

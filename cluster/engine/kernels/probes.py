@@ -15,6 +15,7 @@ import torch
 
 from cluster.engine.kernels.ops import AttentionMetadata, Ops, Rotation
 from cluster.engine.kernels.registry import describe_difference
+from cluster.engine.trigonometry import cos_sin, powers
 
 Outputs = tuple[torch.Tensor, ...]
 
@@ -170,8 +171,10 @@ class PagedInputs:
         self.kv_N2GSD = pool.bfloat16().to(device)[:, 1]
         self.width = (s.num_heads + 2 * s.num_kv_heads) * s.head_size
         self.qkv_of_sequence = [self._rows(generator, end).to(device) for _, end in s.sequences]
-        angles = torch.outer(torch.arange(4096.0), 10000.0 ** -torch.linspace(0, 1, s.head_size // 2))
-        self.cos_sin_PD = torch.cat([angles.cos(), angles.sin()], dim=1).to(device)
+        half = s.head_size // 2
+        frequencies = powers(10000.0, [(-index, max(half - 1, 1)) for index in range(half)])
+        angles = torch.arange(4096.0, dtype=torch.float64)[:, None] * frequencies
+        self.cos_sin_PD = torch.cat(cos_sin(angles), dim=1).float().to(device)
         self.norms: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         if s.has_norms:
             q_norm, k_norm = torch.rand((2, s.head_size), generator=generator).add(0.5).bfloat16().to(device)

@@ -1,5 +1,5 @@
-"""Rotary embedding tables, for every scaling in config.py. Computed in double precision on the host:
-the single-precision result then does not depend on how a math library vectorises."""
+"""Rotary embedding tables, for every scaling in config.py. Computed on the host in double precision, by operations that
+have the same bits on every processor: workers of one deployment may be on different ones."""
 
 from __future__ import annotations
 
@@ -15,19 +15,25 @@ from cluster.engine.models.config import (
     NoScaling,
     YarnScaling,
 )
+from cluster.engine.trigonometry import cos_sin, powers
+
+_ROWS = 4096  # of a table at a time: temporaries stay in the cache
 
 
 def rope_table(config: ModelConfig, num_positions: int, device: torch.device) -> torch.Tensor:
     """(P, D) fp32: cos of each position and frequency in [:, :D/2], sin in the rest."""
-    angles_PF = torch.outer(torch.arange(num_positions, dtype=torch.float64), _frequencies(config))
-    table_PD = torch.cat((angles_PF.cos(), angles_PF.sin()), dim=1)
-    return (table_PD * _attention_factor(config)).to(torch.float32).to(device)
+    frequencies_F, factor = _frequencies(config), _attention_factor(config)
+    table_PD = torch.empty((num_positions, 2 * len(frequencies_F)))
+    positions_P = torch.arange(num_positions, dtype=torch.float64)
+    for part_PD, part_P in zip(torch.split(table_PD, _ROWS), torch.split(positions_P, _ROWS), strict=True):
+        cos_PF, sin_PF = cos_sin(part_P[:, None] * frequencies_F)
+        part_PD.copy_(torch.cat((cos_PF, sin_PF), dim=1) * factor)
+    return table_PD.to(device)
 
 
 def _frequencies(config: ModelConfig) -> torch.Tensor:
     """(D/2,) fp64 radians per position."""
-    exponents = torch.arange(0, config.rope_size, 2, dtype=torch.float64) / config.rope_size
-    plain = config.rope_theta**-exponents
+    plain = powers(config.rope_theta, [(-index, config.rope_size) for index in range(0, config.rope_size, 2)])
     match config.rope_scaling:
         case NoScaling():
             return plain

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cluster.engine.kernels.cpu.arithmetic import SPLIT, InstructionClass, dot_chain, exp, row_sum, silu_mul
+from cluster.engine.kernels.cpu.arithmetic import SPLIT, InstructionClass, dot_chain, exp, row_sum, silu_mul, sqrt
 from cluster.engine.kernels.cpu.attend import Split, merge, rotate, split_weights
 from cluster.engine.kernels.cpu.latent import LatentLoop
 from cluster.engine.kernels.cpu.moe import ExpertLoop
@@ -250,7 +250,7 @@ def _log(value: float) -> float:
 
 def _normalise(x_TK: torch.Tensor, weight_K: torch.Tensor, eps: float) -> torch.Tensor:
     mean = row_sum(x_TK * x_TK) / x_TK.shape[1]
-    return x_TK * (1.0 / (mean + eps).sqrt()) * weight_K.float()
+    return x_TK * (1.0 / sqrt(mean + eps)) * weight_K.float()
 
 
 def _choose(which_R1: torch.Tensor, left: Split, right: Split) -> Split:
