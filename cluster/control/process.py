@@ -218,7 +218,7 @@ async def _serve_until_drained(worker: LoadedWorker) -> int:
         hanging = loop.create_task(served.host.until_engine_hangs(HUNG_S))
         await asyncio.wait([*waiters, hanging], return_when=asyncio.FIRST_COMPLETED)
         if hanging.done():
-            _end_at_once(hanging.result())
+            end_hung_process(hanging.result())
         for waiter in (*waiters, hanging):
             waiter.cancel()
         if served.host.broken.is_set():
@@ -226,7 +226,7 @@ async def _serve_until_drained(worker: LoadedWorker) -> int:
     return 0
 
 
-def _end_at_once(turn_s: float) -> None:
+def end_hung_process(turn_s: float) -> None:
     """Routers go on elsewhere, and whoever started this process starts another one. The thread that hangs cannot be
     ended, and the interpreter's own end could wait for what it waits for."""
     logger.critical("a step of the engine has lasted %.0f s: it hangs, and so this process ends; its threads:", turn_s)

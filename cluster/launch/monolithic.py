@@ -17,7 +17,7 @@ import msgspec
 import uvloop
 
 from cluster.control.host import WorkerHost
-from cluster.control.process import LoadedWorker, load_worker, serving
+from cluster.control.process import HUNG_S, LoadedWorker, end_hung_process, load_worker, serving
 from cluster.errors import ConfigError, StartupError, TandemError
 from cluster.launch.embedded import EmbeddedConnection
 from cluster.launch.monolithic_config import MonolithicConfig
@@ -67,6 +67,7 @@ async def _serve(config: RouterConfig, worker: LoadedWorker, listener: socket.so
         blocks = f"{worker.info.num_blocks:,} KV blocks of {worker.info.block_size} tokens"
         detail = f"{blocks}, worker at {served.address}"
         watch = asyncio.create_task(_stop_when_broken(served.host, stop))
+        hanging = asyncio.create_task(_stop_when_hanging(served.host, stop))
         try:
             await run_router(
                 config,
@@ -78,7 +79,10 @@ async def _serve(config: RouterConfig, worker: LoadedWorker, listener: socket.so
                 on_ready=lambda url: emit(Ready(address=url.removeprefix("http://"), detail=detail)),
             )
         finally:
+            if hanging.done():  # clients have their last events
+                end_hung_process(hanging.result())
             watch.cancel()
+            hanging.cancel()
         if served.host.broken.is_set():
             raise StartupError("the engine thread ended with an error, see the log")
 
@@ -87,6 +91,14 @@ async def _stop_when_broken(host: WorkerHost, stop: Stop) -> None:
     await host.broken.wait()
     stop.request()
     stop.request()
+
+
+async def _stop_when_hanging(host: WorkerHost, stop: Stop) -> float:
+    """How long a step has lasted then, in seconds."""
+    turn_s = await host.until_engine_hangs(HUNG_S)
+    stop.request()
+    stop.request()
+    return turn_s
 
 
 if __name__ == "__main__":

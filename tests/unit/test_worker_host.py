@@ -180,7 +180,7 @@ def test_a_process_whose_engine_hangs_says_where_and_ends(
 ) -> None:
     codes: list[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)
-    process._end_at_once(301.0)
+    process.end_hung_process(301.0)
     told, log = capfd.readouterr()
     assert codes == [1]
     assert "the engine hangs: a step has lasted 301 s" in told
