@@ -100,7 +100,7 @@ def test_records_of_another_device_or_context_are_left_out(tmp_path: Path) -> No
 
 def test_the_quick_cells_are_some_of_all() -> None:
     quick = chosen_cells(quick=True)
-    assert len(quick) == 6
+    assert len(quick) == 7
     assert {cell.name for cell in quick} < {cell.name for cell in chosen_cells(quick=False)} == {c.name for c in CELLS}
     assert max(cell.at_once for cell in quick) == NUM_REQUESTS
 
