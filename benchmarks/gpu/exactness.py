@@ -24,6 +24,7 @@ from cluster.engine.gpu.draws import Draws
 from cluster.engine.gpu.graphs import StepOutput
 from cluster.engine.gpu.runner import GpuModelRunner
 from cluster.engine.gpu.sampler import DrawnRows
+from cluster.engine.gpu.shapes import StepShape
 from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.sequence import Sequence as EngineSequence
 from cluster.types import Request, SamplingParams, TokenChunk
@@ -121,7 +122,7 @@ class Exactness:
                 most_rows = max(most_rows, self._finish(engine, answers))
         _check_graphs(cell, source or engine)
         if cell.num_neighbours:
-            assert most_rows == cell.at_once + cell.num_neighbours, f"{most_rows} rows were drawn together"
+            assert most_rows == cell.at_once + cell.num_neighbours, f"at most {most_rows} rows were drawn together"
         for request in self._requests:  # rows of drafts that lay behind the end count for nothing
             answer = answers[request.request_id]
             end = len(request.token_ids) + len(answer.tokens)
@@ -139,13 +140,13 @@ class Exactness:
         )
 
     def _finish(self, engine: Engine, answers: dict[str, Answer]) -> int:
-        """To the end of all requests. Most rows of which tokens were drawn in one step."""
+        """To the end of all requests. Most rows of which tokens were drawn in one step: of a graph, if any are used."""
         with self._watching(engine, answers) as watch, self._watching_kv(engine, answers):
             while engine.has_work():
                 for event in engine.step():
                     assert isinstance(event, TokenChunk)
                     _take(answers, event)
-        return watch.most_rows
+        return watch.most_rows if watch.graphs is None else watch.most_graph_rows
 
     @contextmanager
     def _watching_kv(self, engine: Engine, answers: dict[str, Answer]) -> Iterator[None]:
@@ -229,14 +230,21 @@ class _LogitsWatch:
         self._runner, self._answers, self._key = runner, answers, key
         self._plain = runner._sample
         self._found: list[tuple[list[tuple[str, int]], torch.Tensor]] = []
-        self.most_rows = 0  # of a step
+        self.graphs = runner._graphs  # of decode steps
+        self.most_rows = self.most_graph_rows = 0  # of a step
+        self._is_graph = False  # the step whose logits come next
 
     def __enter__(self) -> Self:
         self._runner._sample = self._sample  # type: ignore[method-assign]
+        if self.graphs is not None:
+            self._plain_replay = self.graphs.replay
+            self.graphs.replay = self._replay  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *_: object) -> None:
         del self._runner._sample  # the class's own again; a kept method would tie the runner and its pool to itself
+        if self.graphs is not None:
+            del self.graphs.replay
         for rows, digests in self._found:
             for (request_id, position), digest in zip(rows, digests.tolist(), strict=True):
                 if request_id in self._answers:
@@ -248,8 +256,15 @@ class _LogitsWatch:
         names = [sequence.request.request_id for sequence in draws.asked.sequences]
         rows = list(zip(names, draws.positions.tolist(), strict=True))
         self.most_rows = max(self.most_rows, len(rows))
+        if self._is_graph:
+            self.most_graph_rows = max(self.most_graph_rows, len(rows))
         self._found.append((rows, digests))
         return self._plain(output, draws)
+
+    def _replay(self, shape: StepShape) -> StepOutput | None:
+        output = self._plain_replay(shape)
+        self._is_graph = output is not None
+        return output
 
 
 def _check_graphs(cell: Cell, engine: Engine) -> None:
@@ -289,12 +304,13 @@ def standard_cells(batches: Iterable[int], chunks: Iterable[int]) -> Iterator[Ce
     yield Cell("split, warm cache", largest, {"enable_prefix_caching": True}, is_warm=True, is_split=True)
 
 
-def crowded_cells(at_once: int, batches: Iterable[int], config: dict[str, Any]) -> Iterator[Cell]:
+def crowded_cells(at_once: int, batches: Sequence[int], config: dict[str, Any]) -> Iterator[Cell]:
     """The compared requests among as many others as make up each batch; the largest also eagerly."""
     for batch in batches:
         yield Cell(f"among {batch}, graphs", at_once, config, num_neighbours=batch - at_once)
+    largest = max(batches)
     eager = {**config, "cuda_graphs": False}
-    yield Cell(f"among {batch}, eager", at_once, eager, num_neighbours=batch - at_once)
+    yield Cell(f"among {largest}, eager", at_once, eager, num_neighbours=largest - at_once)
 
 
 REFERENCE = Cell("each alone", 1, {"cuda_graphs": False, "enable_prefix_caching": False}, steps_ahead=0)

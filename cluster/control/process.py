@@ -227,8 +227,8 @@ async def _serve_until_drained(worker: LoadedWorker) -> int:
 
 
 def end_hung_process(turn_s: float) -> None:
-    """Routers go on elsewhere, and whoever started this process starts another one. The thread that hangs cannot be
-    ended, and the interpreter's own end could wait for what it waits for."""
+    """Whoever started this process starts another one; routers of other processes go on elsewhere. The thread that
+    hangs cannot be ended, and the interpreter's own end could wait for what it waits for."""
     logger.critical("a step of the engine has lasted %.0f s: it hangs, and so this process ends; its threads:", turn_s)
     faulthandler.dump_traceback(all_threads=True)
     emit_failure(StartupError(f"the engine hangs: a step has lasted {turn_s:.0f} s; the log says where"))

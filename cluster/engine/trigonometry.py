@@ -1,8 +1,9 @@
-"""cos, sin and powers in double precision that have the same bits on every processor.
+"""cos, sin, powers and logarithms in double precision that have the same bits on every processor.
 
-A library's own differ in the last bit between vendors and vector widths (MKL's cosine, SLEEF's power), and what is
-rounded to fp32 afterwards shows it now and then. These are single IEEE operations, each rounded once: addition,
-multiplication and rounding to an integer. Polynomials: fdlibm's (Sun Microsystems, 1993), within 1 ulp.
+A library's own differ in the last bit between vendors, vector widths and C libraries (MKL's cosine, SLEEF's power), and
+what is rounded to fp32 afterwards shows it now and then. cos and sin are single IEEE operations, each rounded once:
+addition, multiplication and rounding to an integer. Their polynomials are fdlibm's (Sun Microsystems, 1993); they are
+within 2**-52 of the truth, which is far less than fp32 can tell. The others are decimal arithmetic.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _COS = (  # 1 - r**2 / 2 + r**4 * (...)
     *(-1.13596475577881948265e-11, 2.08757232129817482790e-09, -2.75573143513906633035e-07),
     *(2.48015872894767294178e-05, -1.38888888888741095749e-03, 4.16666666666666019037e-02),
 )
-_DIGITS = 40  # of a power before it is rounded
+_DIGITS = 40  # of a power or a logarithm before it is rounded
 
 
 def cos_sin(angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,6 +45,11 @@ def cos_sin(angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         torch.where((quarter == 1) | (quarter == 2), -turned_cos, turned_cos),
         torch.where(quarter >= 2, -turned_sin, turned_sin),
     )
+
+
+def ln(value: float) -> float:
+    """Natural logarithm, correctly rounded but for one case in 2**80."""
+    return float(decimal.Context(prec=_DIGITS).ln(decimal.Decimal(value)))
 
 
 def powers(base: float, exponents: list[tuple[int, int]]) -> torch.Tensor:

@@ -96,20 +96,31 @@ class _Daemon:
     def stop(self) -> None:
         """Its clients have ended. Bounded."""
         assert self._process is not None
-        failure = None
+        if (exit_code := self._process.poll()) is not None:
+            logger.warning("%s ended before the launch (%s): %s", CONTROL, describe_exit(exit_code), _WITHOUT)
+            return
+        failure = self._refusal_to_quit()
+        if failure is None:
+            try:
+                self._process.wait(_TIMEOUT_S)
+                return
+            except subprocess.TimeoutExpired:
+                failure = f"it is still there {_TIMEOUT_S:.0f} s after it was told to"
+        logger.warning("%s did not end and is killed: %s", CONTROL, failure)
+        self._kill()
+
+    def _refusal_to_quit(self) -> str | None:
+        """None: it has been told to."""
         try:
             asked = subprocess.run(
                 [self._control], input=b"quit\n", env=_of_daemon() | self.variables, capture_output=True,
                 timeout=_TIMEOUT_S, check=False,
             )  # fmt: skip
-            if asked.returncode:
-                failure = (asked.stderr or asked.stdout).decode(errors="replace").strip()
-            self._process.wait(_TIMEOUT_S)
         except (OSError, subprocess.TimeoutExpired) as error:
-            failure = str(error)
-        if self._process.poll() is None:
-            logger.warning("%s did not end and is killed: %s", CONTROL, failure)
-            self._kill()
+            return str(error)
+        if asked.returncode == 0:
+            return None
+        return (asked.stderr or asked.stdout).decode(errors="replace").strip() or describe_exit(asked.returncode)
 
     def _becomes_ready(self, process: subprocess.Popen[bytes]) -> str | None:
         deadline_s = time.monotonic() + _TIMEOUT_S

@@ -312,8 +312,22 @@ def test_a_daemon_that_does_not_quit_is_killed(
     with mps.mps_daemon(True, tmp_path):
         fake_control(tmp_path, 4)
         monkeypatch.setattr(mps, "_TIMEOUT_S", 1.0)
-    assert "did not end and is killed" in caplog.text
+    assert "did not end and is killed: trouble" in caplog.text
     assert not running(str(tmp_path))
+
+
+def test_a_daemon_that_ends_before_the_launch_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake_control(tmp_path, 0)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv(PIPE_VARIABLE, raising=False)
+    with mps.mps_daemon(True, tmp_path):
+        subprocess.run([str(tmp_path / mps.CONTROL)], input=b"quit", check=True)
+        deadline_s = time.monotonic() + 20.0
+        while running(str(tmp_path)) and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+    assert "ended before the launch (exit code 0)" in caplog.text
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG")
@@ -330,10 +344,11 @@ def test_the_daemon_does_not_outlive_a_launch_that_is_killed(tmp_path: Path) -> 
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as launch:
         assert launch.stdout is not None
         assert launch.stdout.readline() == "None\n"
-        assert running(str(tmp_path))
+        daemon = str(tmp_path / mps.CONTROL)
+        assert running(daemon)
         launch.kill()
     deadline_s = time.monotonic() + 20.0
-    while running(str(tmp_path)):
+    while running(daemon):
         assert time.monotonic() < deadline_s, "the daemon is still there"
         time.sleep(0.05)
     assert not has_mps({PIPE_VARIABLE: str(tmp_path / "mps")})
@@ -341,6 +356,8 @@ def test_the_daemon_does_not_outlive_a_launch_that_is_killed(tmp_path: Path) -> 
 
 def running(word: str) -> list[str]:
     """Commands of living processes that name it, this one's not counted."""
+    if not Path("/proc/self").exists():
+        pytest.skip("needs /proc")
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):

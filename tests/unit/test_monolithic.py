@@ -1,70 +1,103 @@
-"""How a router with its engine in the same process ends when that engine does."""
+"""How a router with its engine in the same process ends when that engine does: a real router, and a host that hangs."""
 
 from __future__ import annotations
 
 import asyncio
-import socket
-from collections.abc import AsyncIterator
+import json
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 
+from cluster.control.process import HUNG_S
 from cluster.errors import StartupError
 from cluster.launch import monolithic
 from cluster.router.config import RouterConfig
-from cluster.router.server import Stop
+from cluster.router.server import bind, url_of
+from cluster.types import Request, TokenChunk, WorkerInfo, WorkerLoad
+from tests.fakes import ByteCodec
+from tests.worker_info import IDLE, worker_info
 
 
-class FakeHost:
-    """`hung_after_s` None: it never hangs."""
+class Host:
+    """Answers each request with one token, then never again. `hangs`: it is noticed, a moment later."""
 
-    def __init__(self, hung_after_s: float | None) -> None:
+    is_draining = False
+
+    def __init__(self, *, hangs: bool) -> None:
         self.broken = asyncio.Event()
-        self._hung_after_s = hung_after_s
+        self.hangs = hangs
+        self._has_request = asyncio.Event()
+
+    def info(self) -> WorkerInfo:
+        return worker_info(vocab_size=300, max_model_len=1000)
+
+    def load(self) -> WorkerLoad:
+        return IDLE
+
+    def submit(self, request: Request, kv: bytes | None, tell: Callable[[TokenChunk], None]) -> None:
+        tell(TokenChunk(request_id=request.request_id, attempt=request.attempt, index=0, token_ids=(65,)))
+        self._has_request.set()
+
+    def cancel(self, request_id: str, attempt: int, *, is_served: bool = False) -> None:
+        pass
 
     async def until_engine_hangs(self, bound_s: float) -> float:
-        await asyncio.sleep(3600.0 if self._hung_after_s is None else self._hung_after_s)
+        await self._has_request.wait()
+        await asyncio.sleep(0.1 if self.hangs else 3600.0)
         return bound_s + 1.0
 
 
 @pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Serves with a host and a router that runs until it is told to end at once; what happened, in order."""
-    happened: list[Any] = []
-
-    async def run_router(*_: Any, stop: Stop, **__: Any) -> None:
-        await stop.forced.wait()
-        happened.append("clients have their last events")
-
-    def fake_serving(host: FakeHost) -> Any:
-        @asynccontextmanager
-        async def serving(_: Any) -> AsyncIterator[Any]:
-            yield SimpleNamespace(host=host, address="127.0.0.1:1")
-
-        return serving
-
-    async def run(host: FakeHost) -> list[Any]:
-        monkeypatch.setattr(monolithic, "serving", fake_serving(host))
-        monkeypatch.setattr(monolithic, "run_router", run_router)
-        monkeypatch.setattr(monolithic, "EmbeddedConnection", lambda host: host)
-        monkeypatch.setattr(monolithic, "end_hung_process", happened.append)
-        monkeypatch.setattr(monolithic, "Tokenizer", SimpleNamespace(load=lambda path: None))
-        worker: Any = SimpleNamespace(info=SimpleNamespace(num_blocks=1, block_size=16))
-        with socket.socket() as listener:
-            await monolithic._serve(RouterConfig(model_name="m", model_path="none"), worker, listener)
-        return happened
-
-    return run
+def ended(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What `end_hung_process` was called with, which would end this process."""
+    calls: list[float] = []
+    monkeypatch.setattr(monolithic, "end_hung_process", calls.append)
+    return calls
 
 
-async def test_a_hung_engine_ends_the_process_after_its_clients(serve: Any) -> None:
-    assert await asyncio.wait_for(serve(FakeHost(0.05)), 5.0) == ["clients have their last events", 301.0]
+async def serve(host: Host, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Until the server has ended by itself; what a client that streams was sent."""
+
+    @asynccontextmanager
+    async def serving(_: Any) -> AsyncIterator[Any]:
+        yield SimpleNamespace(host=host, address="127.0.0.1:1")
+
+    monkeypatch.setattr(monolithic, "serving", serving)
+    monkeypatch.setattr(monolithic, "Tokenizer", SimpleNamespace(load=lambda path: ByteCodec()))
+    listener = bind("127.0.0.1", 0)
+    config = RouterConfig(model_name="m", model_path="none", drain_timeout_s=60.0)
+    worker: Any = SimpleNamespace(info=host.info())
+    server = asyncio.create_task(monolithic._serve(config, worker, listener))
+    body = {"model": "m", "prompt": "hello", "max_tokens": 50, "stream": True}
+    lines: list[str] = []
+    async with (
+        httpx.AsyncClient(trust_env=False, timeout=20.0) as client,
+        client.stream("POST", f"{url_of(listener)}/v1/completions", json=body) as response,
+    ):
+        async for line in response.aiter_lines():
+            lines.append(line)
+            if not host.hangs:
+                host.broken.set()
+    await asyncio.wait_for(server, 20.0)
+    return [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
 
 
-async def test_a_broken_engine_is_an_error_and_nothing_hangs(serve: Any) -> None:
-    host = FakeHost(None)
-    host.broken.set()
+async def test_a_hung_engine_ends_the_process_after_its_clients(
+    monkeypatch: pytest.MonkeyPatch, ended: list[float]
+) -> None:
+    first, *_, last = await serve(Host(hangs=True), monkeypatch)
+    assert first["choices"][0]["text"] == "A"
+    assert last["error"]["message"] == "this router is shutting down"
+    assert ended == [HUNG_S + 1.0]
+
+
+async def test_a_broken_engine_is_an_error_and_nothing_hangs(
+    monkeypatch: pytest.MonkeyPatch, ended: list[float]
+) -> None:
     with pytest.raises(StartupError, match="the engine thread ended"):
-        await asyncio.wait_for(serve(host), 5.0)
+        await serve(Host(hangs=False), monkeypatch)
+    assert not ended

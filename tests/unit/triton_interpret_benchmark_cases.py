@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from benchmarks.gpu import engine as engine_bench
-from benchmarks.gpu import host_launch, prompt_graphs
+from benchmarks.gpu import exactness, host_launch, prompt_graphs
 from benchmarks.gpu.engine import EngineBench, Mixed, Workload
-from benchmarks.gpu.exactness import REFERENCE, Cell, Exactness, compare, make_requests
+from benchmarks.gpu.exactness import REFERENCE, Cell, Exactness, compare, crowded_cells, make_requests
 from benchmarks.gpu.random_model import LLAMA_8B, LLAMA_8B_FP8, random_decoder
 from benchmarks.gpu.step_log import StepLog, StepRecord
 from cluster.engine.engine import Engine
@@ -110,10 +110,12 @@ class InterpretedExactness(Exactness):
             max_num_sequences=limits.max_num_sequences,
             max_model_len=engine.max_model_len,
             max_drafts=speculation.num_tokens if speculation.method != "none" else 0,
-            use_graphs=bool(engine.config.graph_prompt_rows),
+            use_graphs=bool(engine.config.graph_prompt_rows or (cell.num_neighbours and engine.config.cuda_graphs)),
             graph_prompt_rows=engine.config.graph_prompt_rows or 0,
         )
         engine._runner.capture_prompts()
+        if engine._runner._graphs is not None and cell.num_neighbours:
+            engine._runner._capture(engine._runner._graphs)
         return engine
 
 
@@ -127,6 +129,8 @@ def laboratory(model: Any, ops: Any) -> Exactness:
 @pytest.mark.parametrize("shape", [LLAMA_8B, LLAMA_8B_FP8], ids=["bf16", "fp8"])
 def test_the_cells_of_exactness_are_equal(shape: ModelConfig, ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     use_fake_graphs(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(exactness, "NEIGHBOUR_TOKENS", 12)
     cells = [
         Cell("prompts in graphs, split", 6, {"graph_prompt_rows": 128}, is_split=True),
         Cell("prompts in graphs, chunks", 6, {"max_batched_tokens": 40, "graph_prompt_rows": 40}, is_warm=True),
@@ -134,10 +138,20 @@ def test_the_cells_of_exactness_are_equal(shape: ModelConfig, ops: Any, monkeypa
         Cell("chunks", 6, {"max_batched_tokens": 13}),
         Cell("split, warm", 6, {}, is_warm=True, is_split=True),
         Cell("prompt lookup", 6, {"speculation": {"method": "ngram", "ngram_min": 1}}),
-        Cell("among others", 6, {"max_num_sequences": 16}, num_neighbours=5),
+        *crowded_cells(6, (11,), {"max_num_sequences": 16}),
     ]
     count, mismatches = compare(laboratory(random_decoder(tiny(shape), ops, std=0.06), ops), cells)
-    assert (count, mismatches) == (7, [])
+    assert (count, mismatches) == (8, [])
+
+
+def test_a_crowd_that_is_never_together_is_refused(model: Any, ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exactness, "NEIGHBOUR_TOKENS", 12)
+    with pytest.raises(AssertionError, match="at most 8 rows were drawn together"):
+        laboratory(model, ops).run(Cell("too many", 6, {"cuda_graphs": False}, num_neighbours=5))
+    use_fake_graphs(monkeypatch)
+    monkeypatch.setattr(GpuModelRunner, "_capture", lambda runner, graphs: None)
+    with pytest.raises(AssertionError, match="at most 0 rows were drawn together"):
+        laboratory(model, ops).run(Cell("no graphs", 6, {"max_num_sequences": 16}, num_neighbours=5))
 
 
 def test_other_weights_are_a_mismatch(model: Any, ops: Any) -> None:

@@ -5,6 +5,7 @@ Whatever would change the output and is not implemented is refused here, by name
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 from pathlib import Path
 from typing import Literal
@@ -162,7 +163,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     @property
     def attention_scale(self) -> float:
         factor = 1.0 if self.latent is None else self.latent.score_factor
-        return float(self.head_size**-0.5) * factor
+        return factor / math.sqrt(self.head_size)
 
     @property
     def rope_size(self) -> int:

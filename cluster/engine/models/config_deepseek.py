@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import msgspec
 
 from cluster.engine.models.config import Architecture, ExpertsConfig, LatentConfig
+from cluster.engine.trigonometry import ln
 from cluster.errors import ModelError
 from cluster.model_files.huggingface import decode_json_file
 
@@ -112,5 +112,5 @@ def yarn_factors(
         return None, 1.0
     if not mscale:
         raise ModelError(f"{path}: rope scaling with mscale_all_dim {mscale_all_dim} and no mscale is not supported")
-    on_all = 0.1 * mscale_all_dim * math.log(factor) + 1.0
-    return (0.1 * mscale * math.log(factor) + 1.0) / on_all, on_all * on_all
+    on_all = 0.1 * mscale_all_dim * ln(factor) + 1.0
+    return (0.1 * mscale * ln(factor) + 1.0) / on_all, on_all * on_all

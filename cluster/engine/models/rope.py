@@ -15,7 +15,7 @@ from cluster.engine.models.config import (
     NoScaling,
     YarnScaling,
 )
-from cluster.engine.trigonometry import cos_sin, powers
+from cluster.engine.trigonometry import cos_sin, ln, powers
 
 _ROWS = 4096  # of a table at a time: temporaries stay in the cache
 
@@ -60,7 +60,7 @@ def _yarn(plain: torch.Tensor, scaling: YarnScaling, config: ModelConfig) -> tor
 
     def dimension_of(rotations: float) -> float:
         wavelength_ratio = scaling.original_max_position / (rotations * 2 * math.pi)
-        return config.rope_size * math.log(wavelength_ratio) / (2 * math.log(config.rope_theta))
+        return config.rope_size * ln(wavelength_ratio) / (2 * ln(config.rope_theta))
 
     low = max(math.floor(dimension_of(scaling.beta_fast)), 0)
     high = min(math.ceil(dimension_of(scaling.beta_slow)), config.rope_size - 1)
@@ -74,6 +74,6 @@ def _attention_factor(config: ModelConfig) -> float:
         case YarnScaling(attention_factor=float() as given):
             return given
         case YarnScaling(factor=factor):
-            return 0.1 * math.log(factor) + 1.0 if factor > 1.0 else 1.0
+            return 0.1 * ln(factor) + 1.0 if factor > 1.0 else 1.0
         case _:
             return 1.0
