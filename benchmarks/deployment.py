@@ -10,7 +10,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import httpx
 
+from cluster.launch.child import dying_with_us, python_module
 from cluster.launch.ports import choose_free_port
 
 START_TIMEOUT_S = 300.0
@@ -62,7 +62,8 @@ def deployment(
     """`cluster launch MODEL --set ...` on a free port, ready when entered, drained when left.
 
     `settings` are config keys, such as "prefill.replicas=2". Raises `DeploymentFailed` when it does not
-    become healthy, or does not end with exit code 0 after SIGTERM.
+    become healthy, or does not end with exit code 0 after SIGTERM. Whoever is killed in the block takes it along:
+    enter it in a thread that lives as long.
     """
     port = choose_free_port("127.0.0.1")
     flags = [flag for setting in (f"router.port={port}", *settings) for flag in ("--set", setting)]
@@ -70,7 +71,7 @@ def deployment(
         log = Path(directory) / "log"
         with log.open("wb") as log_file:
             launcher = subprocess.Popen(
-                [sys.executable, "-m", "cluster", "launch", model, *flags],
+                dying_with_us(python_module("cluster", "launch", model, *flags)),
                 stdin=subprocess.DEVNULL,
                 stdout=log_file,
                 stderr=subprocess.STDOUT,
