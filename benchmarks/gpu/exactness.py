@@ -9,22 +9,18 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
 
+from benchmarks.gpu.exactness_answers import Answer, LogitsWatch, take
 from cluster.engine.config import EngineConfig
 from cluster.engine.engine import Engine
 from cluster.engine.events import PromptFinished
-from cluster.engine.gpu.draws import Draws
-from cluster.engine.gpu.graphs import StepOutput
 from cluster.engine.gpu.runner import GpuModelRunner
-from cluster.engine.gpu.sampler import DrawnRows
-from cluster.engine.gpu.shapes import StepShape
 from cluster.engine.kernels.cuda_ops import CudaOps
 from cluster.engine.sequence import Sequence as EngineSequence
 from cluster.types import Request, SamplingParams, TokenChunk
@@ -39,20 +35,7 @@ SAMPLING: tuple[dict[str, Any], ...] = (
     {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "logprobs": 5},
     {"temperature": 1.1, "min_p": 0.02, "logprobs": 5, "frequency_penalty": 0.5},
 )
-
-
 NEIGHBOUR_PROMPT, NEIGHBOUR_TOKENS = 40, 48  # the longest prompt of a neighbour; what each is answered with
-
-
-@dataclass
-class Answer:
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[Any] = field(default_factory=list)
-    logits: dict[int, int] = field(default_factory=dict)  # position of the drawn token -> digest
-    kv: int | None = None
-
-    def differences(self, other: Answer) -> list[str]:
-        return [name for name in ("tokens", "logprobs", "logits", "kv") if getattr(self, name) != getattr(other, name)]
 
 
 class Cell(NamedTuple):
@@ -140,13 +123,13 @@ class Exactness:
         )
 
     def _finish(self, engine: Engine, answers: dict[str, Answer]) -> int:
-        """To the end of all requests. Most rows of which tokens were drawn in one step: of a graph, if any are used."""
+        """To the end of all requests. `most_rows` of the watch."""
         with self._watching(engine, answers) as watch, self._watching_kv(engine, answers):
             while engine.has_work():
                 for event in engine.step():
                     assert isinstance(event, TokenChunk)
-                    _take(answers, event)
-        return watch.most_rows if watch.graphs is None else watch.most_graph_rows
+                    take(answers, event)
+        return watch.most_rows
 
     @contextmanager
     def _watching_kv(self, engine: Engine, answers: dict[str, Answer]) -> Iterator[None]:
@@ -177,7 +160,7 @@ class Exactness:
                     if not isinstance(event, PromptFinished):
                         continue
                     answers[event.chunk.request_id].logprobs.extend(event.prompt_logprobs)
-                    _take(answers, event.chunk)
+                    take(answers, event.chunk)
                     assert event.lease is not None
                     request = next(r for r in group if r.request_id == event.chunk.request_id)
                     continued = msgspec.structs.replace(
@@ -196,10 +179,10 @@ class Exactness:
                     source.release(event.lease)
                     target.add_loaded_request(continued, reservation)
 
-    def _watching(self, engine: Engine, answers: dict[str, Answer]) -> _LogitsWatch:
+    def _watching(self, engine: Engine, answers: dict[str, Answer]) -> LogitsWatch:
         runner = engine._runner
         assert isinstance(runner, GpuModelRunner)
-        return _LogitsWatch(runner, answers, self._key)
+        return LogitsWatch(runner, answers, self._key)
 
     def _kv_digest(self, engine: Engine, sequence: EngineSequence, num_tokens: int) -> int:
         assert sequence.table is not None
@@ -223,50 +206,6 @@ def _as_int64(bits: int) -> int:
     return bits - (1 << 64) if bits >> 63 else bits
 
 
-class _LogitsWatch:
-    """Digests the logits of every drawn row, from inside the runner."""
-
-    def __init__(self, runner: GpuModelRunner, answers: dict[str, Answer], key: Callable[[int], torch.Tensor]) -> None:
-        self._runner, self._answers, self._key = runner, answers, key
-        self._plain = runner._sample
-        self._found: list[tuple[list[tuple[str, int]], torch.Tensor]] = []
-        self.graphs = runner._graphs  # of decode steps
-        self.most_rows = self.most_graph_rows = 0  # of a step
-        self._is_graph = False  # the step whose logits come next
-
-    def __enter__(self) -> Self:
-        self._runner._sample = self._sample  # type: ignore[method-assign]
-        if self.graphs is not None:
-            self._plain_replay = self.graphs.replay
-            self.graphs.replay = self._replay  # type: ignore[method-assign]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        del self._runner._sample  # the class's own again; a kept method would tie the runner and its pool to itself
-        if self.graphs is not None:
-            del self.graphs.replay
-        for rows, digests in self._found:
-            for (request_id, position), digest in zip(rows, digests.tolist(), strict=True):
-                if request_id in self._answers:
-                    self._answers[request_id].logits[position] = digest
-
-    def _sample(self, output: StepOutput, draws: Draws) -> DrawnRows:
-        logits_RV = output.logits_RV[: len(draws)]
-        digests = torch.stack([(row.view(torch.int32).long() * self._key(len(row))).sum() for row in logits_RV])
-        names = [sequence.request.request_id for sequence in draws.asked.sequences]
-        rows = list(zip(names, draws.positions.tolist(), strict=True))
-        self.most_rows = max(self.most_rows, len(rows))
-        if self._is_graph:
-            self.most_graph_rows = max(self.most_graph_rows, len(rows))
-        self._found.append((rows, digests))
-        return self._plain(output, draws)
-
-    def _replay(self, shape: StepShape) -> StepOutput | None:
-        output = self._plain_replay(shape)
-        self._is_graph = output is not None
-        return output
-
-
 def _check_graphs(cell: Cell, engine: Engine) -> None:
     """A cell of graphs that no step with prompts replayed would prove nothing."""
     if cell.config.get("graph_prompt_rows"):
@@ -274,17 +213,6 @@ def _check_graphs(cell: Cell, engine: Engine) -> None:
         assert isinstance(runner, GpuModelRunner)
         assert runner.prompt_graphs is not None
         assert runner.prompt_graphs.num_replays > 0, "no step with prompts was a graph"
-
-
-def _take(answers: dict[str, Answer], chunk: TokenChunk) -> None:
-    assert chunk.error is None, chunk.error
-    answer = answers.get(chunk.request_id)
-    if answer is None:
-        return
-    assert chunk.index == len(answer.tokens)
-    answer.tokens.extend(chunk.token_ids)
-    answer.logprobs.extend(chunk.prompt_logprobs)
-    answer.logprobs.extend(chunk.logprobs)
 
 
 def standard_cells(batches: Iterable[int], chunks: Iterable[int]) -> Iterator[Cell]:

@@ -240,10 +240,15 @@ def fake_control(tmp_path: Path, exit_code: int, shown: str = PIPE_VARIABLE, *, 
     tool.chmod(0o755)
 
 
-def test_the_daemon_lives_as_long_as_the_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_control(tmp_path, 0)
+def without_a_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operator runs none, and the fake control is found first."""
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.delenv(PIPE_VARIABLE, raising=False)
+
+
+def test_the_daemon_lives_as_long_as_the_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_control(tmp_path, 0)
+    without_a_daemon(tmp_path, monkeypatch)
     with mps.mps_daemon(True, tmp_path) as warning:
         assert warning is None
         assert os.environ[PIPE_VARIABLE] == str(tmp_path / "mps")
@@ -257,9 +262,8 @@ def test_the_daemon_sees_every_gpu_so_that_workers_choose_by_number(
 ) -> None:
     """It would renumber what it is shown: a worker told "1" found no device (seen on a machine with two GPUs)."""
     fake_control(tmp_path, 0, shown="CUDA_VISIBLE_DEVICES")
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    without_a_daemon(tmp_path, monkeypatch)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    monkeypatch.delenv(PIPE_VARIABLE, raising=False)
     with mps.mps_daemon(True, tmp_path):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
     assert (tmp_path / "calls").read_text().splitlines() == ["-f|", "quit|"]
@@ -267,9 +271,8 @@ def test_the_daemon_sees_every_gpu_so_that_workers_choose_by_number(
 
 def test_a_slice_of_a_gpu_is_named_to_the_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_control(tmp_path, 0, shown="CUDA_VISIBLE_DEVICES")
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    without_a_daemon(tmp_path, monkeypatch)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-41b3")
-    monkeypatch.delenv(PIPE_VARIABLE, raising=False)
     with mps.mps_daemon(True, tmp_path):
         pass
     assert (tmp_path / "calls").read_text().splitlines() == ["-f|MIG-41b3", "quit|MIG-41b3"]
@@ -293,8 +296,7 @@ def test_without_mps_the_warning_names_the_cost(tmp_path: Path, monkeypatch: pyt
 
 def test_a_daemon_that_never_listens_is_given_up_and_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_control(tmp_path, 0, is_deaf=True)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.delenv(PIPE_VARIABLE, raising=False)
+    without_a_daemon(tmp_path, monkeypatch)
     monkeypatch.setattr(mps, "_TIMEOUT_S", 1.0)
     with mps.mps_daemon(True, tmp_path) as warning:
         assert warning is not None
@@ -307,8 +309,7 @@ def test_a_daemon_that_does_not_quit_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     fake_control(tmp_path, 0)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.delenv(PIPE_VARIABLE, raising=False)
+    without_a_daemon(tmp_path, monkeypatch)
     with mps.mps_daemon(True, tmp_path):
         fake_control(tmp_path, 4)
         monkeypatch.setattr(mps, "_TIMEOUT_S", 1.0)
@@ -320,8 +321,7 @@ def test_a_daemon_that_ends_before_the_launch_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     fake_control(tmp_path, 0)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.delenv(PIPE_VARIABLE, raising=False)
+    without_a_daemon(tmp_path, monkeypatch)
     with mps.mps_daemon(True, tmp_path):
         subprocess.run([str(tmp_path / mps.CONTROL)], input=b"quit", check=True)
         deadline_s = time.monotonic() + 20.0

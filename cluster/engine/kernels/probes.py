@@ -7,6 +7,7 @@ Device-neutral: a probe sees an `Ops` and makes its inputs on the CPU.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -152,6 +153,15 @@ class CacheShape:
     window: int | None = None
 
 
+@functools.cache
+def _cos_sin_PD(head_size: int) -> torch.Tensor:
+    """For 4,096 positions. Many probes have one head size; nobody writes into it."""
+    half = head_size // 2
+    frequencies = powers(10000.0, [(-index, max(half - 1, 1)) for index in range(half)])
+    angles = torch.arange(4096.0, dtype=torch.float64)[:, None] * frequencies
+    return torch.cat(cos_sin(angles), dim=1).float()
+
+
 class PagedInputs:
     """A cache with holes, its block tables, and the rows of some sequences, for one `CacheShape`.
 
@@ -171,10 +181,7 @@ class PagedInputs:
         self.kv_N2GSD = pool.bfloat16().to(device)[:, 1]
         self.width = (s.num_heads + 2 * s.num_kv_heads) * s.head_size
         self.qkv_of_sequence = [self._rows(generator, end).to(device) for _, end in s.sequences]
-        half = s.head_size // 2
-        frequencies = powers(10000.0, [(-index, max(half - 1, 1)) for index in range(half)])
-        angles = torch.arange(4096.0, dtype=torch.float64)[:, None] * frequencies
-        self.cos_sin_PD = torch.cat(cos_sin(angles), dim=1).float().to(device)
+        self.cos_sin_PD = _cos_sin_PD(s.head_size).to(device)
         self.norms: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         if s.has_norms:
             q_norm, k_norm = torch.rand((2, s.head_size), generator=generator).add(0.5).bfloat16().to(device)
