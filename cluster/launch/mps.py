@@ -30,6 +30,7 @@ CONTROL = "nvidia-cuda-mps-control"
 # the same to both, and a slice of a GPU (MIG) must be named to the daemon.
 VISIBLE_VARIABLE = "CUDA_VISIBLE_DEVICES"
 _TIMEOUT_S = 20.0
+_ENDING_S = 2.0  # between the closing of a dying process's sockets and its end; measured in milliseconds
 _POLL_S = 0.05
 _WITHOUT = (
     "the workers on it take turns instead of running side by side, and decode steps take more than twice as long "
@@ -95,19 +96,32 @@ class _Daemon:
 
     def stop(self) -> None:
         """Its clients have ended. Bounded."""
-        assert self._process is not None
-        if (exit_code := self._process.poll()) is not None:
-            logger.warning("%s ended before the launch (%s): %s", CONTROL, describe_exit(exit_code), _WITHOUT)
+        if self._ends_within(0.0):
+            self._warn_of_early_end()
             return
         failure = self._refusal_to_quit()
         if failure is None:
-            try:
-                self._process.wait(_TIMEOUT_S)
+            if self._ends_within(_TIMEOUT_S):
                 return
-            except subprocess.TimeoutExpired:
-                failure = f"it is still there {_TIMEOUT_S:.0f} s after it was told to"
+            failure = f"it is still there {_TIMEOUT_S:.0f} s after it was told to"
+        elif self._ends_within(_ENDING_S):  # it was ending as it was asked: nobody listened any more
+            self._warn_of_early_end()
+            return
         logger.warning("%s did not end and is killed: %s", CONTROL, failure)
         self._kill()
+
+    def _ends_within(self, timeout_s: float) -> bool:
+        assert self._process is not None
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def _warn_of_early_end(self) -> None:
+        assert self._process is not None
+        how = describe_exit(self._process.returncode)
+        logger.warning("%s ended before the launch (%s): %s", CONTROL, how, _WITHOUT)
 
     def _refusal_to_quit(self) -> str | None:
         """None: it has been told to."""
