@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 PROGRESS_PAUSE_S = 0.1
 HUNG_S = 300.0  # far more than a step takes, kernels that are compiled for it included
-LAST_FRAMES_S = 0.2  # for sessions to write what is pending when the worker ends
+LAST_FRAMES_S = 2.5  # for routers to take what is pending when the worker ends; one that is silent for longer is gone
 
 
 class RoleParts(Protocol):

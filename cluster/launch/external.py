@@ -33,7 +33,7 @@ from cluster.launch.ports import check_port_free
 from cluster.launch.run_directory import cluster_key_file, run_directory
 from cluster.launch.topology import Topology, plan_topology
 
-LISTEN_FOR_RANK_0_S = 6.0  # a rank that cannot start: for rank 0 to say why
+LISTEN_FOR_RANK_0_S = TELL_S  # a rank that cannot start: for rank 0 to say why
 
 
 def launch_external(config: ClusterConfig, identity: Identity, console: Console, show: Show) -> int:

@@ -29,6 +29,7 @@ from cluster.launch.external_messages import (
     Stop,
     StopWanted,
     Trouble,
+    first_line,
 )
 from cluster.launch.external_outcome import Outcome, Show, failed
 from cluster.launch.external_signals import StopSignals
@@ -116,7 +117,7 @@ class Follower:
                     case Assigned() as assigned:
                         return assigned
                     case Refused(why):
-                        raise StartupError(f"rank 0 has given up: {why.partition(chr(10))[0]}")
+                        raise StartupError(f"rank 0 has given up: {first_line(why)}")
         except ChannelLost as lost:
             raise StartupError(f"{self._leader} is gone before the start: {lost}") from None
 
@@ -153,6 +154,9 @@ class Follower:
                         self._trouble = why
                         view.on_stop(f"{why}; ending, the router drains first")
                         self._is_ending.set()
+                    case Refused(why):  # the router has not started: there is nothing to drain before this worker
+                        self._trouble = why
+                        _stop(launcher, f"rank 0 has given up: {first_line(why)}; ending")
                     case Stop():
                         _stop(launcher, "the router has drained, now this worker")
         except ChannelLost as lost:

@@ -43,7 +43,7 @@ from cluster.launch.view import PlainView, Serving
 from cluster.model_files.source import name_of_model
 
 LISTENING_S = 30.0  # for all ranks to choose their ports
-TELL_S = 5.0  # for ranks to come and learn that the launch has failed
+TELL_S = 20.0  # for ranks to come and learn that the launch has failed; they may start seconds apart
 
 
 class Leader:
@@ -132,6 +132,10 @@ class Leader:
                         case Listening(port):
                             ports[rank] = port
                             missing.discard(rank)
+                        case State():  # of a rank that is faster than the last one's choice
+                            self._note_state(rank, news)
+                        case StopWanted(why):
+                            raise StartupError(f"{why} at {self._who(rendezvous, rank)}, before all had their ports")
                         case Failed(why):
                             raise StartupError(f"{self._who(rendezvous, rank)} has failed: {why}")
                         case Gone(why):

@@ -122,3 +122,8 @@ Message = (
 )
 
 decoder: msgspec.json.Decoder[Message] = msgspec.json.Decoder(Message)
+
+
+def first_line(why: str) -> str:
+    """Of what went wrong: a process's last words may follow it."""
+    return why.partition("\n")[0]

@@ -19,6 +19,7 @@ from cluster.launch.external_identity import Identity
 from cluster.launch.external_messages import (
     MAX_LINE_BYTES,
     Done,
+    Failed,
     Greeting,
     Hello,
     Message,
@@ -72,6 +73,8 @@ class Rendezvous:
                     match news:
                         case Unable(host=host, why=why):
                             raise StartupError(f"rank {rank} on {host}: {why}")
+                        case Failed(why):
+                            raise StartupError(f"rank {rank} on {self.host_of(rank)} has failed: {why}")
                         case Gone(why):
                             raise StartupError(f"rank {rank} on {self.host_of(rank)} is gone before the start: {why}")
         except TimeoutError:

@@ -71,13 +71,17 @@ class RayCluster:
         return placement
 
     async def watch_head(self, fail: Callable[[str], None]) -> None:
-        """Calls `fail` and returns when the head or this node has been silent for `head_timeout_s`."""
+        """Calls `fail` and returns when the head or this node has been silent for `head_timeout_s`, and to two probes
+        in a row: this process may have been paused itself."""
         heard_at = dict.fromkeys(self._watched, time.monotonic())
+        num_missed = dict.fromkeys(self._watched, 0)
         while True:
             for address, what in self._watched.items():
                 if await _answers(address):
-                    heard_at[address] = time.monotonic()
-                elif time.monotonic() > heard_at[address] + self._settings.head_timeout_s:
+                    heard_at[address], num_missed[address] = time.monotonic(), 0
+                    continue
+                num_missed[address] += 1
+                if num_missed[address] > 1 and time.monotonic() > heard_at[address] + self._settings.head_timeout_s:
                     fail(f"the Ray {what} ({address}) has not answered for {self._settings.head_timeout_s:g} s")
                     return
             await asyncio.sleep(PROBE_PAUSE_S)

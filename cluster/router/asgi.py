@@ -135,7 +135,8 @@ async def read_body(scope: Scope, receive: Receive, *, max_bytes: int, timeout_s
                 if not message.get("more_body", False):
                     break
     except TimeoutError as error:
-        raise InvalidRequest(f"the request body did not arrive within {timeout_s:g} s") from error
+        if max(num_received, num_declared) <= max_bytes:
+            raise InvalidRequest(f"the request body did not arrive within {timeout_s:g} s") from error
     if max(num_received, num_declared) > max_bytes:
         raise _too_large(max(num_received, num_declared), max_bytes)
     return bytes(body)

@@ -34,6 +34,8 @@ class WorkerServer:
         self._admin = admin
         self._handshake_of = handshake
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # its stubs predate aio
+        self._sessions: set[Session] = set()
+        self._is_closing = False
         self._server = grpc.aio.server(options=limits.SERVER_OPTIONS)
         self._server.add_generic_rpc_handlers((self._handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -62,7 +64,12 @@ class WorkerServer:
             await self._health.set(name, status)
 
     async def close(self, grace_s: float = 0.0) -> None:
-        """End every session (after `grace_s` for its last frames) and free the port."""
+        """End every session and free the port. `grace_s`: for sessions to write what is pending; those of routers that
+        do not read by then are cut off."""
+        self._is_closing = True
+        if grace_s > 0:
+            for session in self._sessions:
+                session.finish()
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
 
@@ -87,7 +94,14 @@ class WorkerServer:
         return grpc.method_handlers_generic_handler(limits.SERVICE_NAME, methods)
 
     async def _session(self, _: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        await Session(self._service, self._admin).serve(context)
+        if self._is_closing:
+            return
+        session = Session(self._service, self._admin)
+        self._sessions.add(session)
+        try:
+            await session.serve(context)
+        finally:
+            self._sessions.discard(session)
 
     async def _handshake(
         self, request: handover_pb2.HandshakeRequest, context: grpc.aio.ServicerContext[Any, Any]

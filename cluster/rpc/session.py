@@ -52,10 +52,12 @@ class Session:
         self._running: set[_Key] = set()
         self._pending = _Pending()
         self._silent_ticks = 0
+        self._is_finishing = False
         self._write: asyncio.Task[None] | None = None
 
     async def serve(self, context: _Context) -> None:
-        """Until the router leaves, falls silent or breaks a rule. Cancels what still runs on the way out."""
+        """Until the router leaves, falls silent or breaks a rule, or after `finish`. Cancels what still runs on the way
+        out."""
         ended: _SessionEnded | None = None
         self._admin.attach(self)
         try:
@@ -78,6 +80,12 @@ class Session:
             await context.abort(ended.status, str(ended))
 
     def on_drain(self) -> None:
+        self._pending.wake.set()
+
+    def finish(self) -> None:
+        """Ends the session once what is pending is written. The router reads all of that and then the end, however late
+        it reads; of a call that is cancelled it would lose what it has not read yet."""
+        self._is_finishing = True
         self._pending.wake.set()
 
     async def _read_frames(self, context: _Context) -> None:
@@ -138,6 +146,8 @@ class Session:
             self._write = asyncio.ensure_future(context.write(frame))
             self._write.add_done_callback(_note_end)
             await asyncio.shield(self._write)
+            if self._is_finishing and not self._pending.num_entries:
+                raise _SessionEnded(grpc.StatusCode.OK, "")
             await self._pending.wake.wait()
             frame = _frame_of(self._pending.take())
 

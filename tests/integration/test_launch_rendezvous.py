@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
@@ -17,13 +18,13 @@ from cluster.launch import external_channel, external_join
 from cluster.launch.external_channel import Channel, ChannelLost
 from cluster.launch.external_identity import Identity
 from cluster.launch.external_join import Dismissed, join, report_problem
-from cluster.launch.external_messages import Assigned, Beat, Greeting, Refused, State, decoder
+from cluster.launch.external_messages import Assigned, Beat, Greeting, Refused, State, Stop, decoder
 from cluster.launch.external_rendezvous import Gone, Rendezvous, open_rendezvous
 from cluster.launch.ports import choose_free_port
 from cluster.launch.topology import plan_topology
 
 KEY = b"k" * 32
-WAIT_S = 5.0
+WAIT_S = 60.0
 
 
 def identity(rank: int, world_size: int = 3, job: str = "slurm/7.0") -> Identity:
@@ -184,12 +185,22 @@ async def test_a_connection_that_ends_and_one_that_is_silent_are_noticed(monkeyp
 
 async def test_heartbeats_keep_a_quiet_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(external_channel, "BEAT_S", 0.05)
-    monkeypatch.setattr(Channel.receive, "__defaults__", (0.5,))
+    monkeypatch.setattr(Channel.receive, "__defaults__", (0.9,))
     async with open_rendezvous(identity(0, 2), CONFIG, None) as rendezvous, joined(1, world_size=2) as one:
         await rendezvous.gather(WAIT_S)
         await asyncio.sleep(1.0)
         one.send(State("ready", 1))
         assert await next_news(rendezvous, State) == State("ready", 1)
+
+
+async def test_a_process_that_was_paused_itself_does_not_blame_its_peer() -> None:
+    async with open_rendezvous(identity(0, 2), CONFIG, None) as rendezvous, joined(1, world_size=2) as one:
+        await rendezvous.gather(WAIT_S)
+        receiving = asyncio.create_task(one.receive(0.5))
+        await asyncio.sleep(0.05)
+        rendezvous.send(1, Stop())
+        time.sleep(1.0)  # noqa: ASYNC251  as if by SIGSTOP: the time is over, and the message is there
+        assert await receiving == Stop()
 
 
 async def test_foreign_servers_on_the_ports_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,10 +16,10 @@ from rich.console import Console
 
 from cluster.config import ClusterConfig, RaySettings, load_config
 from cluster.errors import ConfigError, StartupError
-from cluster.launch import ray_actor
+from cluster.launch import ray_actor, ray_cluster
 from cluster.launch.pools import Members
 from cluster.launch.ray_actor import RankActor
-from cluster.launch.ray_cluster import connected
+from cluster.launch.ray_cluster import RayCluster, connected
 from cluster.launch.ray_handle import reason_of
 from cluster.launch.ray_messages import (
     Ended,
@@ -318,3 +318,21 @@ async def test_a_copy_of_the_members_follows_them(tmp_path: Path) -> None:
     assert (await asyncio.wait_for(waiting, WAIT_S))["decode.members"] == b'{"decode-0":"127.0.0.1:7"}'
     members.leave(group_of(0))
     assert (await anext(changes))["decode.members"] == b"{}"
+
+
+async def test_a_head_is_gone_when_it_is_silent_and_was_not_just_missed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a pause of the launcher itself much time has passed since the last answer, and one probe may fail."""
+    answers = iter([True, False, True, False, False])
+
+    async def answers_now(address: str) -> bool:
+        return next(answers)
+
+    monkeypatch.setattr(ray_cluster, "_answers", answers_now)
+    monkeypatch.setattr(ray_cluster, "PROBE_PAUSE_S", 0.0)
+    cluster = RayCluster.__new__(RayCluster)
+    cluster._watched = {"10.0.0.1:6379": "head"}
+    cluster._settings = RaySettings(head_timeout_s=0.0)
+    told: list[str] = []
+    await asyncio.wait_for(cluster.watch_head(told.append), WAIT_S)
+    assert told == ["the Ray head (10.0.0.1:6379) has not answered for 0 s"]
+    assert not list(answers), "it was given up before it was missed twice in a row"
