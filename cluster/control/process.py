@@ -43,7 +43,7 @@ from cluster.errors import ConfigError, StartupError, TandemError
 from cluster.listening import family_of, why_not_listening
 from cluster.logs import configure_logging
 from cluster.model_files.source import resolve_model
-from cluster.process_events import Progress, Ready, ShowProgress, emit, emit_failure
+from cluster.process_events import Progress, ShowProgress, emit, emit_failure, emit_ready
 from cluster.rpc.server import WorkerServer
 from cluster.types import Role, WorkerInfo
 from kvconnector.base import Transport
@@ -212,7 +212,7 @@ async def _serve_until_drained(worker: LoadedWorker) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, on_signal)
         info = worker.info
-        emit(Ready(address=served.address, detail=f"{info.num_blocks:,} KV blocks of {info.block_size} tokens"))
+        emit_ready(served.address, f"{info.num_blocks:,} KV blocks of {info.block_size} tokens")
         endings = (served.host.drained, served.host.broken, forced)
         waiters: list[asyncio.Task[Any]] = [loop.create_task(ending.wait()) for ending in endings]
         hanging = loop.create_task(served.host.until_engine_hangs(HUNG_S))

@@ -22,7 +22,7 @@ from cluster.errors import ConfigError, StartupError, TandemError
 from cluster.launch.embedded import EmbeddedConnection
 from cluster.launch.monolithic_config import MonolithicConfig
 from cluster.logs import configure_logging
-from cluster.process_events import Progress, Ready, emit, emit_failure
+from cluster.process_events import Progress, emit, emit_failure, emit_ready
 from cluster.router.config import RouterConfig
 from cluster.router.server import Stop, bind, run_router
 from cluster.tokenizer import Tokenizer
@@ -76,7 +76,7 @@ async def _serve(config: RouterConfig, worker: LoadedWorker, listener: socket.so
                 decode=[EmbeddedConnection(served.host)],
                 listener=listener,
                 stop=stop,
-                on_ready=lambda url: emit(Ready(address=url.removeprefix("http://"), detail=detail)),
+                on_ready=lambda url: emit_ready(url.removeprefix("http://"), detail),
             )
         finally:
             if hanging.done():  # clients have their last events

@@ -13,7 +13,7 @@ import uvloop
 
 from cluster.errors import TandemError
 from cluster.logs import configure_logging
-from cluster.process_events import Progress, Ready, emit, emit_failure
+from cluster.process_events import Progress, emit, emit_failure, emit_ready
 from cluster.router.config import RouterConfig, read_config
 from cluster.router.discovery import open_sources
 from cluster.router.membership import Membership
@@ -57,7 +57,7 @@ async def serve(config: RouterConfig) -> None:
         decode=[],
         listener=listener,
         stop=stop,
-        on_ready=lambda url: emit(Ready(address=url.removeprefix("http://"), detail=url)),
+        on_ready=lambda url: emit_ready(url.removeprefix("http://"), url),
         follow_members=lambda pool: Membership(pool, sources, connect).follow(),
     )
 
