@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cluster.launch.ports import choose_free_port
 
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 120.0
 OBJECT_STORE_BYTES = 80 << 20
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
 
@@ -68,6 +68,7 @@ def ray_head(num_cpus: int, *arguments: str, **environment: str) -> Iterator[Ray
     ours = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_memory_monitor_refresh_ms": "0",  # never: our actors would be killed for memory that others have filled
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]),
         **environment,
     }

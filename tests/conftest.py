@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +13,13 @@ from hypothesis import settings
 # A busy machine is no failure: speed is measured in benchmarks, not asserted in tests.
 settings.register_profile("tandem", deadline=None)
 settings.load_profile("tandem")
+
+
+def pytest_configure() -> None:
+    """A run in the background of a script begins with SIGINT ignored, and so would every process that a test starts:
+    none would end at Ctrl-C."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -23,6 +32,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in of_gpu:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """What the libraries and the collected tests consist of stays to the end. A full collection that looked at it each
+    time would stop every thread for a quarter of a second, in the midst of tests about timeouts and streams."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -124,6 +124,7 @@ class FakeWorker:
         self.num_promised = 0
         self.is_draining = False
         self.histograms: tuple[HistogramReading, ...] = ()
+        self.holds_prefill: asyncio.Event | None = None  # prefill waits for it before its end
         self.holds_decode: asyncio.Event | None = None  # decode waits for it before its first chunk
         self.peers: list[FakeWorker] = []  # of which a decode worker reads
         self.info: WorkerInfo | None = WorkerInfo(
@@ -175,6 +176,8 @@ class FakeWorker:
         key = (request.request_id, request.attempt)
         with self._running(request, None):
             await asyncio.sleep(self.prefill_s)
+            if self.holds_prefill is not None:
+                await self.holds_prefill.wait()
             first = self._chunk(request, list(request.token_ids), is_first=True)
             self._maybe_die(first.index)
             kv = None if first.finish_reason else repr(key).encode()

@@ -145,10 +145,10 @@ class _Share:
 
     def tend(self) -> None:
         """Drop what is done; replace a child that died or has been silent for too long."""
+        has_died = self._process.poll() is not None  # asked first: the lines are then all that it has written
         lines = self._lines()
         ended = {line["end"] for line in lines if "end" in line}
         self._todo = [index for index in self._todo if index not in ended and index not in self._failed]
-        has_died = self._process.poll() is not None
         last_line_s = self._report.stat().st_mtime
         has_begun = last_line_s > self._started_s
         is_silent = time.time() > (last_line_s + _SILENCE_S if has_begun else self._started_s + _START_S)

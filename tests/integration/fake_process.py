@@ -12,6 +12,8 @@ from pathlib import Path
 from cluster.errors import ModelError
 from cluster.process_events import Progress, Ready, emit, emit_failure
 
+LIFE_S = 600  # longer than any test waits for an end
+
 
 def main(behaviour: str, *rest: str) -> None:
     match behaviour:
@@ -43,12 +45,12 @@ def main(behaviour: str, *rest: str) -> None:
             sys.exit(9)
         case "never-ready":
             emit(Progress(what="loading", done=1, total=3))
-            time.sleep(60)
+            time.sleep(LIFE_S)
         case "deaf":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             _serve()
         case "crash-with-child":
-            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+            child = subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({LIFE_S})"])
             Path(rest[0]).write_text(str(child.pid))
             sys.exit(4)
         case "noisy":
@@ -65,7 +67,7 @@ def _serve() -> None:
     emit(Progress(what="loading", done=0, total=2))
     emit(Progress(what="loading", done=2, total=2))
     emit(Ready(address="127.0.0.1:1", detail=f"pid {os.getpid()}"))
-    time.sleep(60)
+    time.sleep(LIFE_S)
 
 
 def _drain(*_: object) -> None:

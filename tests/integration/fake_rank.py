@@ -1,7 +1,7 @@
 """`python -m tests.integration.fake_rank launch ...` is `cluster launch`, save that each part is a small fake process.
 
 FAKE_BEHAVIOURS="decode-0=deaf,router=serve" says what the parts do (see `fake_process`); they `serve` otherwise.
-FAKE_SILENCE_S: after which silence a peer is gone.
+FAKE_SILENCE_S: after which silence a peer is gone. FAKE_ECHO_S: for how long a second signal is the first one's echo.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import main
-from cluster.launch import external_follower, external_leader
+from cluster.launch import external_follower, external_leader, external_signals
 from cluster.launch.external_channel import Channel
 from cluster.launch.process import ProcessSpec
 from cluster.launch.specs import router_spec, worker_spec
 
 VARIABLE = "FAKE_BEHAVIOURS"
 SILENCE_VARIABLE = "FAKE_SILENCE_S"
+ECHO_VARIABLE = "FAKE_ECHO_S"
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -42,4 +43,6 @@ if __name__ == "__main__":
         patch.setattr(external_leader, "answers_health", healthy)
         if silence_s := os.environ.get(SILENCE_VARIABLE):
             patch.setattr(Channel.receive, "__defaults__", (float(silence_s),))
+        if echo_s := os.environ.get(ECHO_VARIABLE):
+            patch.setattr(external_signals, "ECHO_S", float(echo_s))
         main()

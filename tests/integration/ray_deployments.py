@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import os
 import subprocess
@@ -15,14 +16,15 @@ import httpx
 import pytest
 
 from benchmarks.deployment import Deployment, deployment
+from benchmarks.drain import status
 from benchmarks.launch_ray import actor_of
 from benchmarks.ray_head import RayHead
 from cluster.launch.control_messages import WorkerStatus
-from tests.integration.test_launch_processes import is_alive
+from tests.processes import wait_gone
 from tests.unit.model_factory import SIZES, random_model, save_safetensors, tiny_tokenizer
 
-GONE_S = 15.0  # after a launcher was killed
-RUN_S = 60.0
+GONE_S = 30.0  # after a launcher was killed; actors that Ray does not end do so themselves, later
+RUN_S = 120.0
 ENGINE = ("num_threads=1", "block_size=16", "max_batched_tokens=64", "kv_cache_bytes=4MiB")
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
@@ -58,23 +60,24 @@ def failed_launch(head: RayHead, model: Path, *settings: str) -> subprocess.Comp
     )
 
 
+def answering_workers(running: Deployment) -> tuple[WorkerStatus, ...]:
+    """All, once every one has answered: one that was too slow to be asked has no engine id."""
+    deadline = time.monotonic() + RUN_S
+    while True:
+        workers = asyncio.run(status(running)).workers
+        if all(worker.engine_id for worker in workers):
+            return workers
+        assert time.monotonic() < deadline, workers
+        time.sleep(0.2)
+
+
 def processes_of(workers: Sequence[WorkerStatus]) -> list[int]:
     """The workers' processes and their actors."""
     return [pid for worker in workers for pid in (worker.pid, actor_of(worker))]
 
 
 def assert_gone(pids: Sequence[int]) -> None:
-    deadline = time.monotonic() + GONE_S
-    while living := [pid for pid in pids if _lives(pid)]:
-        assert time.monotonic() < deadline, f"still there: {living}"
-        time.sleep(0.05)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return is_alive(pid)
-    except FileNotFoundError:  # it went while it was looked at
-        return False
+    wait_gone(pids, GONE_S)
 
 
 def answer_of(url: str) -> object:

@@ -13,6 +13,7 @@ from cluster.router.server import Stop, bind, run_router
 from tests.fakes import ByteCodec, FakeWorker
 
 MODEL = "fake-model"
+WAIT_S = 60.0
 
 
 class RunningRouter:
@@ -24,7 +25,7 @@ class RunningRouter:
 
     async def settle(self) -> None:
         """Wait until no worker holds anything for this router; fails the test when that does not come."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(WAIT_S):
             while not all(worker.is_idle for worker in self.workers):  # noqa: ASYNC110  the fakes have no events
                 await asyncio.sleep(0.01)
 
@@ -65,13 +66,13 @@ async def running_router(
         )
     )
     workers = [*decode, *(prefill or ())]
-    router = RunningRouter(await asyncio.wait_for(ready, 5), stop, task, workers)
+    router = RunningRouter(await asyncio.wait_for(ready, WAIT_S), stop, task, workers)
     try:
         yield router
         await router.settle()
     finally:
         stop.request()
-        await asyncio.wait_for(task, 15)
+        await asyncio.wait_for(task, WAIT_S)
     assert all(worker.is_closed for worker in workers)
     left = asyncio.all_tasks() - before - {asyncio.current_task()}
     assert not left, f"tasks left behind: {left}"
@@ -79,5 +80,5 @@ async def running_router(
 
 @asynccontextmanager
 async def http_client(router: RunningRouter) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=router.url, timeout=20, trust_env=False) as client:
+    async with httpx.AsyncClient(base_url=router.url, timeout=WAIT_S, trust_env=False) as client:
         yield client

@@ -15,11 +15,13 @@ import pytest
 import pytest_asyncio
 
 from cluster.errors import WorkerLost
+from cluster.launch.ports import choose_free_port
 from cluster.rpc import admin, limits
 from cluster.rpc.client import Connection
 from cluster.rpc.pb.serving.v1 import handover_pb2 as pb
 from cluster.types import FinishReason, Role
 from tests.integration.worker_processes import (
+    TOKEN_BYTES,
     Answer,
     WorkerProcess,
     alone,
@@ -37,6 +39,8 @@ from tests.unit.model_factory import random_model, save_safetensors
 from tests.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
+LONG_ANSWER = 8000  # tokens, which take many seconds
+LAST_ANSWER = 200  # tokens, which take much less than a drain may
 LENGTHS = (1, 15, 16, 17, 31, 32, 33, 64, 96, 130, 200)
 
 
@@ -185,7 +189,8 @@ async def test_other_weights_are_refused_by_name(
 async def test_prefill_killed_and_restarted_vllm_58063_49238(
     model: Path, key_file: Path, pair: tuple[Connection, Connection]
 ) -> None:
-    doomed = await start(Role.PREFILL, model, key_file)
+    port = choose_free_port("127.0.0.1")  # one that nobody is given while neither of the two listens
+    doomed = await start(Role.PREFILL, model, key_file, port=port)
     connection = await connected(doomed)
     request = make_request("orphan", 120)
     assert (await split(connection, pair[1], make_request("before", 50))).error == ""
@@ -195,7 +200,6 @@ async def test_prefill_killed_and_restarted_vllm_58063_49238(
     answer.add(result.first)
     await decode(pair[1], continued(request, result), result.kv, answer)  # recomputed: the same bits
     assert answer == await alone(pair[1], make_request("orphan-alone", 120, salt=b"apart"))
-    port = int(doomed.address.rpartition(":")[2])
     successor = await start(Role.PREFILL, model, key_file, port=port)
     try:
         await until(lambda: connection.is_ready)
@@ -208,25 +212,27 @@ async def test_prefill_killed_and_restarted_vllm_58063_49238(
 
 
 @pytest.mark.slow
-async def test_stopped_worker_is_noticed(model: Path, key_file: Path) -> None:
+async def test_stopped_worker_is_noticed(key_file: Path, tmp_path: Path) -> None:
     """SIGSTOP: the connection stays open and nothing comes. Then SIGTERM while a request runs: a drain."""
-    worker = await start(Role.DECODE, model, key_file)
+    model = save_safetensors(random_model("llama", max_position_embeddings=2 * LONG_ANSWER), tmp_path)
+    engine = {"kv_cache_bytes": 2 * LONG_ANSWER * TOKEN_BYTES}
+    worker = await start(Role.DECODE, model, key_file, engine=engine)
     connection = await connected(worker)
     try:
-        stream = connection.decode(make_request("frozen", 20, max_tokens=200), None)
+        stream = connection.decode(make_request("frozen", 20, max_tokens=LONG_ANSWER), None)
         await anext(stream)
         worker.process.send_signal(signal.SIGSTOP)
         with pytest.raises(WorkerLost):
-            await asyncio.wait_for(drain(stream), 20)
+            await asyncio.wait_for(drain(stream), 60)
         worker.process.send_signal(signal.SIGCONT)
         await until(lambda: connection.is_ready)
         await eventually(lambda: is_idle(worker))
-        running = connection.decode(make_request("last", 20, max_tokens=60), None)
+        running = connection.decode(make_request("last", 20, max_tokens=LAST_ANSWER), None)
         chunks = [await anext(running)]
         worker.process.send_signal(signal.SIGTERM)
         chunks += [chunk async for chunk in running]
         assert chunks[-1].finish_reason is FinishReason.LENGTH
-        assert sum(len(chunk.token_ids) for chunk in chunks) == 60
+        assert sum(len(chunk.token_ids) for chunk in chunks) == LAST_ANSWER
     finally:
         await connection.close()
         assert await worker.stop() == 0

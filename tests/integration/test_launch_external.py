@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.outer_launchers import FAKES, FOREIGN_NAMES, FOREIGN_PREFIXES, Job, is_available, running_job
-from tests.integration.fake_rank import SILENCE_VARIABLE, VARIABLE
+from tests.integration.fake_rank import ECHO_VARIABLE, SILENCE_VARIABLE, VARIABLE
+from tests.processes import wait_gone
 
 START_S, END_S = 60.0, 60.0
 MODULE = "tests.integration.fake_rank"
@@ -47,19 +48,6 @@ def serving(job: Job) -> Job:
     return job
 
 
-def is_running(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    return False
-
-
-def wait_gone(pids: Sequence[int]) -> None:
-    deadline = time.monotonic() + END_S
-    while left := [pid for pid in pids if is_running(pid)]:
-        assert time.monotonic() < deadline, f"still there: {left}"
-        time.sleep(0.02)
-
-
 def parts_pids(job: Job) -> list[int]:
     return [int(line.rsplit("pid ", 1)[1]) for line in job.lines if "ready at" in line]
 
@@ -83,7 +71,7 @@ def test_each_rank_takes_its_part_and_the_router_drains_first(launcher: str, tmp
         assert sorted(drained[1:]) == ["decode-0", "prefill-0", "prefill-1"]
         for rank, name in enumerate(("prefill-0", "prefill-1", "decode-0"), 1):
             assert any(f"{name} | rank {rank} on {HOST}, port " in line for line in job.lines)
-        wait_gone(parts)
+        wait_gone(parts, END_S)
         assert private_directories(tmp_path) == [], "a private directory with the cluster key is left"
 
 
@@ -116,17 +104,17 @@ def test_when_a_rank_is_killed_the_others_end_and_say_which(victim: int, name: s
         said = [line for line in job.lines if f"rank {victim} ({name}) on {HOST} is gone: its connection" in line]
         assert len(said) == 3, job.log_tail()
         assert sum(line.endswith("| drained") for line in job.lines) == 3
-        wait_gone(parts)
+        wait_gone(parts, END_S)
 
 
 def test_a_rank_that_is_silent_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped, not dead: its connection stays open."""
-    monkeypatch.setenv(SILENCE_VARIABLE, "4")
+    monkeypatch.setenv(SILENCE_VARIABLE, "8")
     with job_of(tmp_path) as job:
         pids = serving(job).rank_pids()
         os.kill(pids[1], signal.SIGSTOP)
         try:
-            job.wait_for(f"rank 1 (prefill-0) on {HOST} is gone: it has been silent for 4 s", START_S)
+            job.wait_for(f"rank 1 (prefill-0) on {HOST} is gone: it has been silent for 8 s", START_S)
             for rank in (0, 2, 3):
                 assert job.outer[rank].wait(END_S) == 1, job.log_tail()
         finally:
@@ -172,9 +160,9 @@ def test_a_part_that_cannot_start_ends_the_job_with_its_last_words(
 
 def test_a_job_with_a_part_that_is_never_ready_does_not_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "decode-0=never-ready")
-    with job_of(tmp_path, settings=["launch.start_timeout_s=4"]) as job:
+    with job_of(tmp_path, settings=["launch.start_timeout_s=15"]) as job:
         assert job.wait(END_S) == [1, 1, 1, 1], job.log_tail()
-        assert any("decode-0 could not start (not ready after 4 s)" in line for line in job.lines)
+        assert any("decode-0 could not start (not ready after 15 s)" in line for line in job.lines)
         assert not any("Serving" in line for line in job.lines)
 
 
@@ -206,14 +194,15 @@ def test_ranks_do_not_outlive_a_launcher_that_was_killed(tmp_path: Path) -> None
         parts = parts_pids(serving(job))
         ranks = list(job.rank_pids().values())
         job.outer[0].kill()
-        wait_gone([*ranks, *parts])
+        wait_gone([*ranks, *parts], END_S)
         assert any("the death of the process that started this rank" in line for line in job.lines)
         assert private_directories(tmp_path) == []
 
 
 def test_a_second_signal_does_not_wait_for_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "router=deaf,decode-0=deaf")
-    with job_of(tmp_path) as job:
+    monkeypatch.setenv(ECHO_VARIABLE, "6")
+    with job_of(tmp_path, settings=["launch.drain_timeout_s=300"]) as job:
         parts = parts_pids(serving(job))
         job.drain()
         job.wait_for("draining, the router first", START_S)
@@ -221,9 +210,12 @@ def test_a_second_signal_does_not_wait_for_requests(tmp_path: Path, monkeypatch:
         job.drain()  # the same stop, told twice
         time.sleep(2.0)
         assert None in [process.poll() for process in job.outer], "an echo of the signal must not kill"
-        job.drain()
-        job.wait(20)  # the drain time would be 30 s for each stage
-        wait_gone(parts)
+        deadline = time.monotonic() + END_S  # the drain time would be 300 s for each stage
+        while None in [process.poll() for process in job.outer]:
+            assert time.monotonic() < deadline, job.log_tail()
+            job.drain()  # again: where the first signal was heard late, this is still its echo
+            time.sleep(1.0)
+        wait_gone(parts, END_S)
 
 
 def test_a_stop_before_all_have_come_ends_the_wait(tmp_path: Path) -> None:

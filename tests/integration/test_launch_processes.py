@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,14 +17,17 @@ from cluster.launch import local
 from cluster.launch.local import LocalLauncher
 from cluster.process_events import ProcessEvent, Ready
 from tests.integration.fake_launch import no_probe, spec
+from tests.processes import is_running, wait_gone
 
-WAIT_S = 20.0
+WAIT_S = 60.0
+SOON_S = 20.0  # less than the usual drain time
 
 
 class RecordingView:
     """Notes everything; `until` waits for a piece of news."""
 
-    def __init__(self) -> None:
+    def __init__(self, wait_s: float = WAIT_S) -> None:
+        self._wait_s = wait_s
         self.news: list[tuple[str, str]] = []
         self._changed = asyncio.Event()
 
@@ -53,7 +54,7 @@ class RecordingView:
         self._note("cluster", f"stop {reason}")
 
     async def until(self, name: str, what: str, count: int = 1) -> None:
-        async with asyncio.timeout(WAIT_S):
+        async with asyncio.timeout(self._wait_s):
             while sum(n == name and w.startswith(what) for n, w in self.news) < count:
                 self._changed.clear()
                 await self._changed.wait()
@@ -61,21 +62,6 @@ class RecordingView:
 
 def pids(view: RecordingView) -> list[int]:
     return [int(what.rsplit(" ", 1)[1]) for _, what in view.news if what.startswith("ready pid")]
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-
-
-def wait_gone(pid: int) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while is_alive(pid):
-        assert time.monotonic() < deadline, f"process {pid} is still there"
-        time.sleep(0.02)
 
 
 async def test_serves_and_drains_the_router_before_the_workers() -> None:
@@ -90,7 +76,7 @@ async def test_serves_and_drains_the_router_before_the_workers() -> None:
     drained = [name for name, what in view.news if what == "log drained"]
     assert drained == ["router", "decode-0"]
     assert launcher.killed == []
-    assert not any(is_alive(pid) for pid in pids(view))
+    assert not any(is_running(pid) for pid in pids(view))
 
 
 async def test_a_process_that_dies_at_start_shows_its_last_words_and_stops_the_others() -> None:
@@ -100,7 +86,7 @@ async def test_a_process_that_dies_at_start_shows_its_last_words_and_stops_the_o
         await asyncio.wait_for(LocalLauncher(specs, LaunchSettings(), view, no_probe).run(), WAIT_S)
     assert "prefill-0 could not start (exit code 3)" in caught.value.message
     assert "the weights are not here" in caught.value.message
-    assert not any(is_alive(pid) for pid in pids(view))
+    assert not any(is_running(pid) for pid in pids(view))
 
 
 async def test_a_typed_failure_is_preferred_to_the_tail_of_stderr() -> None:
@@ -157,8 +143,8 @@ async def test_a_process_that_ignores_sigterm_is_killed_after_the_drain_time(mon
     running = asyncio.create_task(launcher.run())
     await view.until("cluster", "serving")
     launcher.stop("enough")
-    await asyncio.wait_for(running, WAIT_S)
-    assert not any(is_alive(pid) for pid in pids(view))
+    await asyncio.wait_for(running, SOON_S)
+    assert not any(is_running(pid) for pid in pids(view))
     assert launcher.killed == ["decode-0"]
 
 
@@ -207,7 +193,7 @@ def test_a_signal_drains_and_leaves_nothing_behind(number: signal.Signals) -> No
     assert launch.returncode == 0, err
     assert out.count("drained") == 2
     assert len(pids_of(lines)) == 2
-    assert not any(is_alive(pid) for pid in pids_of(lines))
+    assert not any(is_running(pid) for pid in pids_of(lines))
 
 
 def test_a_second_signal_kills_at_once() -> None:
@@ -216,8 +202,8 @@ def test_a_second_signal_kills_at_once() -> None:
     launch.send_signal(signal.SIGINT)
     read_until(launch, "draining")
     launch.send_signal(signal.SIGINT)
-    launch.communicate(timeout=WAIT_S)  # the drain time would be 30 s
-    assert not any(is_alive(pid) for pid in pids_of(lines))
+    launch.communicate(timeout=SOON_S)  # the drain time would be 30 s
+    assert not any(is_running(pid) for pid in pids_of(lines))
 
 
 def test_no_orphan_even_when_the_launcher_is_killed() -> None:
@@ -226,8 +212,7 @@ def test_no_orphan_even_when_the_launcher_is_killed() -> None:
     launch.kill()
     launch.communicate(timeout=WAIT_S)
     assert len(pids_of(lines)) == 2
-    for pid in pids_of(lines):
-        wait_gone(pid)
+    wait_gone(pids_of(lines), WAIT_S)
 
 
 def test_what_a_dead_process_had_started_goes_with_it(tmp_path: Path) -> None:
@@ -235,7 +220,7 @@ def test_what_a_dead_process_had_started_goes_with_it(tmp_path: Path) -> None:
     launch = start_launch(f"decode-0=crash-with-child:{child_pid}")
     launch.communicate(timeout=WAIT_S)
     assert launch.returncode == 1
-    wait_gone(int(child_pid.read_text()))
+    wait_gone([int(child_pid.read_text())], WAIT_S)
 
 
 def test_a_failed_start_exits_with_1_and_no_traceback_of_the_launcher() -> None:

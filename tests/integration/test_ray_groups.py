@@ -27,9 +27,9 @@ from tests.integration.fake_launch import no_probe
 from tests.integration.ray_deployments import assert_gone, needs_ray
 from tests.integration.test_launch_processes import RecordingView
 
-pytestmark = [needs_ray, pytest.mark.slow]
+pytestmark = [needs_ray, pytest.mark.timeout(400), pytest.mark.slow]
 NUM_CPUS = 4
-WAIT_S = 60.0
+WAIT_S, STORY_S = 60.0, 300.0
 MARK = "TEST_RANK"
 
 
@@ -58,8 +58,16 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
         with ray_head(NUM_CPUS) as head:
             for name, value in head.environment.items():
                 patch.setenv(name, value)
-            with connected(RaySettings(address=head.address, placement_timeout_s=2.0), print) as cluster:
+            with connected(RaySettings(address=head.address, connect_timeout_s=WAIT_S), print) as cluster:
                 yield cluster
+
+
+@pytest.fixture
+def impatient(cluster: RayCluster) -> RayCluster:
+    """The same one, for a group that finds no place."""
+    import ray  # after its environment is set
+
+    return RayCluster(ray, RaySettings(placement_timeout_s=2.0))
 
 
 def ranks_of(group: str) -> list[int]:
@@ -67,13 +75,16 @@ def ranks_of(group: str) -> list[int]:
     found: dict[str, int] = {}
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
-            marks = [entry for entry in path.read_text().split("\0") if entry.startswith(f"{MARK}={group}/")]
+            marks = [
+                entry for entry in path.read_text(errors="replace").split("\0") if entry.startswith(f"{MARK}={group}/")
+            ]
             found |= {mark: int(path.parent.name) for mark in marks}
     return [found[mark] for mark in sorted(found)]
 
 
 async def all_ranks_of(group: str, count: int) -> list[int]:
-    """Once they can be seen: a process that has just been started has no environment yet."""
+    """Once that many can be seen: a process that has just been started has no environment yet, and one that has been
+    killed may not be gone."""
     async with asyncio.timeout(WAIT_S):
         while len(found := ranks_of(group)) != count:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
@@ -92,14 +103,23 @@ async def until_nothing_is_reserved() -> None:
             await asyncio.sleep(0.05)
 
 
+async def until_no_cpu_is_free() -> None:
+    """The head hears of it a moment after a group has its place."""
+    import ray  # after its environment is set
+
+    async with asyncio.timeout(WAIT_S):
+        while ray.available_resources().get("CPU", 0.0):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+
+
 async def launched(
     groups: Sequence[FakeGroup], story: Callable[[LocalLauncher, RecordingView], Awaitable[None]]
 ) -> None:
-    view = RecordingView()
+    view = RecordingView(WAIT_S)
     launcher = LocalLauncher(groups, LaunchSettings(drain_timeout_s=1.0), view, no_probe)
     running = asyncio.create_task(launcher.run())
     try:
-        async with asyncio.timeout(WAIT_S):
+        async with asyncio.timeout(STORY_S):
             await view.until("cluster", "serving")
             await story(launcher, view)
             launcher.stop("enough")
@@ -108,7 +128,8 @@ async def launched(
         running.cancel()
         for group in groups:
             await group.close()
-    assert all(ranks_of(group.name) == [] for group in groups)
+    for group in groups:
+        await all_ranks_of(group.name, 0)
     await until_nothing_is_reserved()
 
 
@@ -117,7 +138,6 @@ async def test_a_group_that_loses_a_rank_is_started_anew(cluster: RayCluster, mo
 
     async def story(launcher: LocalLauncher, view: RecordingView) -> None:
         first = await all_ranks_of("ranks", 3)
-        assert len(first) == 3
         assert launcher.pid_of("ranks") == first[0]
         actors = actors_of(first)
         assert len(set(actors)) == 3
@@ -131,7 +151,6 @@ async def test_a_group_that_loses_a_rank_is_started_anew(cluster: RayCluster, mo
         await view.until("ranks", "died rank 1, its Ray actor died")
         await view.until("ranks", "ready", count=3)
         third = await all_ranks_of("ranks", 3)
-        assert len(third) == 3
         assert not set(second) & set(third)
         assert_gone(second)
         assert launcher.state_of("ranks") == "ready"
@@ -140,12 +159,15 @@ async def test_a_group_that_loses_a_rank_is_started_anew(cluster: RayCluster, mo
     await launched([FakeGroup(cluster, "ranks", 0, 0, 0)], story)
 
 
-async def test_one_that_has_no_place_is_refused_and_the_others_go_on(cluster: RayCluster) -> None:
+async def test_one_that_has_no_place_is_refused_and_the_others_go_on(
+    cluster: RayCluster, impatient: RayCluster
+) -> None:
     """The stages of a group take a bundle each."""
 
     async def story(launcher: LocalLauncher, view: RecordingView) -> None:
-        staged = ranks_of("staged")
-        added = FakeGroup(cluster, "added", 0, 0)
+        staged = await all_ranks_of("staged", 3)
+        await until_no_cpu_is_free()
+        added = FakeGroup(impatient, "added", 0, 0)
         with pytest.raises(StartupError) as refusal:
             await launcher.add(added)
         assert "asked for: 2 bundles of CPU 1 (STRICT_PACK)" in refusal.value.message
@@ -173,11 +195,11 @@ async def test_what_ray_refuses_is_told_in_its_words(cluster: RayCluster) -> Non
 
 async def test_a_launch_that_waits_for_a_place_can_be_stopped(cluster: RayCluster) -> None:
     group = FakeGroup(cluster, "large", *[0] * (NUM_CPUS + 1))
-    view = RecordingView()
+    view = RecordingView(WAIT_S)
     launcher = LocalLauncher([group], LaunchSettings(), view, no_probe)
     running = asyncio.create_task(launcher.run())
     await view.until("large", "Progress")
     await asyncio.sleep(0.3)
     launcher.stop("enough")
-    await asyncio.wait_for(running, 1.5)  # not the time that a place is waited for
+    await asyncio.wait_for(running, RaySettings().placement_timeout_s / 2)  # not the time that a place is waited for
     await until_nothing_is_reserved()

@@ -19,7 +19,9 @@ from benchmarks.ray_head import RayHead, ray_head
 from cluster.launch.control_messages import Done, Drain
 from cluster.types import Role
 from tests.integration.ray_deployments import (
+    RUN_S,
     answer_of,
+    answering_workers,
     assert_gone,
     failed_launch,
     needs_ray,
@@ -57,8 +59,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def running(head: RayHead, model: Path, runtime: Path) -> Iterator[Deployment]:
     with on_ray(head, model, "decode.replicas=2") as running:
         yield running
-        last = asyncio.run(status(running)).workers
-        pids = processes_of(last)
+        pids = processes_of(answering_workers(running))
     assert_gone(pids)
     assert list(runtime.iterdir()) == [], "a private directory is left"
     assert placement_groups(head) == {}
@@ -76,7 +77,7 @@ def placement_groups(head: RayHead) -> dict[str, tuple[str, str]]:
         env={**os.environ, **head.environment},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=RUN_S,
         check=True,
     )
     groups = json.loads(done.stdout.splitlines()[-1])
@@ -89,14 +90,14 @@ def test_pools_are_placed(running: Deployment, head: RayHead) -> None:
 
 
 def test_an_actor_dies_and_a_pool_changes_under_load_and_nothing_is_lost(running: Deployment) -> None:
-    before = asyncio.run(status(running)).workers
+    before = answering_workers(running)
     expected = answer_of(running.url)
     proof = asyncio.run(prove(running, CONCURRENCY, [Role.DECODE]))
     assert proof.tally.streams > 0
     assert (proof.tally.lost, proof.tally.not_one_end, proof.tally.wrong, proof.leaked_blocks) == (0, 0, 0, 0)
     assert (proof.replaced, proof.scaled) == (1, 2)
     assert answer_of(running.url) == expected
-    after = asyncio.run(status(running)).workers
+    after = answering_workers(running)
     assert len({worker.engine_id for worker in before} & {worker.engine_id for worker in after}) == 2
 
 
@@ -108,7 +109,7 @@ def test_a_worker_is_drained_and_its_place_given_up(running: Deployment, head: R
 
 def test_a_killed_launcher_takes_actors_and_workers_with_it(head: RayHead, model: Path) -> None:
     with pytest.raises(DeploymentFailed, match="exit code -9"), on_ray(head, model) as victim:  # noqa: PT012
-        pids = processes_of(asyncio.run(status(victim)).workers)
+        pids = processes_of(answering_workers(victim))
         assert len(pids) == 4
         victim.launcher.kill()
     assert_gone(pids)
@@ -118,6 +119,7 @@ def test_too_little_is_told_with_what_was_asked_for_and_what_there_is(head: RayH
     settings = ("launch.ray.cpus_per_rank=100", "launch.ray.placement_timeout_s=1")
     done = failed_launch(head, model, *settings)
     assert done.returncode == 1
+    assert "placement_timeout_s (1 s)" in done.stderr
     assert "asked for: 1 bundle of CPU 100 (STRICT_PACK)" in done.stderr
     assert f"CPU {NUM_CPUS}" in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
@@ -126,4 +128,4 @@ def test_too_little_is_told_with_what_was_asked_for_and_what_there_is(head: RayH
 def test_no_ray_there_is_told(head: RayHead, model: Path) -> None:
     done = failed_launch(head, model, "launch.ray.address=127.0.0.1:1", "launch.ray.connect_timeout_s=1")
     assert done.returncode == 1
-    assert "nothing listens at 127.0.0.1:1" in done.stderr
+    assert "nothing listens at 127.0.0.1:1 for 1 s" in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 import time
@@ -28,10 +29,12 @@ QUICK = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_failure_threshold": "5",
+    # After a minute without the head Ray itself would end the launcher, which is to end before: here it does so later.
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
 }
 DECODE_HOSTS = ("127.0.0.3", "127.0.0.4")
 NUM_HEAD_CPUS = 2  # for the prefill worker and the router
-HEAD_TIMEOUT_S, DRAIN_S = 2, 2
+HEAD_TIMEOUT_S, DRAIN_S = 6, 2
 ENDED_S = HEAD_TIMEOUT_S + 2 * (DRAIN_S + 10) + 30  # two stages with their margins, and what Ray's calls may take
 
 
@@ -100,12 +103,12 @@ def test_the_config_of_the_chart_on_several_nodes_one_of_which_is_lost_and_then_
         head.kill_control_store()
         running.launcher.wait(ENDED_S)
     assert "exit code 1" in str(ending.value)
-    assert re.search(r"the Ray head \(.*\) has not answered for 2 s", str(ending.value))
+    assert re.search(rf"the Ray head \(.*\) has not answered for {HEAD_TIMEOUT_S} s", str(ending.value))
     assert_gone(placed)
 
 
 def wait_until_healthy_at(running: Deployment, host: str) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 180
     while not all(address.startswith(f"{host}:") for address in decode_addresses(running)) or not is_healthy(running):
         assert time.monotonic() < deadline, running.log_tail()
         time.sleep(0.2)
@@ -113,5 +116,8 @@ def wait_until_healthy_at(running: Deployment, host: str) -> None:
 
 def is_healthy(running: Deployment) -> bool:
     """All workers are ready and the router has found them."""
-    are_ready = all(worker.engine_id for worker in asyncio.run(status(running)).workers)
-    return are_ready and httpx.get(f"{running.url}/health", timeout=5.0).status_code == 200
+    if not all(worker.engine_id for worker in asyncio.run(status(running)).workers):
+        return False
+    with contextlib.suppress(httpx.TransportError):  # a busy router may take longer to answer
+        return httpx.get(f"{running.url}/health", timeout=5.0).status_code == 200
+    return False

@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import select
 import socket
 from typing import Any
 
 import pytest
 
+from cluster.router import connection
 from cluster.router.connection import MAX_HEAD_BYTES
 from cluster.types import Role
 from tests.fakes import FakeWorker
 from tests.integration.router_harness import RunningRouter, http_client, running_router
+from tests.waiting import until
 
 TEXT = "/v1/completions"
-LONG_S = 10.0
+LONG_S = 14.0  # less than the router's own limits, where a test sets none
+WAIT_S = 60.0
 
 
 def request_of(num_tokens: int, *headers: str, stream: bool = False) -> bytes:
@@ -41,7 +45,7 @@ class Client:
 
     async def read_answer(self) -> tuple[int, bytes]:
         """Status and body of one that has a length."""
-        async with asyncio.timeout(LONG_S):
+        async with asyncio.timeout(WAIT_S):
             head = await self.reader.readuntil(b"\r\n\r\n")
             [length] = [line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length: ")]
             return int(head.split()[1]), await self.reader.readexactly(int(length.split()[1]))
@@ -81,7 +85,7 @@ async def test_over_the_limit_of_connections_in_use_one_more_is_closed() -> None
         clients = [await Client.of(router) for _ in range(2)]
         for client in clients:
             client.send(request_of(5))
-        await asyncio.sleep(0.1)
+        await until(lambda: len(worker.running) == 2)
         another = await Client.of(router)
         another.send(b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")
         with pytest.raises((ConnectionResetError, asyncio.IncompleteReadError)):
@@ -141,17 +145,18 @@ async def test_a_body_behind_an_upgrade_is_never_a_request() -> None:
 @pytest.mark.parametrize("at_once", [False, True])
 async def test_what_comes_before_an_answer_is_complete_neither_cuts_nor_garbles_it(more: bytes, at_once: bool) -> None:
     """The stream takes longer than a head may."""
+    num_tokens = 150
     worker = decode_worker(step_s=0.01)
-    async with running_router([worker], header_timeout_s=0.1) as router:
+    async with running_router([worker], header_timeout_s=1.0) as router:
         client = await Client.of(router)
-        first = request_of(40, stream=True)
+        first = request_of(num_tokens, stream=True)
         client.send(first + more if at_once else first)
         if not at_once:
             await client.reader.readuntil(b"data: ")
             client.send(more)
             client.send(more)
         rest = await client.read_to_end()
-    assert rest.count(b"data: ") >= 39
+    assert rest.count(b"data: ") >= num_tokens - 1
     assert rest.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
     assert b"HTTP/1.1 4" not in rest
     assert len(worker.requests) == 1  # the client may ask for the second again: the connection was closed
@@ -171,7 +176,7 @@ async def test_empty_lines_between_requests_are_nothing() -> None:
 
 
 async def test_empty_lines_alone_do_not_keep_a_connection() -> None:
-    async with running_router([decode_worker()], header_timeout_s=0.1) as router:
+    async with running_router([decode_worker()], header_timeout_s=1.0) as router:
         client = await Client.of(router)
         client.send(request_of(1))
         assert (await client.read_answer())[0] == 200
@@ -184,9 +189,7 @@ async def test_a_client_that_sends_two_requests_and_leaves_is_noticed() -> None:
     async with running_router([worker]) as router:
         client = await Client.of(router)
         client.send(request_of(5000) + request_of(5000))
-        async with asyncio.timeout(LONG_S):
-            while not worker.running:  # noqa: ASYNC110  the fakes have no events
-                await asyncio.sleep(0.005)
+        await until(lambda: bool(worker.running))
         client.writer.close()
         await router.settle()
         assert len(worker.cancelled) == len(worker.requests) == 1
@@ -257,32 +260,41 @@ async def test_a_body_of_a_refused_request_that_does_not_come_ends_the_connectio
 
 
 async def unread_answer(router: RunningRouter) -> socket.socket:
-    """Of some megabytes, to a client that has asked for it and takes no byte."""
+    """Of some megabytes, of which the first have come to a client that takes no byte."""
     host, port = router.url.removeprefix("http://").split(":")
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.connect((host, int(port)))
     body = json.dumps({"prompt": "a" * 900_000, "return_token_strs": True}).encode()
-    client.sendall(f"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
-    await asyncio.sleep(1.0)
+    head = f"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    await asyncio.to_thread(client.sendall, head.encode() + body)
+    await until(lambda: bool(select.select([client], [], [], 0.0)[0]))
     return client
 
 
-async def test_an_answer_that_nobody_reads_is_given_up() -> None:
+def num_bytes_left(client: socket.socket) -> int:
+    """To the end of what has been sent to it."""
+    num_bytes = 0
+    with client, contextlib.suppress(ConnectionResetError):
+        client.settimeout(WAIT_S)
+        while piece := client.recv(1 << 16):
+            num_bytes += len(piece)
+    return num_bytes
+
+
+async def test_an_answer_that_nobody_reads_is_given_up(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", connection.__name__)
     async with running_router([decode_worker()], write_timeout_s=0.3, max_body_bytes=1 << 20) as router:
         client = await unread_answer(router)
-        num_bytes = 0
-        with client, contextlib.suppress(ConnectionResetError):
-            client.settimeout(5)
-            while piece := client.recv(1 << 16):
-                num_bytes += len(piece)
+        await until(lambda: "a client has read nothing of its answer for 0.3 s" in caplog.text)
+        num_bytes = await asyncio.to_thread(num_bytes_left, client)
     assert num_bytes < 5_000_000
 
 
 async def test_a_router_ends_although_an_answer_is_not_read() -> None:
-    began = asyncio.get_running_loop().time()
     async with running_router([decode_worker()], drain_timeout_s=1.0, max_body_bytes=1 << 20) as router:
         client = await unread_answer(router)
+        began = asyncio.get_running_loop().time()
     client.close()
     assert asyncio.get_running_loop().time() - began < 12.0
 

@@ -23,6 +23,7 @@ from cluster.types import Request, Role, WorkerInfo, WorkerLoad
 from tests.fakes import FakeWorker, expected_tokens
 
 PROMPT = list(range(40))
+WAIT_S = 60.0
 
 
 class ServedFake:
@@ -105,7 +106,7 @@ async def router_process(
     assert process.stdout is not None
     events: list[dict[str, str]] = []
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(WAIT_S):
             while not events or events[-1]["event"] == "progress":
                 events.append(json.loads(await process.stdout.readline()))
         yield process, events
@@ -130,18 +131,22 @@ async def test_serves_over_grpc_drains_on_sigterm_and_leaves(tmp_path: Path) -> 
                 await _wait_until_healthy(url)
                 await _chat_works(url)
                 await _stream_survives_sigterm(url, process)
-                assert await asyncio.wait_for(process.wait(), 10) == 0
+                assert await asyncio.wait_for(process.wait(), WAIT_S) == 0
     assert all(fake.is_idle for fake in fakes)
 
 
+def client_of(url: str) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=url, trust_env=False, timeout=WAIT_S)
+
+
 async def _wait_until_healthy(url: str) -> None:
-    async with httpx.AsyncClient(base_url=url, trust_env=False) as client, asyncio.timeout(10):
+    async with client_of(url) as client, asyncio.timeout(WAIT_S):
         while (await client.get("/health")).status_code != 200:  # noqa: ASYNC110  another process has no events
             await asyncio.sleep(0.05)
 
 
 async def _chat_works(url: str) -> None:
-    async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
+    async with client_of(url) as client:
         body = {"messages": [{"role": "user", "content": "hi"}], "seed": 4, "max_tokens": 6}
         answer = (await client.post("/v1/chat/completions", json=body)).json()
         expected = bytes(expected_tokens(list(b"<user>hi"), 4, 6)).decode()
@@ -155,16 +160,17 @@ async def _chat_works(url: str) -> None:
 async def _stream_survives_sigterm(url: str, process: asyncio.subprocess.Process) -> None:
     body = {"prompt": PROMPT, "seed": 9, "max_tokens": 60, "stream": True, "return_token_ids": True}
     token_ids: list[int] = []
-    is_done = False
+    is_told = is_done = False
     async with (
-        httpx.AsyncClient(base_url=url, trust_env=False, timeout=20) as client,
+        client_of(url) as client,
         client.stream("POST", "/v1/completions", json=body) as response,
     ):
         async for line in response.aiter_lines():
             is_done = is_done or line == "data: [DONE]"
             if line.startswith("data: {"):
                 token_ids += json.loads(line[6:])["choices"][0]["token_ids"]
-                if len(token_ids) == 5:
+                if len(token_ids) >= 5 and not is_told:
+                    is_told = True
                     process.send_signal(signal.SIGTERM)
     assert token_ids == expected_tokens(PROMPT, 9, 60)
     assert is_done
@@ -175,7 +181,7 @@ async def test_taken_port_is_one_failed_event(tmp_path: Path) -> None:
     with bind("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         async with router_process(tmp_path, port, (), ("127.0.0.1:1",)) as (process, events):
-            assert await asyncio.wait_for(process.wait(), 10) == 1
+            assert await asyncio.wait_for(process.wait(), WAIT_S) == 1
     assert [event["event"] for event in events] == ["failed"]
     assert events[0]["code"] == "startup_error"
     assert f"port {port} on 127.0.0.1 is already taken" in events[0]["message"]

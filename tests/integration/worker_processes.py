@@ -25,6 +25,7 @@ from tests.waiting import until
 START_TIMEOUT_S = 150.0  # kernels may have to be built and admitted first
 BLOCK_SIZE = 16
 NUM_BLOCKS = 64
+TOKEN_BYTES = 2 * 2 * 3 * 16 * 2  # of KV: layers, K and V, heads, their size, bf16
 
 
 @dataclass
@@ -62,7 +63,7 @@ class WorkerProcess:
     async def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         if self.process.returncode is None:
             self.process.send_signal(number)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             return await self.process.wait()
 
 
@@ -72,7 +73,7 @@ async def start(role: Role, model: Path, key_file: Path, **config: Any) -> Worke
         "block_size": BLOCK_SIZE,
         "num_threads": 1,
         "max_batched_tokens": 64,
-        "kv_cache_bytes": NUM_BLOCKS * BLOCK_SIZE * 2 * 2 * 3 * 16 * 2,
+        "kv_cache_bytes": NUM_BLOCKS * BLOCK_SIZE * TOKEN_BYTES,
         **config.pop("engine", {}),
     }
     settings = {"model": str(model), "cluster_key_file": str(key_file), "engine": engine, **config}
@@ -152,7 +153,7 @@ async def connected(worker: WorkerProcess) -> Connection:
     return connection
 
 
-async def eventually(condition: Callable[[], Awaitable[bool]], timeout_s: float = 30.0) -> None:
+async def eventually(condition: Callable[[], Awaitable[bool]], timeout_s: float = 60.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not await condition():  # noqa: ASYNC110  # the state of another process is awaited
             await asyncio.sleep(0.02)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections import deque
@@ -25,24 +26,24 @@ def test_a_chain_runs_in_order_on_its_gpu(tmp_path: Path, capsys: pytest.Capture
     work_off(run, "1", deque([chain]))
     assert (tmp_path / "order").read_text().split() == ["0", "1", "1", "1", "2", "1"]
     assert not run.notes
-    assert "0 in 0 s" in capsys.readouterr().out
+    assert re.search(r"\b0 in \d+ s", capsys.readouterr().out)
 
 
 def test_what_fails_or_is_cut_off_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(everything, "END_S", 0.2)
     run = Run(tmp_path, time.monotonic() + 60)
-    together(run, [shell("bad", "echo why; exit 3"), shell("slow", "echo begun; sleep 30", 0.6)], ["0"])
+    together(run, [shell("bad", "echo why; exit 3"), shell("slow", "echo begun; sleep 60", 5.0)], ["0"])
     bad, slow = sorted(run.notes)
-    assert bad == "FAILED bad in 0 s: exit code 3; why"
+    assert re.fullmatch(r"FAILED bad in \d+ s: exit code 3; why", bad)
     assert slow.startswith("FAILED slow in ")
     assert slow.endswith("cut off; begun")
 
 
 def test_an_interrupted_command_may_end_by_itself(tmp_path: Path) -> None:
     """Benchmarks record what they have by then."""
-    script = "import time\ntry: time.sleep(30)\nexcept KeyboardInterrupt: print('recorded')"
+    script = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('recorded')"
     run = Run(tmp_path, time.monotonic() + 60)
-    run.execute(Command("split", (sys.executable, "-c", script), 1.5), "0")
+    run.execute(Command("split", (sys.executable, "-c", script), 5.0), "0")
     assert (tmp_path / "split.log").read_text().strip() == "recorded"
 
 

@@ -35,6 +35,7 @@ def test_a_pool_that_was_asked_for_leaves_room_for_steps() -> None:
 
 
 def test_a_neighbour_that_starts_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_NEIGHBOUR_S", 20.0)
     free = [20, 25, 40]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free.pop(0) * GIB, 100 * GIB))
     assert pool_bytes(EngineConfig(kv_cache_bytes=30 * GIB), DEVICE, STEP_BYTES)[0] == 30 * GIB

@@ -22,7 +22,8 @@ async def succeeds() -> str:
     return "all have come"
 
 
-async def test_a_rank_that_left_because_of_the_signal_is_not_the_reason() -> None:
+async def test_a_rank_that_left_because_of_the_signal_is_not_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(external_signals, "SAME_SIGNAL_S", 30.0)
     signals = StopSignals()
     with signals.handled():
         asyncio.get_running_loop().call_later(0.1, os.kill, os.getpid(), signal.SIGTERM)

@@ -315,7 +315,6 @@ def test_a_daemon_that_does_not_quit_is_killed(
     without_a_daemon(tmp_path, monkeypatch)
     with mps.mps_daemon(True, tmp_path):
         fake_control(tmp_path, 4)
-        monkeypatch.setattr(mps, "_TIMEOUT_S", 1.0)
     assert "did not end and is killed: trouble" in caplog.text
     assert not running(str(tmp_path))
 
@@ -325,6 +324,7 @@ def test_a_daemon_that_ends_before_the_launch_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, lingers_s: float
 ) -> None:
     """Also one that still ends while it is asked: a dying process closes its sockets before it can be waited for."""
+    monkeypatch.setattr(mps, "_ENDING_S", 20.0)
     fake_control(tmp_path, 0, lingers_s=lingers_s)
     without_a_daemon(tmp_path, monkeypatch)
     with mps.mps_daemon(True, tmp_path):
@@ -367,7 +367,7 @@ def running(word: str) -> list[str]:
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
             if word in words and int(entry.name) != os.getpid():
                 found.append(words)
     return found

@@ -176,7 +176,7 @@ def test_files_are_hashed_several_at_a_time(tmp_path: Path, monkeypatch: pytest.
     read = cache._hash
 
     def hashed(*arguments: Any) -> str:
-        all_read.wait(timeout=10)
+        all_read.wait(timeout=60)
         return read(*arguments)
 
     monkeypatch.setattr(cache, "_hash", hashed)
@@ -247,7 +247,7 @@ def test_hashing_that_takes_longer_than_loading_is_told(tmp_path: Path, monkeypa
 
     def slowly(header: Any, config: Any, revision: str, progress: Any) -> ModelIdentity:
         progress(1, 10)
-        assert is_seen.wait(10)
+        assert is_seen.wait(60)
         return identity_of_gguf(header, config, revision, progress)
 
     def show(done_bytes: int, total_bytes: int) -> None:
@@ -257,7 +257,9 @@ def test_hashing_that_takes_longer_than_loading_is_told(tmp_path: Path, monkeypa
     monkeypatch.setattr(loader, "identity_of_gguf", slowly)
     monkeypatch.setattr(loader, "_SHOWN_EVERY_S", 0.01)
     load_model(path, get_ops("cpu", 1), SingleRank(), torch.device("cpu"), hashing=show)
-    assert set(seen) == {(1, 10)}
+    num_bytes = path.stat().st_size
+    assert seen[0] == (1, 10)
+    assert set(seen[1:]) <= {(1, 10), (num_bytes, num_bytes)}, "the last look may have come after the end of hashing"
 
 
 def test_a_model_that_cannot_be_loaded_is_not_hashed_to_its_end(
@@ -286,6 +288,6 @@ def test_a_model_that_cannot_be_loaded_is_not_hashed_to_its_end(
 
 
 def test_loading_leaves_no_thread_behind(tmp_path: Path) -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     identity_of(save_gguf(random_model("llama"), tmp_path / "tiny.gguf", GGMLQuantizationType.F16))
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) - before == set()

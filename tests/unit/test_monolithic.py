@@ -23,14 +23,14 @@ from tests.worker_info import IDLE, worker_info
 
 
 class Host:
-    """Answers each request with one token, then never again. `hangs`: it is noticed, a moment later."""
+    """Answers each request with one token, then never again. `hangs`: it is noticed once the client has that token."""
 
     is_draining = False
 
     def __init__(self, *, hangs: bool) -> None:
         self.broken = asyncio.Event()
         self.hangs = hangs
-        self._has_request = asyncio.Event()
+        self.is_read = asyncio.Event()
 
     def info(self) -> WorkerInfo:
         return worker_info(vocab_size=300, max_model_len=1000)
@@ -40,14 +40,13 @@ class Host:
 
     def submit(self, request: Request, kv: bytes | None, tell: Callable[[TokenChunk], None]) -> None:
         tell(TokenChunk(request_id=request.request_id, attempt=request.attempt, index=0, token_ids=(65,)))
-        self._has_request.set()
 
     def cancel(self, request_id: str, attempt: int, *, is_served: bool = False) -> None:
         pass
 
     async def until_engine_hangs(self, bound_s: float) -> float:
-        await self._has_request.wait()
-        await asyncio.sleep(0.1 if self.hangs else 3600.0)
+        await self.is_read.wait()
+        await asyncio.sleep(0.0 if self.hangs else 3600.0)
         return bound_s + 1.0
 
 
@@ -69,20 +68,21 @@ async def serve(host: Host, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, A
     monkeypatch.setattr(monolithic, "serving", serving)
     monkeypatch.setattr(monolithic, "Tokenizer", SimpleNamespace(load=lambda path: ByteCodec()))
     listener = bind("127.0.0.1", 0)
-    config = RouterConfig(model_name="m", model_path="none", drain_timeout_s=60.0)
+    config = RouterConfig(model_name="m", model_path="none", drain_timeout_s=600.0)
     worker: Any = SimpleNamespace(info=host.info())
     server = asyncio.create_task(monolithic._serve(config, worker, listener))
     body = {"model": "m", "prompt": "hello", "max_tokens": 50, "stream": True}
     lines: list[str] = []
     async with (
-        httpx.AsyncClient(trust_env=False, timeout=20.0) as client,
+        httpx.AsyncClient(trust_env=False, timeout=60.0) as client,
         client.stream("POST", f"{url_of(listener)}/v1/completions", json=body) as response,
     ):
         async for line in response.aiter_lines():
             lines.append(line)
+            host.is_read.set()
             if not host.hangs:
                 host.broken.set()
-    await asyncio.wait_for(server, 20.0)
+    await asyncio.wait_for(server, 60.0)  # far less than a drain may take
     return [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
 
 

@@ -13,6 +13,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.errors import InvalidRequest, StartupError, WorkerLost
+from cluster.launch.ports import choose_free_port
 from cluster.rpc import client, convert, limits
 from cluster.rpc.base import EventSink, Inspection, RouterSession
 from cluster.rpc.client import Connection, connect
@@ -94,9 +95,9 @@ def make_chunk(index: int, *tokens: int, request_id: str = "r1", finish: FinishR
 
 
 @asynccontextmanager
-async def connected(worker: FakeWorker) -> AsyncIterator[tuple[Connection, WorkerServer, str]]:
+async def connected(worker: FakeWorker, port: int = 0) -> AsyncIterator[tuple[Connection, WorkerServer, str]]:
     async with WorkerServer(worker, worker) as server:
-        address = await server.listen("127.0.0.1", 0)
+        address = await server.listen("127.0.0.1", port)
         async with connection_to(address, worker.role) as connection:
             yield connection, server, address
 
@@ -194,7 +195,8 @@ async def test_leaving_the_iterator_cancels_on_the_worker() -> None:
 
 async def test_a_lost_worker_fails_each_iterator_once_and_a_new_one_is_found() -> None:
     worker = FakeWorker()
-    async with connected(worker) as (connection, server, address):
+    port = choose_free_port("127.0.0.1")  # one that nobody is given while neither of the two listens
+    async with connected(worker, port) as (connection, server, _):
         streams = [connection.decode(make_request(name), None) for name in ("a", "b")]
         tasks = [asyncio.ensure_future(anext(stream)) for stream in streams]
         await until(lambda: len(worker.sinks) == 2)
@@ -209,7 +211,7 @@ async def test_a_lost_worker_fails_each_iterator_once_and_a_new_one_is_found() -
             await anext(connection.decode(make_request("c"), None))
         successor = FakeWorker(engine_id="engine-2")
         async with WorkerServer(successor, successor) as restarted:
-            await restarted.listen("127.0.0.1", int(address.rpartition(":")[2]))
+            await restarted.listen("127.0.0.1", port)
             await until(lambda: connection.is_ready)
             assert connection.info is not None
             assert connection.info.engine_id == "engine-2"
@@ -336,12 +338,13 @@ async def test_a_session_that_ends_has_settled() -> None:
 async def test_a_worker_that_is_back_is_not_told_that_its_router_has_settled() -> None:
     """The drain of the process before it is none of its own."""
     first, second = FakeWorker(), FakeWorker(engine_id="engine-2")
-    async with connected(first) as (connection, server, address):
+    port = choose_free_port("127.0.0.1")
+    async with connected(first, port) as (connection, server, _):
         first.drain(None)
         await until(lambda: not first.unsettled)
         await server.close()
         async with WorkerServer(second, second) as again:
-            await again.listen("127.0.0.1", int(address.rpartition(":")[2]))
+            await again.listen("127.0.0.1", port)
             await until(lambda: connection.is_ready)
             with connection.promised():
                 stream = connection.decode(make_request(), None)
