@@ -60,7 +60,7 @@ def emit(event: ProcessEvent, stream: TextIO | None = None) -> None:
 
 def emit_ready(address: str, detail: str = "") -> None:
     """All is loaded, and what there is now stays to the end: collections of garbage need not look at it again. A full
-    one would stop every thread of a worker for 80 to 200 ms, which is many decode steps."""
+    one would stop every thread of a worker for more than 0.1 s, which is many decode steps."""
     gc.collect()
     gc.freeze()
     emit(Ready(address=address, detail=detail))

@@ -52,8 +52,8 @@ BAD_VALUES: tuple[tuple[dict[str, Any], str], ...] = (
         "prefill.terminationGracePeriodSeconds (32) must be more than preStopSeconds + connector.lease_s (32)",
     ),
     (
-        {"decode__terminationGracePeriodSeconds": 67},
-        "decode.terminationGracePeriodSeconds (67) must be more than preStopSeconds + drainTimeoutSeconds + 5 (67)",
+        {"decode__terminationGracePeriodSeconds": 72},
+        "decode.terminationGracePeriodSeconds (72) must be more than preStopSeconds + drainTimeoutSeconds + 10 (72)",
     ),
     (
         {"router__terminationGracePeriodSeconds": 70},

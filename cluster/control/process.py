@@ -221,6 +221,8 @@ async def _serve_until_drained(worker: LoadedWorker) -> int:
             end_hung_process(hanging.result())
         for waiter in (*waiters, hanging):
             waiter.cancel()
+        if forced.is_set():
+            await served.server.close()  # at once
         if served.host.broken.is_set():
             raise StartupError("the engine thread ended with an error, see the log")
     return 0

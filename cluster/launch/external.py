@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -29,6 +30,7 @@ from cluster.launch.external_leader import TELL_S, Leader
 from cluster.launch.external_outcome import Outcome, Show, failed, tell_torchrun
 from cluster.launch.external_parts import check_world, parts_of
 from cluster.launch.external_rendezvous import open_rendezvous
+from cluster.launch.external_signals import StopSignals
 from cluster.launch.ports import check_port_free
 from cluster.launch.run_directory import cluster_key_file, run_directory
 from cluster.launch.topology import Topology, plan_topology
@@ -85,14 +87,18 @@ async def _fail_together(config: ClusterConfig, identity: Identity, problem: Tan
     if not identity.is_local and not config.security.allow_plaintext_network:
         show(problem)
         return failed(problem)
-    if identity.rank > 0:
-        if not await report_problem(identity, config, problem.message, LISTEN_FOR_RANK_0_S):
-            show(problem)
-        return failed(problem)
-    show(problem)
-    try:
-        async with open_rendezvous(identity, config, None) as rendezvous:
-            await rendezvous.refuse_everyone(problem.message, TELL_S)
-    except StartupError:  # no port: the others will say it themselves
-        pass
+    signals = StopSignals()
+    with signals.handled():
+        if identity.rank > 0:
+            is_told = False
+            with suppress(StartupError):  # at a signal
+                reporting = report_problem(identity, config, problem.message, LISTEN_FOR_RANK_0_S)
+                is_told = await signals.unless_stopped(reporting, "")
+            if not is_told:
+                show(problem)
+            return failed(problem)
+        show(problem)
+        with suppress(StartupError):  # at a signal; or no port: the others will say it themselves
+            async with open_rendezvous(identity, config, None) as rendezvous:
+                await signals.unless_stopped(rendezvous.refuse_everyone(problem.message, TELL_S), "")
     return failed(problem)

@@ -3,12 +3,15 @@
 gather -> assign -> addresses -> router starts -> every rank ready, router healthy -> serving
 a signal here or at any rank      -> router drains -> Stop to all -> all done, exit 0
 a rank failed or its connection ended -> Trouble to all -> the same order, exit 1
+    before the router has started     -> Refused to all, exit 1
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,7 +46,7 @@ from cluster.launch.view import PlainView, Serving
 from cluster.model_files.source import name_of_model
 
 LISTENING_S = 30.0  # for all ranks to choose their ports
-TELL_S = 20.0  # for ranks to come and learn that the launch has failed; they may start seconds apart
+TELL_S = 20.0  # after its own start, for ranks to come and learn that the launch has failed; they start seconds apart
 
 
 class Leader:
@@ -63,6 +66,7 @@ class Leader:
         self._trouble = ""
         self._view = PlainView(None, console.file)
         self._signals = StopSignals()
+        self._began_at = time.monotonic()
 
     async def run(self, directory: Path, key_file: Path, key: bytes | None) -> Outcome:
         """`key`: what the other ranks must prove to know, None without a key file of the user."""
@@ -82,8 +86,9 @@ class Leader:
                     launcher = self._prepare(groups, directory)
                 except TandemError as error:
                     self._show(error)
-                    wait_s = 0.0 if self._signals.wanted.is_set() else TELL_S  # a signal has reached the others, too
-                    await rendezvous.refuse_everyone(error.message, wait_s)
+                    wait_s = max(self._began_at + TELL_S - time.monotonic(), 0.0)
+                    with suppress(StartupError):  # at a signal, which has reached the others, too
+                        await self._signals.unless_stopped(rendezvous.refuse_everyone(error.message, wait_s), "")
                     return failed(error)
                 async with control_server(directory, self._answer):
                     return await self._serve(rendezvous, launcher)

@@ -8,6 +8,7 @@
                                           <-    Listening    its port
                                           <-    State    ready, restarting
     Trouble   the job is ending, and why  ->    <-    Failed, StopWanted
+              (Refused, if the router has not started)
     Stop      the router has drained      ->
                                           <-    Done
 

@@ -170,6 +170,7 @@ class Rendezvous:
         """Ends the gathering; a stranger that comes later is told itself and changes nothing."""
         channel.send(Refused(unable.why, is_told=not self._is_complete))
         if not self._is_complete:
+            self._note_told(unable.rank)
             self.news.put_nowait((unable.rank, unable))
 
     def _problem_with(self, hello: Hello, nonces: tuple[str, str]) -> str:
@@ -200,10 +201,11 @@ class Rendezvous:
         finally:
             beating.cancel()
             del self._channels[rank]
+            self._note_told(rank)  # who has left needs no word
 
     def _note_told(self, rank: int) -> None:
         self._told.add(rank)
-        if len(self._told) >= self._identity.world_size - 1:
+        if self._told.issuperset(range(1, self._identity.world_size)):
             self._everyone_told.set()
 
 

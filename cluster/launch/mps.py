@@ -99,15 +99,17 @@ class _Daemon:
         if self._ends_within(0.0):
             self._warn_of_early_end()
             return
-        failure = self._refusal_to_quit()
-        if failure is None:
-            if self._ends_within(_TIMEOUT_S):
+        try:
+            refusal = self._refusal_to_quit()
+        except (OSError, subprocess.TimeoutExpired) as error:
+            why = str(error)
+        else:
+            if self._ends_within(_TIMEOUT_S if refusal is None else _ENDING_S):
+                if refusal is not None:  # it was ending as it was asked: nobody listened any more
+                    self._warn_of_early_end()
                 return
-            failure = f"it is still there {_TIMEOUT_S:.0f} s after it was told to"
-        elif self._ends_within(_ENDING_S):  # it was ending as it was asked: nobody listened any more
-            self._warn_of_early_end()
-            return
-        logger.warning("%s did not end and is killed: %s", CONTROL, failure)
+            why = refusal or f"it is still there {_TIMEOUT_S:.0f} s after it was told to"
+        logger.warning("%s did not end and is killed: %s", CONTROL, why)
         self._kill()
 
     def _ends_within(self, timeout_s: float) -> bool:
@@ -124,14 +126,11 @@ class _Daemon:
         logger.warning("%s ended before the launch (%s): %s", CONTROL, how, _WITHOUT)
 
     def _refusal_to_quit(self) -> str | None:
-        """None: it has been told to."""
-        try:
-            asked = subprocess.run(
-                [self._control], input=b"quit\n", env=_of_daemon() | self.variables, capture_output=True,
-                timeout=_TIMEOUT_S, check=False,
-            )  # fmt: skip
-        except (OSError, subprocess.TimeoutExpired) as error:
-            return str(error)
+        """None: it has been told to. Raises what `subprocess.run` does."""
+        asked = subprocess.run(
+            [self._control], input=b"quit\n", env=_of_daemon() | self.variables, capture_output=True,
+            timeout=_TIMEOUT_S, check=False,
+        )  # fmt: skip
         if asked.returncode == 0:
             return None
         return (asked.stderr or asked.stdout).decode(errors="replace").strip() or describe_exit(asked.returncode)

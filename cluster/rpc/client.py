@@ -59,6 +59,7 @@ class Connection:
         self._is_closing = False
         self._last_error = "not connected yet"
         self._silent_ticks = 0
+        self._has_read_all = False  # of the session's frames
         self._inboxes: dict[_Key, _Inbox] = {}
         self._served: set[_Key] = set()  # of those: nothing more is wanted
         self._outbox = Outbox()
@@ -172,7 +173,7 @@ class Connection:
                 request_serializer=pb.RouterFrame.SerializeToString,
                 response_deserializer=pb.WorkerFrame.FromString,
             )(None)
-            self._silent_ticks = 0
+            self._silent_ticks, self._has_read_all = 0, False
             try:
                 async with asyncio.TaskGroup() as group:
                     group.create_task(self._read_frames(call))
@@ -213,6 +214,9 @@ class Connection:
             self._draining = frame.draining
             for event in frame.events:
                 self._deliver(event)
+            if frame.last:
+                self._has_read_all = True
+                self._outbox.wake.set()
 
     def _introduce(self, info: WorkerInfo) -> None:
         if info.role is not self.role:
@@ -245,6 +249,9 @@ class Connection:
         await _write(call, pb.RouterFrame(protocol_version=limits.PROTOCOL_VERSION))
         while True:
             frame = await self._outbox.next_frame()
+            if self._has_read_all:
+                await _write(call, None)
+                return
             frame.settled = self._has_settled
             await _write(call, frame)
 
@@ -264,10 +271,11 @@ class Connection:
             self._outbox.wake.set()
 
 
-async def _write(call: _Call, frame: pb.RouterFrame) -> None:
-    """gRPC has its own errors for a call that ended before our reader was told, or while we wrote."""
+async def _write(call: _Call, frame: pb.RouterFrame | None) -> None:
+    """None: nothing more comes, and the worker ends the session. gRPC has its own errors for a call that ended before
+    our reader was told, or while we wrote."""
     try:
-        await call.write(frame)
+        await (call.done_writing() if frame is None else call.write(frame))
     except (asyncio.InvalidStateError, grpc.aio.BaseError) as ended:
         raise WorkerLost("the worker ended the session") from ended
 

@@ -8,6 +8,7 @@ A session owns the requests that came over it: however it ends, they are cancell
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, Self
 
@@ -22,6 +23,8 @@ from cluster.rpc.base import WorkerAdmin, WorkerService
 from cluster.rpc.pb.serving.v1 import handover_pb2, worker_pb2
 from cluster.rpc.session import Session
 
+LAST_CALLS_S = 0.2  # for calls that are no sessions; one that watches the health never ends by itself
+
 Handshake = Callable[[handover_pb2.HandshakeRequest], handover_pb2.HandshakeReply]
 """Answers a peer's handshake; must not block. `ValueError` for a malformed request."""
 
@@ -34,7 +37,7 @@ class WorkerServer:
         self._admin = admin
         self._handshake_of = handshake
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # its stubs predate aio
-        self._sessions: set[Session] = set()
+        self._sessions: dict[asyncio.Task[None], Session] = {}
         self._is_closing = False
         self._server = grpc.aio.server(options=limits.SERVER_OPTIONS)
         self._server.add_generic_rpc_handlers((self._handlers(),))
@@ -64,14 +67,15 @@ class WorkerServer:
             await self._health.set(name, status)
 
     async def close(self, grace_s: float = 0.0) -> None:
-        """End every session and free the port. `grace_s`: for sessions to write what is pending; those of routers that
-        do not read by then are cut off."""
+        """End every session and free the port. `grace_s`: for routers to read what is pending; who has not done so by
+        then is cut off."""
         self._is_closing = True
-        if grace_s > 0:
-            for session in self._sessions:
-                session.finish()
         await self._health.enter_graceful_shutdown()
-        await self._server.stop(grace_s)
+        if grace_s > 0 and self._sessions:
+            for session in self._sessions.values():
+                session.finish()
+            await asyncio.wait(tuple(self._sessions), timeout=grace_s)
+        await self._server.stop(min(grace_s, LAST_CALLS_S))
 
     def _handlers(self) -> grpc.GenericRpcHandler[Any, Any]:
         def unary(method: Callable[..., Awaitable[Any]], request: type[Any], reply: type[Any]) -> Any:
@@ -97,11 +101,13 @@ class WorkerServer:
         if self._is_closing:
             return
         session = Session(self._service, self._admin)
-        self._sessions.add(session)
+        task = asyncio.current_task()
+        assert task is not None
+        self._sessions[task] = session
         try:
             await session.serve(context)
         finally:
-            self._sessions.discard(session)
+            del self._sessions[task]
 
     async def _handshake(
         self, request: handover_pb2.HandshakeRequest, context: grpc.aio.ServicerContext[Any, Any]

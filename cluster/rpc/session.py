@@ -83,8 +83,9 @@ class Session:
         self._pending.wake.set()
 
     def finish(self) -> None:
-        """Ends the session once what is pending is written. The router reads all of that and then the end, however late
-        it reads; of a call that is cancelled it would lose what it has not read yet."""
+        """The session ends once what is pending is written and the router has read it: it closes the stream after the
+        frame that says `last`. Were it closed here, a router that had stood still would write its heartbeat first when
+        it goes on, and what gRPC answers to that drops the frames which it has not read."""
         self._is_finishing = True
         self._pending.wake.set()
 
@@ -143,11 +144,12 @@ class Session:
             frame.load.CopyFrom(convert.load_to_pb(load, with_histograms=load.histograms is not told))
             told = load.histograms
             frame.draining = self._admin.is_draining
+            frame.last = self._is_finishing and not self._pending.num_entries
             self._write = asyncio.ensure_future(context.write(frame))
             self._write.add_done_callback(_note_end)
             await asyncio.shield(self._write)
-            if self._is_finishing and not self._pending.num_entries:
-                raise _SessionEnded(grpc.StatusCode.OK, "")
+            if frame.last:
+                return
             await self._pending.wake.wait()
             frame = _frame_of(self._pending.take())
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import io
+import signal
+import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from cluster.errors import StartupError, TandemError
-from cluster.launch import external_follower, external_leader
+from cluster.config import ClusterConfig
+from cluster.errors import ConfigError, StartupError, TandemError
+from cluster.launch import external, external_follower, external_leader
 from cluster.launch.external_channel import Channel
 from cluster.launch.external_follower import Follower
+from cluster.launch.external_join import report_problem
 from cluster.launch.external_leader import Leader
 from cluster.launch.external_messages import Assigned, Failed, Listening, Refused, State, StopWanted
 from cluster.launch.external_outcome import Outcome
@@ -22,7 +26,7 @@ from cluster.launch.run_directory import cluster_key_file
 from cluster.launch.specs import worker_spec
 from cluster.launch.topology import plan_topology
 from tests.integration.fake_rank import faked, healthy
-from tests.integration.test_launch_rendezvous import CONFIG, identity, joined, next_news, own_ports
+from tests.integration.test_launch_rendezvous import CONFIG, configured, identity, joined, next_news, own_ports
 from tests.waiting import until
 
 __all__ = ["own_ports"]  # a fixture
@@ -45,25 +49,30 @@ class FakeLauncher:
         FakeLauncher.served = True
 
 
+def leader(config: ClusterConfig, shown: list[TandemError]) -> Leader:
+    """Of a prefill and a decode worker."""
+    topology = plan_topology(config, 1)
+    assert len(topology.groups) == 2
+    return Leader(config, identity(0), topology, Console(file=io.StringIO()), shown.append)
+
+
 async def leader_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, story: Callable[[Channel, Channel], Awaitable[None]]
 ) -> tuple[Outcome, str]:
-    """How rank 0 ends beside two ranks that have joined and do what `story` says, and what it has shown."""
-    shown: list[str] = []
+    """How rank 0 ends beside two ranks that have joined and do what `story` says, and what it has shown. It waits for
+    no rank that knows already, or is gone."""
+    shown: list[TandemError] = []
     monkeypatch.setattr(external_leader, "LocalLauncher", FakeLauncher)
     monkeypatch.setattr(external_leader, "answers_health", healthy)
+    monkeypatch.setattr(external_leader, "TELL_S", 10 * WAIT_S)
     monkeypatch.setattr(FakeLauncher, "served", False)
-    topology = plan_topology(CONFIG, 1)
-    assert len(topology.groups) == 2
-    console = Console(file=io.StringIO())
-    leader = Leader(CONFIG, identity(0), topology, console, lambda error: shown.append(error.message))
-    running = asyncio.create_task(leader.run(tmp_path, cluster_key_file(tmp_path, None), None))
+    running = asyncio.create_task(leader(CONFIG, shown).run(tmp_path, cluster_key_file(tmp_path, None), None))
     try:
         async with asyncio.timeout(WAIT_S), joined(1) as one, joined(2) as two:
             await story(one, two)
             for channel in (one, two):
                 await channel.close()
-            return await running, "\n".join(shown)
+            return await running, "\n".join(error.message for error in shown)
     finally:
         running.cancel()
 
@@ -101,6 +110,7 @@ async def test_a_rank_that_wants_to_stop_before_all_have_ports_ends_the_launch(
         await assigned(one)
         await assigned(two)
         two.send(word)
+        await two.close()
         assert isinstance(await one.receive(), Refused)
 
     outcome, shown = await leader_with(tmp_path, monkeypatch, story)
@@ -141,3 +151,47 @@ async def serve_a_part(rendezvous: Rendezvous, directory: Path) -> None:
     state = await next_news(rendezvous, State)
     assert isinstance(state, State)
     assert state.state == "ready"
+
+
+async def test_rank_0_does_not_wait_for_a_rank_that_has_said_why_it_cannot_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(external_leader, "TELL_S", 10 * WAIT_S)
+    shown: list[TandemError] = []
+    async with asyncio.timeout(WAIT_S):
+        running = asyncio.create_task(leader(CONFIG, shown).run(tmp_path, cluster_key_file(tmp_path, None), None))
+        async with joined(1) as one:
+            assert await report_problem(identity(2), CONFIG, "no such GPU", WAIT_S)
+            assert isinstance(await one.receive(), Refused)
+        assert (await running).exit_code == 1
+    assert [error.message for error in shown] == [f"rank 2 on {socket.gethostname()}: no such GPU"]
+
+
+async def test_a_signal_ends_rank_0_while_it_waits_for_ranks_that_do_not_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(external_leader, "TELL_S", 10 * WAIT_S)
+    shown: list[TandemError] = []
+    lonely = leader(configured(launch__join_timeout_s=1), shown)
+    running = asyncio.create_task(lonely.run(tmp_path, cluster_key_file(tmp_path, None), None))
+    await until(lambda: bool(shown))
+    signal.raise_signal(signal.SIGTERM)
+    assert (await asyncio.wait_for(running, WAIT_S)).exit_code == 1
+    assert len(shown) == 1
+    assert "still waits for ranks 1, 2 of 3" in shown[0].message
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+async def test_a_rank_that_cannot_start_says_why_also_when_it_is_told_to_stop(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would tell the others, but none comes."""
+    monkeypatch.setattr(external, "TELL_S", 10 * WAIT_S)
+    monkeypatch.setattr(external, "LISTEN_FOR_RANK_0_S", 10 * WAIT_S)
+    shown: list[TandemError] = []
+    problem = ConfigError("decode.engine.device: there is no GPU")
+    ending = asyncio.create_task(external._fail_together(CONFIG, identity(rank), problem, shown.append))
+    await asyncio.sleep(0.3)
+    signal.raise_signal(signal.SIGTERM)
+    assert (await asyncio.wait_for(ending, WAIT_S)).exit_code == 2
+    assert shown == [problem]

@@ -7,9 +7,12 @@ import io
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -20,7 +23,7 @@ from cluster.launch import ray_actor, ray_cluster
 from cluster.launch.pools import Members
 from cluster.launch.ray_actor import RankActor
 from cluster.launch.ray_cluster import RayCluster, connected
-from cluster.launch.ray_handle import reason_of
+from cluster.launch.ray_handle import RankHandle, RankLost, reason_of
 from cluster.launch.ray_messages import (
     Ended,
     Logged,
@@ -336,3 +339,24 @@ async def test_a_head_is_gone_when_it_is_silent_and_was_not_just_missed_once(mon
     await asyncio.wait_for(cluster.watch_head(told.append), WAIT_S)
     assert told == ["the Ray head (10.0.0.1:6379) has not answered for 0 s"]
     assert not list(answers), "it was given up before it was missed twice in a row"
+
+
+async def test_an_answer_that_came_while_the_launcher_was_paused_counts() -> None:
+    class RayError(Exception):
+        pass
+
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[bytes] = loop.create_future()
+    errors = SimpleNamespace(
+        RayError=RayError, RayActorError=RayError, ActorUnavailableError=type("Gone", (RayError,), {})
+    )
+    actor = SimpleNamespace(place=SimpleNamespace(remote=lambda: answer))
+    calling = asyncio.create_task(RankHandle(SimpleNamespace(exceptions=errors), actor).call("place", timeout_s=0.5))
+    await asyncio.sleep(0.05)
+    threading.Timer(0.2, lambda: loop.call_soon_threadsafe(answer.set_result, b"here")).start()
+    time.sleep(1.0)  # noqa: ASYNC251  as if by SIGSTOP
+    assert await calling == b"here"
+    answer = loop.create_future()
+    with pytest.raises(RankLost, match=r"did not answer within 0\.1 s"):
+        await RankHandle(SimpleNamespace(exceptions=errors), actor).call("place", timeout_s=0.1)
+    assert answer.cancelled()

@@ -80,9 +80,9 @@
 {{- if le (int $pool.terminationGracePeriodSeconds) (int $lease) -}}
 {{- fail (printf "%s.terminationGracePeriodSeconds (%v) must be more than preStopSeconds + connector.lease_s (%v): a reader would lose the blocks it is reading" $role $pool.terminationGracePeriodSeconds $lease) -}}
 {{- end -}}
-{{- $drain := add (int $pool.preStopSeconds) (int $pool.drainTimeoutSeconds) 5 -}}
+{{- $drain := add (int $pool.preStopSeconds) (int $pool.drainTimeoutSeconds) 10 -}}
 {{- if le (int $pool.terminationGracePeriodSeconds) (int $drain) -}}
-{{- fail (printf "%s.terminationGracePeriodSeconds (%v) must be more than preStopSeconds + drainTimeoutSeconds + 5 (%v): running requests would be killed" $role $pool.terminationGracePeriodSeconds $drain) -}}
+{{- fail (printf "%s.terminationGracePeriodSeconds (%v) must be more than preStopSeconds + drainTimeoutSeconds + 10 (%v): running requests would be killed" $role $pool.terminationGracePeriodSeconds $drain) -}}
 {{- end -}}
 {{- if and (eq $role "prefill") (lt (int $pool.drainTimeoutSeconds) (ceil $values.connector.lease_s | int)) -}}
 {{- fail (printf "prefill.drainTimeoutSeconds (%v) must be at least connector.lease_s (%v): leases would be given up while they are read" $pool.drainTimeoutSeconds $values.connector.lease_s) -}}

@@ -26,7 +26,7 @@ from cluster.rpc.pb.serving.v1 import common_pb2 as serving_dot_v1_dot_common__p
 from cluster.rpc.pb.serving.v1 import handover_pb2 as serving_dot_v1_dot_handover__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17serving/v1/worker.proto\x12\x11tandem.serving.v1\x1a\x17serving/v1/common.proto\x1a\x19serving/v1/handover.proto\"M\n\x06Submit\x12+\n\x07request\x18\x01 \x01(\x0b\x32\x1a.tandem.serving.v1.Request\x12\x0f\n\x02kv\x18\x02 \x01(\x0cH\x00\x88\x01\x01\x42\x05\n\x03_kv\"A\n\nRequestRef\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0e\n\x06served\x18\x03 \x01(\x08\"\xc5\x01\n\x0bRouterFrame\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12*\n\x07submits\x18\x02 \x03(\x0b\x32\x19.tandem.serving.v1.Submit\x12.\n\x07\x63\x61ncels\x18\x03 \x03(\x0b\x32\x1d.tandem.serving.v1.RequestRef\x12/\n\x08releases\x18\x04 \x03(\x0b\x32\x1d.tandem.serving.v1.RequestRef\x12\x0f\n\x07settled\x18\x05 \x01(\x08\"\xb9\x01\n\x05\x45vent\x12.\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x1d.tandem.serving.v1.TokenChunkH\x00\x12<\n\x0fprefill_started\x18\x02 \x01(\x0b\x32!.tandem.serving.v1.PrefillStartedH\x00\x12:\n\x0eprefill_result\x18\x03 \x01(\x0b\x32 .tandem.serving.v1.PrefillResultH\x00\x42\x06\n\x04kind\"\xa4\x01\n\x0bWorkerFrame\x12,\n\x05hello\x18\x01 \x01(\x0b\x32\x1d.tandem.serving.v1.WorkerInfo\x12(\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x18.tandem.serving.v1.Event\x12+\n\x04load\x18\x03 \x01(\x0b\x32\x1d.tandem.serving.v1.WorkerLoad\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\"4\n\x0c\x44rainRequest\x12\x16\n\ttimeout_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\"\"\n\nDrainReply\x12\x14\n\x0cnum_requests\x18\x01 \x01(\r\"\x10\n\x0eGetInfoRequest\"z\n\x0cGetInfoReply\x12+\n\x04info\x18\x01 \x01(\x0b\x32\x1d.tandem.serving.v1.WorkerInfo\x12+\n\x04load\x18\x02 \x01(\x0b\x32\x1d.tandem.serving.v1.WorkerLoad\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\"7\n\x0eInspectRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x12\n\ncache_salt\x18\x02 \x01(\x0c\"\xe3\x01\n\x0cInspectReply\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\x12\x10\n\x08num_free\x18\x02 \x01(\r\x12\x11\n\tnum_owned\x18\x03 \x01(\r\x12\x12\n\nnum_leased\x18\x04 \x01(\r\x12\x14\n\x0cnum_draining\x18\x05 \x01(\r\x12\x17\n\x0fintegrity_error\x18\x06 \x01(\t\x12\x19\n\x11num_digest_tokens\x18\x07 \x01(\r\x12\x12\n\nkv_digests\x18\x08 \x03(\x06\x12\x14\n\x0cnum_requests\x18\t \x01(\r\x12\x12\n\nnum_leases\x18\n \x01(\r2\x93\x03\n\x06Worker\x12M\n\x07Session\x12\x1e.tandem.serving.v1.RouterFrame\x1a\x1e.tandem.serving.v1.WorkerFrame(\x01\x30\x01\x12S\n\tHandshake\x12#.tandem.serving.v1.HandshakeRequest\x1a!.tandem.serving.v1.HandshakeReply\x12G\n\x05\x44rain\x12\x1f.tandem.serving.v1.DrainRequest\x1a\x1d.tandem.serving.v1.DrainReply\x12M\n\x07GetInfo\x12!.tandem.serving.v1.GetInfoRequest\x1a\x1f.tandem.serving.v1.GetInfoReply\x12M\n\x07Inspect\x12!.tandem.serving.v1.InspectRequest\x1a\x1f.tandem.serving.v1.InspectReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17serving/v1/worker.proto\x12\x11tandem.serving.v1\x1a\x17serving/v1/common.proto\x1a\x19serving/v1/handover.proto\"M\n\x06Submit\x12+\n\x07request\x18\x01 \x01(\x0b\x32\x1a.tandem.serving.v1.Request\x12\x0f\n\x02kv\x18\x02 \x01(\x0cH\x00\x88\x01\x01\x42\x05\n\x03_kv\"A\n\nRequestRef\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0e\n\x06served\x18\x03 \x01(\x08\"\xc5\x01\n\x0bRouterFrame\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12*\n\x07submits\x18\x02 \x03(\x0b\x32\x19.tandem.serving.v1.Submit\x12.\n\x07\x63\x61ncels\x18\x03 \x03(\x0b\x32\x1d.tandem.serving.v1.RequestRef\x12/\n\x08releases\x18\x04 \x03(\x0b\x32\x1d.tandem.serving.v1.RequestRef\x12\x0f\n\x07settled\x18\x05 \x01(\x08\"\xb9\x01\n\x05\x45vent\x12.\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x1d.tandem.serving.v1.TokenChunkH\x00\x12<\n\x0fprefill_started\x18\x02 \x01(\x0b\x32!.tandem.serving.v1.PrefillStartedH\x00\x12:\n\x0eprefill_result\x18\x03 \x01(\x0b\x32 .tandem.serving.v1.PrefillResultH\x00\x42\x06\n\x04kind\"\xb2\x01\n\x0bWorkerFrame\x12,\n\x05hello\x18\x01 \x01(\x0b\x32\x1d.tandem.serving.v1.WorkerInfo\x12(\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x18.tandem.serving.v1.Event\x12+\n\x04load\x18\x03 \x01(\x0b\x32\x1d.tandem.serving.v1.WorkerLoad\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12\x0c\n\x04last\x18\x05 \x01(\x08\"4\n\x0c\x44rainRequest\x12\x16\n\ttimeout_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\"\"\n\nDrainReply\x12\x14\n\x0cnum_requests\x18\x01 \x01(\r\"\x10\n\x0eGetInfoRequest\"z\n\x0cGetInfoReply\x12+\n\x04info\x18\x01 \x01(\x0b\x32\x1d.tandem.serving.v1.WorkerInfo\x12+\n\x04load\x18\x02 \x01(\x0b\x32\x1d.tandem.serving.v1.WorkerLoad\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\"7\n\x0eInspectRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x12\n\ncache_salt\x18\x02 \x01(\x0c\"\xe3\x01\n\x0cInspectReply\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\x12\x10\n\x08num_free\x18\x02 \x01(\r\x12\x11\n\tnum_owned\x18\x03 \x01(\r\x12\x12\n\nnum_leased\x18\x04 \x01(\r\x12\x14\n\x0cnum_draining\x18\x05 \x01(\r\x12\x17\n\x0fintegrity_error\x18\x06 \x01(\t\x12\x19\n\x11num_digest_tokens\x18\x07 \x01(\r\x12\x12\n\nkv_digests\x18\x08 \x03(\x06\x12\x14\n\x0cnum_requests\x18\t \x01(\r\x12\x12\n\nnum_leases\x18\n \x01(\r2\x93\x03\n\x06Worker\x12M\n\x07Session\x12\x1e.tandem.serving.v1.RouterFrame\x1a\x1e.tandem.serving.v1.WorkerFrame(\x01\x30\x01\x12S\n\tHandshake\x12#.tandem.serving.v1.HandshakeRequest\x1a!.tandem.serving.v1.HandshakeReply\x12G\n\x05\x44rain\x12\x1f.tandem.serving.v1.DrainRequest\x1a\x1d.tandem.serving.v1.DrainReply\x12M\n\x07GetInfo\x12!.tandem.serving.v1.GetInfoRequest\x1a\x1f.tandem.serving.v1.GetInfoReply\x12M\n\x07Inspect\x12!.tandem.serving.v1.InspectRequest\x1a\x1f.tandem.serving.v1.InspectReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,19 +42,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EVENT']._serialized_start=445
   _globals['_EVENT']._serialized_end=630
   _globals['_WORKERFRAME']._serialized_start=633
-  _globals['_WORKERFRAME']._serialized_end=797
-  _globals['_DRAINREQUEST']._serialized_start=799
-  _globals['_DRAINREQUEST']._serialized_end=851
-  _globals['_DRAINREPLY']._serialized_start=853
-  _globals['_DRAINREPLY']._serialized_end=887
-  _globals['_GETINFOREQUEST']._serialized_start=889
-  _globals['_GETINFOREQUEST']._serialized_end=905
-  _globals['_GETINFOREPLY']._serialized_start=907
-  _globals['_GETINFOREPLY']._serialized_end=1029
-  _globals['_INSPECTREQUEST']._serialized_start=1031
-  _globals['_INSPECTREQUEST']._serialized_end=1086
-  _globals['_INSPECTREPLY']._serialized_start=1089
-  _globals['_INSPECTREPLY']._serialized_end=1316
-  _globals['_WORKER']._serialized_start=1319
-  _globals['_WORKER']._serialized_end=1722
+  _globals['_WORKERFRAME']._serialized_end=811
+  _globals['_DRAINREQUEST']._serialized_start=813
+  _globals['_DRAINREQUEST']._serialized_end=865
+  _globals['_DRAINREPLY']._serialized_start=867
+  _globals['_DRAINREPLY']._serialized_end=901
+  _globals['_GETINFOREQUEST']._serialized_start=903
+  _globals['_GETINFOREQUEST']._serialized_end=919
+  _globals['_GETINFOREPLY']._serialized_start=921
+  _globals['_GETINFOREPLY']._serialized_end=1043
+  _globals['_INSPECTREQUEST']._serialized_start=1045
+  _globals['_INSPECTREQUEST']._serialized_end=1100
+  _globals['_INSPECTREPLY']._serialized_start=1103
+  _globals['_INSPECTREPLY']._serialized_end=1330
+  _globals['_WORKER']._serialized_start=1333
+  _globals['_WORKER']._serialized_end=1736
 # @@protoc_insertion_point(module_scope)

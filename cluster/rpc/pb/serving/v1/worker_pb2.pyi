@@ -51,16 +51,18 @@ class Event(_message.Message):
     def __init__(self, chunk: _Optional[_Union[_common_pb2.TokenChunk, _Mapping]] = ..., prefill_started: _Optional[_Union[_common_pb2.PrefillStarted, _Mapping]] = ..., prefill_result: _Optional[_Union[_common_pb2.PrefillResult, _Mapping]] = ...) -> None: ...
 
 class WorkerFrame(_message.Message):
-    __slots__ = ("hello", "events", "load", "draining")
+    __slots__ = ("hello", "events", "load", "draining", "last")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     EVENTS_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
     hello: _common_pb2.WorkerInfo
     events: _containers.RepeatedCompositeFieldContainer[Event]
     load: _common_pb2.WorkerLoad
     draining: bool
-    def __init__(self, hello: _Optional[_Union[_common_pb2.WorkerInfo, _Mapping]] = ..., events: _Optional[_Iterable[_Union[Event, _Mapping]]] = ..., load: _Optional[_Union[_common_pb2.WorkerLoad, _Mapping]] = ..., draining: _Optional[bool] = ...) -> None: ...
+    last: bool
+    def __init__(self, hello: _Optional[_Union[_common_pb2.WorkerInfo, _Mapping]] = ..., events: _Optional[_Iterable[_Union[Event, _Mapping]]] = ..., load: _Optional[_Union[_common_pb2.WorkerLoad, _Mapping]] = ..., draining: _Optional[bool] = ..., last: _Optional[bool] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("timeout_s",)
