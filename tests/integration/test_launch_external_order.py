@@ -6,7 +6,7 @@ import asyncio
 import io
 import signal
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,6 +31,14 @@ from tests.waiting import until
 
 __all__ = ["own_ports"]  # a fixture
 WAIT_S = 60.0
+
+
+@pytest.fixture
+def survives_sigterm() -> Iterator[None]:
+    """Where nobody handles it the test fails, and not all tests end."""
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 class FakeLauncher:
@@ -167,6 +175,7 @@ async def test_rank_0_does_not_wait_for_a_rank_that_has_said_why_it_cannot_start
     assert [error.message for error in shown] == [f"rank 2 on {socket.gethostname()}: no such GPU"]
 
 
+@pytest.mark.usefixtures("survives_sigterm")
 async def test_a_signal_ends_rank_0_while_it_waits_for_ranks_that_do_not_come(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,6 +190,7 @@ async def test_a_signal_ends_rank_0_while_it_waits_for_ranks_that_do_not_come(
     assert "still waits for ranks 1, 2 of 3" in shown[0].message
 
 
+@pytest.mark.usefixtures("survives_sigterm")
 @pytest.mark.parametrize("rank", [0, 1])
 async def test_a_rank_that_cannot_start_says_why_also_when_it_is_told_to_stop(
     rank: int, monkeypatch: pytest.MonkeyPatch
