@@ -45,6 +45,7 @@ from cluster.logs import configure_logging
 from cluster.model_files.source import resolve_model
 from cluster.process_events import Progress, ShowProgress, emit, emit_failure, emit_ready
 from cluster.rpc.server import WorkerServer
+from cluster.stop import Stop
 from cluster.types import Role, WorkerInfo
 from kvconnector.base import Transport
 from kvconnector.core.handshake import KVIdentity
@@ -200,32 +201,32 @@ def main(parts: RoleParts, arguments: list[str] | None = None) -> int:
 
 async def _serve_until_drained(worker: LoadedWorker) -> int:
     async with serving(worker) as served:
-        forced = asyncio.Event()
-
-        def on_signal() -> None:
-            if served.host.is_draining:
-                forced.set()
-                return
-            logger.info("draining %d requests", served.host.drain(None))
-
+        stop = Stop()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, on_signal)
+            loop.add_signal_handler(number, stop.request)
+        draining = loop.create_task(_drain_at(stop, served.host))
         info = worker.info
         emit_ready(served.address, f"{info.num_blocks:,} KV blocks of {info.block_size} tokens")
-        endings = (served.host.drained, served.host.broken, forced)
+        endings = (served.host.drained, served.host.broken, stop.forced)
         waiters: list[asyncio.Task[Any]] = [loop.create_task(ending.wait()) for ending in endings]
         hanging = loop.create_task(served.host.until_engine_hangs(HUNG_S))
         await asyncio.wait([*waiters, hanging], return_when=asyncio.FIRST_COMPLETED)
         if hanging.done():
             end_hung_process(hanging.result())
-        for waiter in (*waiters, hanging):
+        for waiter in (*waiters, hanging, draining):
             waiter.cancel()
-        if forced.is_set():
+        if stop.forced.is_set():
             await served.server.close()  # at once
         if served.host.broken.is_set():
             raise StartupError("the engine thread ended with an error, see the log")
     return 0
+
+
+async def _drain_at(stop: Stop, host: WorkerHost) -> None:
+    await stop.requested.wait()
+    if not host.is_draining:  # over its connection it may have been told before, and within which time
+        logger.info("draining %d requests", host.drain(None))
 
 
 def end_hung_process(turn_s: float) -> None:

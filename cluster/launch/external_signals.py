@@ -8,17 +8,16 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
 from cluster.errors import StartupError
 from cluster.launch.stop_signals import STOP_SIGNALS, handled
+from cluster.stop import Stop
 
 # mpirun hands SIGUSR1 on to all ranks and does nothing else, Slurm can send it before a job's time is up.
 RANK_STOP_SIGNALS = (*STOP_SIGNALS, signal.SIGUSR1)
-ECHO_S = 2.0  # a terminal and a launcher may both send one for the same Ctrl-C
 SAME_SIGNAL_S = 0.5  # what a signal did to another rank may be learned before the signal itself
 PARENT_LOOK_S = 1.0
 
@@ -26,13 +25,12 @@ _T = TypeVar("_T")
 
 
 class StopSignals:
-    """`wanted` at the first signal, or when the parent is gone; `forced` at a signal more than `ECHO_S` later."""
+    """`wanted` at the first signal, or when the parent is gone; `forced` at one that is no echo of it (`Stop`)."""
 
     def __init__(self) -> None:
-        self.wanted = asyncio.Event()
-        self.forced = asyncio.Event()
+        self._stop = Stop()
+        self.wanted, self.forced = self._stop.requested, self._stop.forced
         self.name = ""
-        self._first_at = 0.0
         self._parent = os.getppid()
 
     @contextmanager
@@ -64,18 +62,15 @@ class StopSignals:
             await asyncio.gather(task, stopped, return_exceptions=True)
 
     def _on_signal(self, number: signal.Signals) -> None:
-        if not self.wanted.is_set():
-            self._want(number.name)
-        elif time.monotonic() - self._first_at > ECHO_S:
-            self.forced.set()
+        self._request(number.name)
 
-    def _want(self, name: str) -> None:
-        self.name, self._first_at = name, time.monotonic()
-        self.wanted.set()
+    def _request(self, name: str) -> None:
+        self.name = self.name or name
+        self._stop.request()
 
     async def _watch_parent(self) -> None:
         """A launcher that was killed cannot end its ranks; they would outlive their job."""
         while os.getppid() == self._parent:  # noqa: ASYNC110  nothing tells
             await asyncio.sleep(PARENT_LOOK_S)
         if not self.wanted.is_set():
-            self._want("the death of the process that started this rank")
+            self._request("the death of the process that started this rank")

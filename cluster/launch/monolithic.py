@@ -24,7 +24,8 @@ from cluster.launch.monolithic_config import MonolithicConfig
 from cluster.logs import configure_logging
 from cluster.process_events import Progress, emit, emit_failure, emit_ready
 from cluster.router.config import RouterConfig
-from cluster.router.server import Stop, bind, run_router
+from cluster.router.server import bind, run_router
+from cluster.stop import Stop
 from cluster.tokenizer import Tokenizer
 from decode.worker import DecodeParts
 
@@ -89,15 +90,13 @@ async def _serve(config: RouterConfig, worker: LoadedWorker, listener: socket.so
 
 async def _stop_when_broken(host: WorkerHost, stop: Stop) -> None:
     await host.broken.wait()
-    stop.request()
-    stop.request()
+    stop.force()
 
 
 async def _stop_when_hanging(host: WorkerHost, stop: Stop) -> float:
     """How long a step has lasted then, in seconds."""
     turn_s = await host.until_engine_hangs(HUNG_S)
-    stop.request()
-    stop.request()
+    stop.force()
     return turn_s
 
 

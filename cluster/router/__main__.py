@@ -17,8 +17,9 @@ from cluster.process_events import Progress, emit, emit_failure, emit_ready
 from cluster.router.config import RouterConfig, read_config
 from cluster.router.discovery import open_sources
 from cluster.router.membership import Membership
-from cluster.router.server import Stop, bind, run_router
+from cluster.router.server import bind, run_router
 from cluster.rpc.client import connect
+from cluster.stop import Stop
 from cluster.tokenizer import Tokenizer
 from cluster.types import Role
 

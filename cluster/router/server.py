@@ -24,6 +24,7 @@ from cluster.router.http import NO_HANDLER, make_app
 from cluster.router.pool import WorkerPool
 from cluster.router.text import Codec
 from cluster.rpc.base import WorkerConnection
+from cluster.stop import Stop
 
 log = logging.getLogger(__name__)
 
@@ -46,19 +47,6 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-
-class Stop:
-    """Asks a running router to end. `request` once: drain; again: at once."""
-
-    def __init__(self) -> None:
-        self.requested = asyncio.Event()
-        self.forced = asyncio.Event()
-
-    def request(self) -> None:
-        if self.requested.is_set():
-            self.forced.set()
-        self.requested.set()
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from cluster import stop
 from cluster.cli import main
-from cluster.launch import external_follower, external_leader, external_signals
+from cluster.launch import external_follower, external_leader
 from cluster.launch.external_channel import Channel
 from cluster.launch.process import ProcessSpec
 from cluster.launch.specs import router_spec, worker_spec
@@ -44,5 +45,5 @@ if __name__ == "__main__":
         if silence_s := os.environ.get(SILENCE_VARIABLE):
             patch.setattr(Channel.receive, "__defaults__", (float(silence_s),))
         if echo_s := os.environ.get(ECHO_VARIABLE):
-            patch.setattr(external_signals, "ECHO_S", float(echo_s))
+            patch.setattr(stop, "ECHO_S", float(echo_s))
         main()

@@ -9,7 +9,8 @@ from contextlib import asynccontextmanager
 import httpx
 
 from cluster.router.config import RouterConfig
-from cluster.router.server import Stop, bind, run_router
+from cluster.router.server import bind, run_router
+from cluster.stop import Stop
 from tests.fakes import ByteCodec, FakeWorker
 
 MODEL = "fake-model"

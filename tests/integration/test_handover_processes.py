@@ -266,7 +266,8 @@ def has_ipv6_loopback() -> bool:
 async def test_a_hand_over_survives_that_both_workers_are_stopped_in_its_midst(
     model: Path, key_file: Path, pair: tuple[Connection, Connection]
 ) -> None:
-    """SIGTERM to both once the first token is there, as when a whole deployment is deleted."""
+    """SIGTERM to both once the first token is there, as when a whole deployment is deleted. Each is told twice: by who
+    stops the whole group of processes, and by its launcher."""
     async with own_workers(model, key_file) as (workers, connections):
         request, answer = make_request("last", 120), Answer()
         with connections[1].promised():
@@ -276,6 +277,8 @@ async def test_a_hand_over_survives_that_both_workers_are_stopped_in_its_midst(
                 worker.process.send_signal(signal.SIGTERM)
             await until(lambda: not any(connection.is_ready for connection in connections))
             assert all(connection.last_error == "" for connection in connections), "they drain, and are there"
+            for worker in workers:
+                worker.process.send_signal(signal.SIGTERM)
             await decode(connections[1], continued(request, result), result.kv, answer)
         assert answer == await alone(pair[1], make_request("not-last", 120, salt=b"apart"))
         assert [await worker.stop() for worker in workers] == [0, 0]

@@ -1,0 +1,28 @@
+"""Being told to stop: once means drain, again means at once, and an echo means nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+ECHO_S = 2.0  # who stops a whole group of processes tells each of them, and so does their launcher, or a terminal
+
+
+class Stop:
+    """`requested` at the first request; `forced` at one more than `ECHO_S` later."""
+
+    def __init__(self) -> None:
+        self.requested = asyncio.Event()
+        self.forced = asyncio.Event()
+        self._first_at = 0.0
+
+    def request(self) -> None:
+        if not self.requested.is_set():
+            self._first_at = time.monotonic()
+            self.requested.set()
+        elif time.monotonic() > self._first_at + ECHO_S:
+            self.forced.set()
+
+    def force(self) -> None:
+        self.requested.set()
+        self.forced.set()
