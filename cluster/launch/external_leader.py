@@ -44,6 +44,7 @@ from cluster.launch.specs import router_config, router_spec
 from cluster.launch.topology import Topology, WorkerGroup, with_ports
 from cluster.launch.view import PlainView, Serving
 from cluster.model_files.source import name_of_model
+from cluster.stop import ECHO_S
 
 LISTENING_S = 30.0  # for all ranks to choose their ports
 TELL_S = 20.0  # after its own start, for ranks to come and learn that the launch has failed; they start seconds apart
@@ -205,7 +206,9 @@ class Leader:
 
     async def _follow_signals(self, launcher: LocalLauncher) -> None:
         await self._signals.wanted.wait()
-        self._stop(launcher, f"{self._signals.name}: draining, the router first; again to stop at once")
+        self._stop(
+            launcher, f"{self._signals.name}: draining, the router first; after {ECHO_S:g} s another stops at once"
+        )
         await self._signals.forced.wait()
         launcher.kill()
 

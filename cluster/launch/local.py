@@ -7,7 +7,7 @@ start all --one dies--> stop the others, StartupError
 follow ---one dies---> report, restart after a growing pause ---too often---> drain, StartupError
     | Ctrl-C, SIGTERM
     v
-drain in stop order: router (its streams end), then workers; a second signal kills at once
+drain in stop order: router (its streams end), then workers; a signal two seconds later kills at once
 
 While it follows, processes can be added and drained one by one (`add`, `drain`).
 """
@@ -26,6 +26,7 @@ from cluster.errors import StartupError
 from cluster.launch.process import Launchable, ProcessListener, RunningProcess
 from cluster.launch.stop_signals import STOP_SIGNALS, handled
 from cluster.process_events import ProcessEvent, Ready
+from cluster.stop import ECHO_S, Stop
 
 FIRST_RESTART_PAUSE_S = 1.0
 LONGEST_RESTART_PAUSE_S = 30.0
@@ -80,6 +81,7 @@ class LocalLauncher:
         self._failure: StartupError | None = None
         self._stopping = asyncio.Event()
         self._forced = asyncio.Event()
+        self._told = Stop()  # by signals
 
     async def run(self) -> None:
         """Returns after a clean stop. Raises `StartupError` when a process failed for good; nothing runs
@@ -265,7 +267,10 @@ class LocalLauncher:
         return left
 
     def _on_signal(self, number: signal.Signals) -> None:
-        self.stop(f"{number.name}: draining, again to stop at once")
+        is_first = not self._told.requested.is_set()
+        self._told.request()
+        if is_first or self._told.forced.is_set():
+            self.stop(f"{number.name}: draining; after {ECHO_S:g} s another one stops at once")
 
 
 async def _all_exited(processes: Iterable[RunningProcess]) -> None:

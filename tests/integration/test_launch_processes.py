@@ -6,6 +6,7 @@ import asyncio
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from cluster.errors import StartupError
 from cluster.launch import local
 from cluster.launch.local import LocalLauncher
 from cluster.process_events import ProcessEvent, Ready
+from cluster.stop import ECHO_S
 from tests.integration.fake_launch import no_probe, spec
 from tests.processes import is_running, wait_gone
 
@@ -196,13 +198,20 @@ def test_a_signal_drains_and_leaves_nothing_behind(number: signal.Signals) -> No
     assert not any(is_running(pid) for pid in pids_of(lines))
 
 
-def test_a_second_signal_kills_at_once() -> None:
+def test_a_second_signal_kills_at_once_and_an_echo_of_the_first_does_not() -> None:
     launch = start_launch("decode-0=deaf")
     lines = read_until(launch, "Try: curl")
     launch.send_signal(signal.SIGINT)
     read_until(launch, "draining")
-    launch.send_signal(signal.SIGINT)
-    launch.communicate(timeout=SOON_S)  # the drain time would be 30 s
+    launch.send_signal(signal.SIGINT)  # as `timeout` and others do, which tell a whole group
+    time.sleep(ECHO_S / 2)
+    assert launch.poll() is None
+    deadline = time.monotonic() + SOON_S  # the drain time would be 30 s
+    while launch.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(ECHO_S / 2)
+        launch.send_signal(signal.SIGINT)
+    launch.communicate(timeout=WAIT_S)
     assert not any(is_running(pid) for pid in pids_of(lines))
 
 
