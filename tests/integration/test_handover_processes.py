@@ -19,6 +19,7 @@ from cluster.launch.ports import choose_free_port
 from cluster.rpc import admin, limits
 from cluster.rpc.client import Connection
 from cluster.rpc.pb.serving.v1 import handover_pb2 as pb
+from cluster.stop import ECHO_S
 from cluster.types import FinishReason, Role
 from tests.integration.worker_processes import (
     TOKEN_BYTES,
@@ -214,9 +215,7 @@ async def test_prefill_killed_and_restarted_vllm_58063_49238(
 @pytest.mark.slow
 async def test_stopped_worker_is_noticed(key_file: Path, tmp_path: Path) -> None:
     """SIGSTOP: the connection stays open and nothing comes. Then SIGTERM while a request runs: a drain."""
-    model = save_safetensors(random_model("llama", max_position_embeddings=2 * LONG_ANSWER), tmp_path)
-    engine = {"kv_cache_bytes": 2 * LONG_ANSWER * TOKEN_BYTES}
-    worker = await start(Role.DECODE, model, key_file, engine=engine)
+    worker = await start_for_long_answers(key_file, tmp_path)
     connection = await connected(worker)
     try:
         stream = connection.decode(make_request("frozen", 20, max_tokens=LONG_ANSWER), None)
@@ -236,6 +235,31 @@ async def test_stopped_worker_is_noticed(key_file: Path, tmp_path: Path) -> None
     finally:
         await connection.close()
         assert await worker.stop() == 0
+
+
+@pytest.mark.slow
+async def test_a_second_sigterm_ends_a_worker_in_the_midst_of_an_answer(key_file: Path, tmp_path: Path) -> None:
+    worker = await start_for_long_answers(key_file, tmp_path)
+    connection = await connected(worker)
+    try:
+        stream = connection.decode(make_request("cut", 20, max_tokens=LONG_ANSWER), None)
+        await anext(stream)
+        worker.process.send_signal(signal.SIGTERM)
+        reading = asyncio.create_task(drain(stream))
+        await asyncio.sleep(ECHO_S + 0.5)
+        assert not reading.done()
+        assert await worker.stop() == 0
+        with pytest.raises(WorkerLost):
+            await reading
+    finally:
+        await connection.close()
+        await worker.stop()
+
+
+async def start_for_long_answers(key_file: Path, tmp_path: Path) -> WorkerProcess:
+    """A decode worker that is some seconds over LONG_ANSWER tokens."""
+    model = save_safetensors(random_model("llama", max_position_embeddings=2 * LONG_ANSWER), tmp_path)
+    return await start(Role.DECODE, model, key_file, engine={"kv_cache_bytes": 2 * LONG_ANSWER * TOKEN_BYTES})
 
 
 @pytest.mark.slow
