@@ -2,6 +2,7 @@
 
 FAKE_BEHAVIOURS="decode-0=deaf,router=serve" says what the parts do (see `fake_process`); they `serve` otherwise.
 FAKE_SILENCE_S: after which silence a peer is gone. FAKE_ECHO_S: for how long a second signal is the first one's echo.
+FAKE_TELL_S: for how long rank 0 waits for ranks that have not come, to tell them that the launch has failed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from cluster.launch.specs import router_spec, worker_spec
 VARIABLE = "FAKE_BEHAVIOURS"
 SILENCE_VARIABLE = "FAKE_SILENCE_S"
 ECHO_VARIABLE = "FAKE_ECHO_S"
+TELL_VARIABLE = "FAKE_TELL_S"
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -46,4 +48,6 @@ if __name__ == "__main__":
             patch.setattr(Channel.receive, "__defaults__", (float(silence_s),))
         if echo_s := os.environ.get(ECHO_VARIABLE):
             patch.setattr(stop, "ECHO_S", float(echo_s))
+        if tell_s := os.environ.get(TELL_VARIABLE):
+            patch.setattr(external_leader, "TELL_S", float(tell_s))
         main()

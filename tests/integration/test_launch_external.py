@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.outer_launchers import FAKES, FOREIGN_NAMES, FOREIGN_PREFIXES, Job, is_available, running_job
-from tests.integration.fake_rank import ECHO_VARIABLE, SILENCE_VARIABLE, VARIABLE
+from tests.integration.fake_rank import ECHO_VARIABLE, SILENCE_VARIABLE, TELL_VARIABLE, VARIABLE
 from tests.processes import wait_gone
 
 START_S, END_S = 60.0, 60.0
@@ -160,9 +160,9 @@ def test_a_part_that_cannot_start_ends_the_job_with_its_last_words(
 
 def test_a_job_with_a_part_that_is_never_ready_does_not_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "decode-0=never-ready")
-    with job_of(tmp_path, settings=["launch.start_timeout_s=15"]) as job:
+    with job_of(tmp_path, settings=["launch.start_timeout_s=10"]) as job:
         assert job.wait(END_S) == [1, 1, 1, 1], job.log_tail()
-        assert any("decode-0 could not start (not ready after 15 s)" in line for line in job.lines)
+        assert any("decode-0 could not start (not ready after 10 s)" in line for line in job.lines)
         assert not any("Serving" in line for line in job.lines)
 
 
@@ -234,7 +234,7 @@ def test_ranks_that_never_come_are_named(tmp_path: Path) -> None:
     command = [sys.executable, "-m", MODULE, *ARGUMENTS, "--set", "launch.join_timeout_s=1"]
     done = subprocess.run(
         command,
-        env={**clean_environment(), **environment, "XDG_RUNTIME_DIR": str(tmp_path)},
+        env={**clean_environment(), **environment, "XDG_RUNTIME_DIR": str(tmp_path), TELL_VARIABLE: "2"},
         capture_output=True,
         text=True,
         timeout=END_S,
