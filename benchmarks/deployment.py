@@ -93,11 +93,17 @@ def _wait_until_healthy(running: Deployment) -> None:
     while time.monotonic() < deadline:
         if running.launcher.poll() is not None:
             raise DeploymentFailed(f"the deployment did not start:\n{running.log_tail()}")
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{running.url}/health", timeout=5.0).status_code == 200:
-                return
+        if is_healthy(running.url):
+            return
         time.sleep(0.2)
     raise DeploymentFailed(f"not healthy after {START_TIMEOUT_S:g} s:\n{running.log_tail()}")
+
+
+def is_healthy(url: str) -> bool:
+    """Also a router that does not answer is not, yet: it may be busy."""
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(f"{url}/health", timeout=5.0).status_code == 200
+    return False
 
 
 def _stop(launcher: subprocess.Popen[bytes]) -> int:

@@ -25,6 +25,7 @@ import httpx
 import msgspec
 
 from benchmarks.outer_launchers import Job, descendants, is_available, running_job
+from benchmarks.processes import wait_gone
 from benchmarks.results import Parameter, append_result
 from benchmarks.streams import Streamed, stream
 from cluster.launch.companion import monolithic_companion
@@ -113,7 +114,7 @@ def check_serving(launcher: str, reference: Reference) -> Outcome:
         assert sorted(job.rank_pids()) == list(range(NUM_RANKS))
         below = [process.pid for process in job.outer] + descendants([process.pid for process in job.outer])
         num_equal, num_whole, drain_s = asyncio.run(serve_and_drain(job, url, reference))
-        _check_gone(below)
+        wait_gone(below, END_S)
         assert list(job.log.parent.glob("tandem-launch-*")) == [], "a private directory is left"
     if num_equal != NUM_PROMPTS or num_whole != NUM_STREAMS:
         return Outcome(
@@ -137,7 +138,7 @@ def check_killed_rank(launcher: str) -> float:
         assert all(exit_codes), f"exit codes {exit_codes}"
         said = [line for line in job.lines if f"rank {rank} ({name}) on" in line and "is gone" in line]
         assert len(said) >= NUM_RANKS - 1, f"not every rank says why:\n{job.log_tail()}"
-        _check_gone(below)  # private directories of killed ranks stay for the next launch: mpirun kills after 1 s
+        wait_gone(below, END_S)  # private directories of killed ranks stay for the next launch: mpirun kills after 1 s
     return seconds
 
 
@@ -152,20 +153,6 @@ def check_wrong_world(launcher: str) -> float:
         assert "started 3 ranks, but this configuration means 4 ranks" in told[0]
         assert seconds < WRONG_WORLD_S, f"it took {seconds:.1f} s"
     return seconds
-
-
-def _check_gone(pids: list[int]) -> None:
-    deadline = time.monotonic() + END_S
-    while left := [pid for pid in pids if Path(f"/proc/{pid}/cmdline").exists() and _is_no_zombie(pid)]:
-        assert time.monotonic() < deadline, f"processes are left: {left}"
-        time.sleep(0.05)
-
-
-def _is_no_zombie(pid: int) -> bool:
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
 
 
 def prove_ranks(launcher: str, reference: Reference) -> Outcome:

@@ -12,7 +12,6 @@ import faulthandler
 import logging
 import os
 import secrets
-import signal
 import socket
 import sys
 import time
@@ -44,6 +43,7 @@ from cluster.listening import family_of, why_not_listening
 from cluster.logs import configure_logging
 from cluster.model_files.source import resolve_model
 from cluster.process_events import Progress, ShowProgress, emit, emit_failure, emit_ready
+from cluster.rpc import limits
 from cluster.rpc.server import WorkerServer
 from cluster.stop import Stop
 from cluster.types import Role, WorkerInfo
@@ -55,7 +55,8 @@ logger = logging.getLogger(__name__)
 
 PROGRESS_PAUSE_S = 0.1
 HUNG_S = 300.0  # far more than a step takes, kernels that are compiled for it included
-LAST_FRAMES_S = 2.5  # for routers to take what is pending when the worker ends; one that is silent for longer is gone
+# For routers to take what is pending when the worker ends; one that is silent for longer is gone.
+LAST_FRAMES_S = limits.HEARTBEAT_S * limits.MAX_SILENT_TICKS
 
 
 class RoleParts(Protocol):
@@ -201,10 +202,8 @@ def main(parts: RoleParts, arguments: list[str] | None = None) -> int:
 
 async def _serve_until_drained(worker: LoadedWorker) -> int:
     async with serving(worker) as served:
-        stop = Stop()
+        stop = Stop.at_signals()
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.request)
         draining = loop.create_task(_drain_at(stop, served.host))
         info = worker.info
         emit_ready(served.address, f"{info.num_blocks:,} KV blocks of {info.block_size} tokens")

@@ -90,15 +90,12 @@ async def _fail_together(config: ClusterConfig, identity: Identity, problem: Tan
     signals = StopSignals()
     with signals.handled():
         if identity.rank > 0:
-            is_told = False
-            with suppress(StartupError):  # at a signal
-                reporting = report_problem(identity, config, problem.message, LISTEN_FOR_RANK_0_S)
-                is_told = await signals.unless_stopped(reporting, "")
-            if not is_told:
+            reporting = report_problem(identity, config, problem.message, LISTEN_FOR_RANK_0_S)
+            if not await signals.until_stopped(reporting, otherwise=False):
                 show(problem)
             return failed(problem)
         show(problem)
-        with suppress(StartupError):  # at a signal; or no port: the others will say it themselves
+        with suppress(StartupError):  # no port: the others will say it themselves
             async with open_rendezvous(identity, config, None) as rendezvous:
-                await signals.unless_stopped(rendezvous.refuse_everyone(problem.message, TELL_S), "")
+                await signals.until_stopped(rendezvous.refuse_everyone(problem.message, TELL_S), otherwise=None)
     return failed(problem)

@@ -10,10 +10,10 @@ from contextlib import suppress
 import msgspec
 
 from cluster.launch.external_messages import Beat, Message, decoder
+from cluster.launch.silence import within
 
 BEAT_S = 1.0
 SILENCE_S = 10.0  # a peer that says nothing for so long is gone; its host may have died without a word
-LOOKS = 5  # at which there must be nothing in that time: a process that was itself paused does not blame its peer
 FAREWELL_S = 2.0  # for the last messages to leave
 MAX_UNSENT_BYTES = 4 << 20
 
@@ -49,7 +49,7 @@ class Channel:
         """The next message that is no heartbeat. Raises `ChannelLost`."""
         while True:
             try:
-                line = await self._line(silence_s)
+                line = await within(silence_s, self._reader.readline())
                 if not line.endswith(b"\n"):
                     raise ChannelLost("its connection ended")
                 message = decoder.decode(line)
@@ -61,14 +61,6 @@ class Channel:
                 raise ChannelLost(f"it speaks another language: {error}") from error
             if not isinstance(message, Beat):
                 return _printable(message)
-
-    async def _line(self, silence_s: float) -> bytes:
-        """Raises `TimeoutError`."""
-        for _ in range(LOOKS):
-            with suppress(TimeoutError):
-                async with asyncio.timeout(silence_s / LOOKS):
-                    return await self._reader.readline()
-        raise TimeoutError
 
     async def beat(self) -> None:
         """Until cancelled."""

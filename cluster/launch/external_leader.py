@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,8 +87,8 @@ class Leader:
                 except TandemError as error:
                     self._show(error)
                     wait_s = max(self._began_at + TELL_S - time.monotonic(), 0.0)
-                    with suppress(StartupError):  # at a signal, which has reached the others, too
-                        await self._signals.unless_stopped(rendezvous.refuse_everyone(error.message, wait_s), "")
+                    refusing = rendezvous.refuse_everyone(error.message, wait_s)
+                    await self._signals.until_stopped(refusing, otherwise=None)  # a signal has reached the others, too
                     return failed(error)
                 async with control_server(directory, self._answer):
                     return await self._serve(rendezvous, launcher)

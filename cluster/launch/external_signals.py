@@ -61,6 +61,13 @@ class StopSignals:
                 each.cancel()
             await asyncio.gather(task, stopped, return_exceptions=True)
 
+    async def until_stopped(self, work: Coroutine[None, None, _T], otherwise: _T) -> _T:
+        """The result of `work`, which raises nothing; at a signal it is cancelled, and the result is `otherwise`."""
+        try:
+            return await self.unless_stopped(work, "")
+        except StartupError:
+            return otherwise
+
     def _on_signal(self, number: signal.Signals) -> None:
         self._request(number.name)
 

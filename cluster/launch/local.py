@@ -267,9 +267,7 @@ class LocalLauncher:
         return left
 
     def _on_signal(self, number: signal.Signals) -> None:
-        is_first = not self._told.requested.is_set()
-        self._told.request()
-        if is_first or self._told.forced.is_set():
+        if self._told.request():
             self.stop(f"{number.name}: draining; after {ECHO_S:g} s another one stops at once")
 
 

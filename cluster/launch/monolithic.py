@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import signal
 import socket
 import sys
 from pathlib import Path
@@ -61,9 +60,7 @@ def _show(what: str, done: int, total: int) -> None:
 async def _serve(config: RouterConfig, worker: LoadedWorker, listener: socket.socket) -> None:
     """Until a signal; the router drains first, then nothing runs in the engine any more."""
     codec = Tokenizer.load(config.model_path)
-    stop = Stop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop.request)
+    stop = Stop.at_signals()
     async with serving(worker) as served:
         blocks = f"{worker.info.num_blocks:,} KV blocks of {worker.info.block_size} tokens"
         detail = f"{blocks}, worker at {served.address}"

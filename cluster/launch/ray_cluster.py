@@ -26,6 +26,7 @@ from cluster.launch.off_loop import Result, off_loop
 from cluster.launch.ray_actor import RankActor
 from cluster.launch.ray_handle import RankHandle, reason_of
 from cluster.launch.ray_plan import PlacementRequest, shown
+from cluster.launch.silence import Silence
 
 PROBE_PAUSE_S = 1.0
 PROBE_TIMEOUT_S = 3.0
@@ -71,17 +72,13 @@ class RayCluster:
         return placement
 
     async def watch_head(self, fail: Callable[[str], None]) -> None:
-        """Calls `fail` and returns when the head or this node has been silent for `head_timeout_s`, and to two probes
-        in a row: this process may have been paused itself."""
-        heard_at = dict.fromkeys(self._watched, time.monotonic())
-        num_missed = dict.fromkeys(self._watched, 0)
+        """Calls `fail` and returns when the head or this node has been silent for `head_timeout_s`."""
+        silences = {address: Silence() for address in self._watched}
         while True:
             for address, what in self._watched.items():
                 if await _answers(address):
-                    heard_at[address], num_missed[address] = time.monotonic(), 0
-                    continue
-                num_missed[address] += 1
-                if num_missed[address] > 1 and time.monotonic() > heard_at[address] + self._settings.head_timeout_s:
+                    silences[address].ends()
+                elif silences[address].goes_on_for(self._settings.head_timeout_s):
                     fail(f"the Ray {what} ({address}) has not answered for {self._settings.head_timeout_s:g} s")
                     return
             await asyncio.sleep(PROBE_PAUSE_S)

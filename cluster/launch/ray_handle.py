@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.metadata
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 from cluster.errors import StartupError
 from cluster.launch.off_loop import off_loop
 from cluster.launch.ray_messages import Batch, Place, batch_decoder, place_decoder
+from cluster.launch.silence import Silence, within
 
 CALL_TIMEOUT_S = 30.0
 NEWS_TIMEOUT_S = 15.0  # three times what the actor takes to say that there are none
@@ -19,7 +19,6 @@ ACTOR_START_TIMEOUT_S = 120.0  # its process is started and imports this package
 CLOSE_TIMEOUT_S = 5.0
 SILENCE_S = 30.0  # an actor that cannot be asked for so long counts as dead
 RETRY_PAUSE_S = 0.5
-LOOKS = 5  # at which there must be no answer: a launcher that was itself paused does not blame its actors
 MAX_REASON = 300  # characters of what Ray says about a death
 TELLING = ("The actor is dead because", "The actor died because")
 RAISED = "an error raised in its creation task"  # a traceback follows
@@ -59,33 +58,29 @@ class RankHandle:
     async def batches(self) -> AsyncIterator[Batch]:
         """News of the process that runs there, until the caller has had enough. Raises `RankLost`; a disturbance of
         the network shorter than `SILENCE_S` only delays them."""
-        next_number, heard_at, num_missed = 0, time.monotonic(), 0
+        next_number, silence = 0, Silence()
         while True:
             try:
                 batch = batch_decoder.decode(await self._call("news", (next_number,), NEWS_TIMEOUT_S))
             except self._errors.ActorUnavailableError as error:
-                num_missed += 1
-                if num_missed > 1 and time.monotonic() > heard_at + SILENCE_S:
+                if silence.goes_on_for(SILENCE_S):
                     raise RankLost(f"its Ray actor cannot be reached: {reason_of(error)}") from error
                 await asyncio.sleep(RETRY_PAUSE_S)
                 continue
-            next_number, heard_at, num_missed = batch.next_number, time.monotonic(), 0
+            next_number = batch.next_number
+            silence.ends()
             yield batch
 
     async def _call(self, method: str, arguments: tuple[object, ...], timeout_s: float) -> Any:
-        answer = asyncio.ensure_future(getattr(self._actor, method).remote(*arguments))
         try:
-            for _ in range(LOOKS):
-                if (await asyncio.wait({answer}, timeout=timeout_s / LOOKS))[0]:
-                    return answer.result()
-            raise RankLost(f"its Ray actor did not answer within {timeout_s:g} s")
+            return await within(timeout_s, getattr(self._actor, method).remote(*arguments))
+        except TimeoutError:
+            raise RankLost(f"its Ray actor did not answer within {timeout_s:g} s") from None
         except self._errors.ActorUnavailableError:
             raise
         except self._errors.RayError as error:
             has_died = isinstance(error, self._errors.RayActorError)
             raise RankLost(f"its Ray actor {'died' if has_died else 'failed'}: {reason_of(error)}") from error
-        finally:
-            answer.cancel()
 
     def post(self, method: str, *arguments: object) -> None:
         """Without an answer. That it has not arrived is noticed by `batches`."""

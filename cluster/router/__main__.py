@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import logging
-import signal
 import sys
 from pathlib import Path
 
@@ -22,8 +20,6 @@ from cluster.rpc.client import connect
 from cluster.stop import Stop
 from cluster.tokenizer import Tokenizer
 from cluster.types import Role
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def main(arguments: list[str]) -> int:
@@ -46,9 +42,7 @@ async def serve(config: RouterConfig) -> None:
     listener = bind(config.host, config.port)
     emit(Progress(what="loading tokenizer"))
     codec = Tokenizer.load(config.model_path)
-    stop = Stop()
-    for number in STOP_SIGNALS:  # before this point a signal simply ends the process
-        asyncio.get_running_loop().add_signal_handler(number, stop.request)
+    stop = Stop.at_signals()
     entries = {Role.PREFILL: config.prefill, Role.DECODE: config.decode}
     sources = {role: open_sources(entries[role]) for role in entries}
     await run_router(

@@ -117,7 +117,7 @@ async def read_body(scope: Scope, receive: Receive, *, max_bytes: int, timeout_s
     if num_declared > max_bytes and header(scope, b"expect") is not None:
         raise _too_large(num_declared, max_bytes)  # the client waits for our word before it sends
     body = bytearray()
-    num_received = 0
+    num_received, num_bytes = 0, num_declared
     try:
         async with asyncio.timeout(timeout_s):
             while True:
@@ -126,7 +126,8 @@ async def read_body(scope: Scope, receive: Receive, *, max_bytes: int, timeout_s
                     raise Cancelled("the client went away while sending its request")
                 piece = message.get("body", b"")
                 num_received += len(piece)
-                if max(num_received, num_declared) <= max_bytes:
+                num_bytes = max(num_received, num_declared)
+                if num_bytes <= max_bytes:
                     body += piece
                 elif num_received > max_bytes + MAX_DISCARDED_BYTES:
                     break
@@ -135,10 +136,10 @@ async def read_body(scope: Scope, receive: Receive, *, max_bytes: int, timeout_s
                 if not message.get("more_body", False):
                     break
     except TimeoutError as error:
-        if max(num_received, num_declared) <= max_bytes:
+        if num_bytes <= max_bytes:
             raise InvalidRequest(f"the request body did not arrive within {timeout_s:g} s") from error
-    if max(num_received, num_declared) > max_bytes:
-        raise _too_large(max(num_received, num_declared), max_bytes)
+    if num_bytes > max_bytes:
+        raise _too_large(num_bytes, max_bytes)
     return bytes(body)
 
 

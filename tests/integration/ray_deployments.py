@@ -18,9 +18,9 @@ import pytest
 from benchmarks.deployment import Deployment, deployment
 from benchmarks.drain import status
 from benchmarks.launch_ray import actor_of
+from benchmarks.processes import wait_gone
 from benchmarks.ray_head import RayHead
 from cluster.launch.control_messages import WorkerStatus
-from tests.processes import wait_gone
 from tests.unit.model_factory import SIZES, random_model, save_safetensors, tiny_tokenizer
 
 GONE_S = 30.0  # after a launcher was killed; actors that Ray does not end do so themselves, later

@@ -215,9 +215,7 @@ async def test_prefill_killed_and_restarted_vllm_58063_49238(
 @pytest.mark.slow
 async def test_stopped_worker_is_noticed(key_file: Path, tmp_path: Path) -> None:
     """SIGSTOP: the connection stays open and nothing comes. Then SIGTERM while a request runs: a drain."""
-    worker = await start_for_long_answers(key_file, tmp_path)
-    connection = await connected(worker)
-    try:
+    async with one_for_long_answers(key_file, tmp_path) as (worker, connection):
         stream = connection.decode(make_request("frozen", 20, max_tokens=LONG_ANSWER), None)
         await anext(stream)
         worker.process.send_signal(signal.SIGSTOP)
@@ -232,16 +230,11 @@ async def test_stopped_worker_is_noticed(key_file: Path, tmp_path: Path) -> None
         chunks += [chunk async for chunk in running]
         assert chunks[-1].finish_reason is FinishReason.LENGTH
         assert sum(len(chunk.token_ids) for chunk in chunks) == LAST_ANSWER
-    finally:
-        await connection.close()
-        assert await worker.stop() == 0
 
 
 @pytest.mark.slow
 async def test_a_second_sigterm_ends_a_worker_in_the_midst_of_an_answer(key_file: Path, tmp_path: Path) -> None:
-    worker = await start_for_long_answers(key_file, tmp_path)
-    connection = await connected(worker)
-    try:
+    async with one_for_long_answers(key_file, tmp_path) as (worker, connection):
         stream = connection.decode(make_request("cut", 20, max_tokens=LONG_ANSWER), None)
         await anext(stream)
         worker.process.send_signal(signal.SIGTERM)
@@ -251,15 +244,20 @@ async def test_a_second_sigterm_ends_a_worker_in_the_midst_of_an_answer(key_file
         assert await worker.stop() == 0
         with pytest.raises(WorkerLost):
             await reading
+
+
+@asynccontextmanager
+async def one_for_long_answers(key_file: Path, tmp_path: Path) -> AsyncIterator[tuple[WorkerProcess, Connection]]:
+    """A decode worker that is some seconds over LONG_ANSWER tokens, and ends with 0."""
+    model = save_safetensors(random_model("llama", max_position_embeddings=2 * LONG_ANSWER), tmp_path)
+    engine = {"kv_cache_bytes": 2 * LONG_ANSWER * TOKEN_BYTES}
+    worker = await start(Role.DECODE, model, key_file, engine=engine)
+    connection = await connected(worker)
+    try:
+        yield worker, connection
     finally:
         await connection.close()
-        await worker.stop()
-
-
-async def start_for_long_answers(key_file: Path, tmp_path: Path) -> WorkerProcess:
-    """A decode worker that is some seconds over LONG_ANSWER tokens."""
-    model = save_safetensors(random_model("llama", max_position_embeddings=2 * LONG_ANSWER), tmp_path)
-    return await start(Role.DECODE, model, key_file, engine={"kv_cache_bytes": 2 * LONG_ANSWER * TOKEN_BYTES})
+        assert await worker.stop() == 0
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
 import signal
@@ -16,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from benchmarks.deployment import is_healthy
 from cluster.launch.ports import choose_free_port
 from cluster.verify import VerifyOptions, run
 
@@ -90,12 +90,6 @@ def ask(url: str) -> str:
     assert answer.status_code == 200, answer.text
     content: str = answer.json()["choices"][0]["message"]["content"]
     return content
-
-
-def is_healthy(url: str) -> bool:
-    with contextlib.suppress(httpx.TransportError):  # a busy router may take longer to answer
-        return httpx.get(f"{url}/health").status_code == 200
-    return False
 
 
 def assert_gone(pids: list[int]) -> None:

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.outer_launchers import FAKES, FOREIGN_NAMES, FOREIGN_PREFIXES, Job, is_available, running_job
+from benchmarks.processes import wait_gone
 from tests.integration.fake_rank import ECHO_VARIABLE, SILENCE_VARIABLE, TELL_VARIABLE, VARIABLE
-from tests.processes import wait_gone
 
 START_S, END_S = 60.0, 60.0
 MODULE = "tests.integration.fake_rank"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.processes import is_running, wait_gone
 from cluster.config import LaunchSettings
 from cluster.errors import StartupError
 from cluster.launch import local
@@ -19,7 +20,6 @@ from cluster.launch.local import LocalLauncher
 from cluster.process_events import ProcessEvent, Ready
 from cluster.stop import ECHO_S
 from tests.integration.fake_launch import no_probe, spec
-from tests.processes import is_running, wait_gone
 
 WAIT_S = 60.0
 SOON_S = 20.0  # less than the usual drain time
@@ -28,8 +28,7 @@ SOON_S = 20.0  # less than the usual drain time
 class RecordingView:
     """Notes everything; `until` waits for a piece of news."""
 
-    def __init__(self, wait_s: float = WAIT_S) -> None:
-        self._wait_s = wait_s
+    def __init__(self) -> None:
         self.news: list[tuple[str, str]] = []
         self._changed = asyncio.Event()
 
@@ -56,7 +55,7 @@ class RecordingView:
         self._note("cluster", f"stop {reason}")
 
     async def until(self, name: str, what: str, count: int = 1) -> None:
-        async with asyncio.timeout(self._wait_s):
+        async with asyncio.timeout(WAIT_S):
             while sum(n == name and w.startswith(what) for n, w in self.news) < count:
                 self._changed.clear()
                 await self._changed.wait()

@@ -115,7 +115,7 @@ async def until_no_cpu_is_free() -> None:
 async def launched(
     groups: Sequence[FakeGroup], story: Callable[[LocalLauncher, RecordingView], Awaitable[None]]
 ) -> None:
-    view = RecordingView(WAIT_S)
+    view = RecordingView()
     launcher = LocalLauncher(groups, LaunchSettings(drain_timeout_s=1.0), view, no_probe)
     running = asyncio.create_task(launcher.run())
     try:
@@ -195,7 +195,7 @@ async def test_what_ray_refuses_is_told_in_its_words(cluster: RayCluster) -> Non
 
 async def test_a_launch_that_waits_for_a_place_can_be_stopped(cluster: RayCluster) -> None:
     group = FakeGroup(cluster, "large", *[0] * (NUM_CPUS + 1))
-    view = RecordingView(WAIT_S)
+    view = RecordingView()
     launcher = LocalLauncher([group], LaunchSettings(), view, no_probe)
     running = asyncio.create_task(launcher.run())
     await view.until("large", "Progress")
